@@ -1,0 +1,115 @@
+"""The detector: backbone, transformer and the two heads."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from detr_jax.model.config import DetrConfig
+from detr_jax.model.ffn import FFNTrace, Selectors
+from detr_jax.model.positions import downsample_mask, sine_positions
+from detr_jax.model.resnet import ResNet
+from detr_jax.model.transformer import Transformer
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DetrOutputs:
+    """What a DETR says about a batch of images, in float32.
+
+    Attributes:
+        logits: (batch, queries, classes + 1), "no object" last.
+        boxes: (batch, queries, 4) as (cx, cy, w, h), fractions of the unpadded image.
+        auxiliary: (logits, boxes) after each decoder layer but the last, if asked for.
+        memory: (batch, tokens, d) the encoder's output, if auxiliary outputs were asked for.
+        traces: what went through each FFN by name, if asked for.
+    """
+
+    logits: jax.Array
+    boxes: jax.Array
+    auxiliary: tuple[tuple[jax.Array, jax.Array], ...] = ()
+    memory: jax.Array | None = None
+    traces: dict[str, FFNTrace] | None = None
+
+
+class BoxHead(nnx.Module):
+    """A perceptron of three layers, then a sigmoid."""
+
+    def __init__(self, d_model: int, *, rngs: nnx.Rngs):
+        self.layers = nnx.List([nnx.Linear(d_model, out, rngs=rngs) for out in (d_model, d_model, 4)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in self.layers[:-1]:
+            x = jax.nn.relu(layer(x))
+        return jax.nn.sigmoid(self.layers[-1](x))
+
+
+class DETR(nnx.Module):
+    """DEtection TRansformer (Carion et al. 2020), the official architecture in inference form (no dropout).
+
+    Args:
+        config: architecture; `preset_config("detr-r50")` and its siblings give the published ones.
+        dtype: of the computation; parameters and heads are float32 throughout.
+        rngs: source of the random initial parameters.
+    """
+
+    def __init__(self, config: DetrConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        self.dtype = dtype
+        self.backbone = ResNet(config.backbone, dtype=dtype, rngs=rngs)
+        self.input_projection = nnx.Linear(config.backbone.features, config.d_model, dtype=dtype, rngs=rngs)
+        self.transformer = Transformer(config, dtype=dtype, rngs=rngs)
+        self.class_head = nnx.Linear(config.d_model, config.classes + 1, rngs=rngs)
+        self.box_head = BoxHead(config.d_model, rngs=rngs)
+
+    def __call__(
+        self,
+        pixel_values: jax.Array,
+        pixel_mask: jax.Array | None = None,
+        *,
+        selectors: Selectors | None = None,
+        auxiliary: bool = False,
+        trace: bool = False,
+    ) -> DetrOutputs:
+        """Detects objects.
+
+        Args:
+            pixel_values: (batch, height, width, 3) float, normalised by `detr_jax.data.transforms`.
+            pixel_mask: (batch, height, width) bool, true where the image is; None where nothing is padding.
+            selectors: selector of each sparse FFN by name; FFNs without one are dense.
+            auxiliary: also return what the heads say after every decoder layer, and the encoder's memory.
+            trace: also return inputs and hidden activations of every FFN.
+
+        Raises:
+            ValueError: if the shapes do not fit, or a selector names an FFN that does not exist.
+        """
+        if pixel_values.ndim != 4 or pixel_values.shape[-1] != 3:
+            raise ValueError(f"pixel_values must be (batch, height, width, 3), got {pixel_values.shape}")
+        if pixel_mask is None:
+            pixel_mask = jnp.ones(pixel_values.shape[:3], bool)
+        elif pixel_mask.shape != pixel_values.shape[:3]:
+            raise ValueError(f"pixel_mask must be {pixel_values.shape[:3]} like pixel_values, got {pixel_mask.shape}")
+        selectors = {} if selectors is None else selectors
+        if unknown := set(selectors) - set(self.config.ffn_names):
+            raise ValueError(f"no FFN is named {sorted(unknown)}; this detector has {list(self.config.ffn_names)}")
+
+        features = self.backbone(pixel_values.astype(self.dtype))
+        batch, height, width, _ = features.shape
+        mask = downsample_mask(pixel_mask.astype(bool), height, width)
+        positions = sine_positions(mask, self.config.d_model).astype(self.dtype)
+
+        flat = (batch, height * width)
+        traces: dict[str, FFNTrace] | None = {} if trace else None
+        x = self.input_projection(features).reshape(*flat, -1)
+        positions, tokens = positions.reshape(*flat, -1), mask.reshape(flat)
+        memory = self.transformer.encode(x, positions, tokens, selectors, traces)
+        layers = self.transformer.decode(memory, positions, tokens, selectors, traces)
+
+        *earlier, (logits, boxes) = [self.heads(x) for x in (layers if auxiliary else layers[-1:])]
+        return DetrOutputs(logits, boxes, tuple(earlier), memory if auxiliary else None, traces)
+
+    def heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(..., d) features -> (..., classes + 1) logits and (..., 4) boxes."""
+        x = x.astype(jnp.float32)
+        return self.class_head(x), self.box_head(x)

@@ -1,0 +1,40 @@
+"""Sine position encoding of an image's feature map, normalised by the part of it that is not padding."""
+
+import jax
+import jax.numpy as jnp
+
+TEMPERATURE = 10000.0
+EPSILON = 1e-6
+
+
+def sine_positions(mask: jax.Array, features: int) -> jax.Array:
+    """Carion et al. 2020, supplementary A.4: rows in the first half of the features, columns in the second.
+
+    Args:
+        mask: (batch, height, width) bool, true where the image is.
+        features: number of features, a multiple of 4.
+
+    Returns:
+        (batch, height, width, features) float32; positions run from 0 to 2 pi over the unpadded image.
+    """
+    if features % 4:
+        raise ValueError(f"positions need a multiple of 4 features, got {features}")
+    present = mask.astype(jnp.float32)
+    half = features // 2
+    frequencies = TEMPERATURE ** (2 * (jnp.arange(half) // 2) / half)
+
+    def encode(axis: int) -> jax.Array:
+        steps = jnp.cumsum(present, axis=axis)
+        last = jax.lax.slice_in_dim(steps, steps.shape[axis] - 1, None, axis=axis)
+        angles = (steps / (last + EPSILON) * 2 * jnp.pi)[..., None] / frequencies
+        pairs = jnp.stack([jnp.sin(angles[..., 0::2]), jnp.cos(angles[..., 1::2])], axis=-1)
+        return pairs.reshape(*angles.shape)
+
+    return jnp.concatenate([encode(1), encode(2)], axis=-1)
+
+
+def downsample_mask(mask: jax.Array, height: int, width: int) -> jax.Array:
+    """Nearest-neighbour resize of a (batch, height, width) mask, sampling where torch's `interpolate` does."""
+    rows = jnp.arange(height) * mask.shape[1] // height
+    columns = jnp.arange(width) * mask.shape[2] // width
+    return mask[:, rows][:, :, columns]

@@ -1,0 +1,63 @@
+"""The feed-forward layer, dense or with inactive neuron groups masked: the definition every kernel must match.
+
+Notation (d model features, F hidden neurons, g neurons in a group, G = F / g groups)::
+
+    h = relu(x W_in^T + b_in)        W_in  (F, d), neurons on rows
+    y = (h * active) W_out + b_out   W_out (F, d), neurons on rows
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def hidden_activations(x: jax.Array, w_in: jax.Array, b_in: jax.Array) -> jax.Array:
+    """h = relu(x W_in^T + b_in).
+
+    Args:
+        x: (..., d) inputs.
+        w_in: (F, d), neurons on rows.
+        b_in: (F,).
+
+    Returns:
+        (..., F) hidden activations.
+    """
+    return jax.nn.relu(x @ w_in.T + b_in)
+
+
+def expand_groups(active: jax.Array, neurons: int) -> jax.Array:
+    """Repeats a decision per group to one per neuron: (..., G) -> (..., F), groups of F / G consecutive neurons.
+
+    Raises:
+        ValueError: if `neurons` is not a multiple of the number of groups.
+    """
+    groups = active.shape[-1]
+    if neurons % groups:
+        raise ValueError(f"{neurons} hidden neurons cannot be divided into {groups} groups of equal size")
+    return jnp.repeat(active, neurons // groups, axis=-1)
+
+
+def ffn(
+    x: jax.Array,
+    w_in: jax.Array,
+    b_in: jax.Array,
+    w_out: jax.Array,
+    b_out: jax.Array,
+    active: jax.Array | None = None,
+) -> jax.Array:
+    """The FFN with inactive groups left out.
+
+    Args:
+        x: (..., d) inputs.
+        w_in: (F, d), neurons on rows.
+        b_in: (F,).
+        w_out: (F, d), neurons on rows.
+        b_out: (d,).
+        active: (..., G) bool, the groups to compute for each token; None computes all of them.
+
+    Returns:
+        (..., d) outputs.
+    """
+    hidden = hidden_activations(x, w_in, b_in)
+    if active is not None:
+        hidden = jnp.where(expand_groups(active, hidden.shape[-1]), hidden, 0)
+    return hidden @ w_out + b_out
