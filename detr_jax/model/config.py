@@ -1,6 +1,7 @@
 """What a DETR is made of, and the five presets."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 from detr_jax.labels import COCO_LABELS, SCENES_LABELS
@@ -20,6 +21,11 @@ class BackboneConfig:
     @property
     def features(self) -> int:
         return 4 * self.widths[-1]
+
+    @property
+    def stride(self) -> int:
+        """Pixels between neighbouring features; the stem contributes 4."""
+        return 4 * math.prod(self.strides[:-1] if self.dilate_last else self.strides)
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ def detr_r101_dc5() -> DetrConfig:
 def detr_tiny() -> DetrConfig:
     """The embedded detector of generated scenes: 128x128 pixels, stride 16, 64 encoder tokens."""
     return DetrConfig(
-        BackboneConfig(depths=(2, 2, 2), widths=(16, 32, 64), strides=(1, 2, 2), stem_width=16),
+        BackboneConfig(depths=(2, 2, 2), widths=(16, 32, 64), strides=(2, 2, 1), stem_width=16),
         labels=SCENES_LABELS,
         d_model=128,
         heads=4,

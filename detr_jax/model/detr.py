@@ -109,6 +109,11 @@ class DETR(nnx.Module):
         *earlier, (logits, boxes) = [self.heads(x) for x in (layers if auxiliary else layers[-1:])]
         return DetrOutputs(logits, boxes, tuple(earlier), memory if auxiliary else None, traces)
 
+    def token_grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of encoder tokens for images of (height, width) pixels."""
+        stride = self.config.backbone.stride
+        return -(-size[0] // stride), -(-size[1] // stride)
+
     def heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """(..., d) features -> (..., classes + 1) logits and (..., 4) boxes."""
         x = x.astype(jnp.float32)

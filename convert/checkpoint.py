@@ -1,0 +1,76 @@
+"""An opened checkpoint: a configuration, and entries that fill our arrays one by one."""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from detr_jax.convert.layouts import SAME, Place, Shape
+from detr_jax.model.config import DetrConfig
+
+
+class Entry(Protocol):
+    """An array that may still lie in its file."""
+
+    shape: Shape
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A detector in some layout, checked and converted as it is read.
+
+    Attributes:
+        source: the file or folder, for messages.
+        layout: name of the layout.
+        config: of the detector.
+        entries: the arrays under the names of the layout.
+        places: where each of our arrays is; None where the names are ours.
+    """
+
+    source: str
+    layout: str
+    config: DetrConfig
+    entries: Mapping[str, Entry]
+    places: tuple[Place, ...] | None = None
+
+    def arrays(self, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, np.ndarray]]:
+        """Our arrays by name, float32, each read when it is asked for.
+
+        Args:
+            shapes: shape of every array of the detector.
+
+        Raises:
+            ValueError: if entries are missing, left over or misshapen, or hold NaN or infinite values.
+        """
+        parts: dict[str, list[Place]] = {}
+        for place in self.places or [Place(name, name, SAME) for name in shapes]:
+            parts.setdefault(place.theirs, []).append(place)
+        self._check(parts, shapes)
+        for name, places in parts.items():
+            entry = np.asarray(self.entries[name]).astype(np.float32, copy=False)
+            if not np.isfinite(entry).all():
+                raise ValueError(f"{self.source} is damaged: {name} holds NaN or infinite values")
+            for place, array in zip(places, np.split(entry, len(places)) if len(places) > 1 else [entry], strict=True):
+                yield place.ours, place.form.convert(array, shapes[place.ours])
+
+    def _check(self, parts: Mapping[str, list[Place]], shapes: Mapping[str, Shape]) -> None:
+        expected = {}
+        for name, places in parts.items():
+            rows, *rest = places[0].form.shape(shapes[places[0].ours])
+            expected[name] = (len(places) * rows, *rest)
+        found = {name: tuple(entry.shape) for name, entry in self.entries.items()}
+        problems = itertools.chain(
+            (f"missing: {name} {shape}" for name, shape in expected.items() if name not in found),
+            (f"left over: {name} {shape}" for name, shape in found.items() if name not in expected),
+            (
+                f"misshapen: {name} is {found[name]}, should be {shape}"
+                for name, shape in expected.items()
+                if found.get(name, shape) != shape
+            ),
+        )
+        if listing := "\n  ".join(problems):
+            raise ValueError(f"{self.source} ({self.layout}) does not fit its configuration:\n  {listing}")

@@ -1,0 +1,44 @@
+"""Our own files: safetensors with NNX state paths as names, and a header that says which detector they hold."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+
+from detr_jax.convert.checkpoint import Checkpoint, Entry
+from detr_jax.convert.preset import check_preset
+from detr_jax.files import replacing
+from detr_jax.model.config import DetrConfig, config_from_json, config_to_json
+
+FORMAT = "detr-jax"
+VERSION = 1
+
+
+def write_checkpoint(path: Path, config: DetrConfig, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes a detector's arrays by name. The file appears under its name only once it is whole."""
+    header = {"format": FORMAT, "format_version": str(VERSION), "config": json.dumps(config_to_json(config))}
+    with replacing(path) as temporary:
+        safetensors.numpy.save_file(dict(arrays), temporary, metadata=header)
+
+
+def own_checkpoint(
+    source: str, entries: Mapping[str, Entry], header: Mapping[str, str], preset: str | None = None
+) -> Checkpoint:
+    """A checkpoint from a file whose header says that it is ours.
+
+    Raises:
+        ValueError: if the header is damaged or of a newer version, or the preset contradicts it.
+    """
+    version = header.get("format_version", "")
+    if not version.isdecimal():
+        raise ValueError(f"{source} is damaged: its format_version is {version!r}, not a number")
+    if int(version) > VERSION:
+        raise ValueError(f"{source} has format version {version}; this detr-jax reads up to {VERSION}: update it")
+    try:
+        config = config_from_json(json.loads(header["config"]))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{source} is damaged: its header describes no detector ({error!r})") from error
+    check_preset(source, config, preset)
+    return Checkpoint(source, f"{FORMAT} {version}", config, entries)

@@ -1,0 +1,144 @@
+"""Published checkpoints: which layout their entries have, and which detector they are."""
+
+import dataclasses
+import json
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from detr_jax.convert.checkpoint import Checkpoint, Entry
+from detr_jax.convert.layouts import LAYOUTS, Layout
+from detr_jax.convert.preset import check_preset
+from detr_jax.labels import COCO_LABELS
+from detr_jax.model.config import BackboneConfig, DetrConfig, preset_config
+
+# torch's BatchNorm counts its training steps. Nothing reads the count of a frozen one, but facebook/detr-resnet-50 on
+# the hub still holds those of its four downsampling norms.
+IGNORED_SUFFIX = ".num_batches_tracked"
+
+STAGES = 4
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the entries of a checkpoint cannot tell; None where nothing else told it either.
+
+    Attributes:
+        dilation: whether the last stage is dilated (DC5).
+        labels: class names.
+        heads: of the attention.
+    """
+
+    dilation: bool | None = None
+    labels: tuple[str, ...] | None = None
+    heads: int | None = None
+
+
+def published_checkpoint(
+    source: str, entries: Mapping[str, Entry], preset: str | None = None, facts: Facts | None = None
+) -> Checkpoint:
+    """Recognises the layout of `entries` and infers the detector's configuration from their names and shapes.
+
+    Args:
+        source: where the entries are from, for messages.
+        entries: name -> array.
+        preset: name of the preset that the detector has the architecture of; tells what `facts` does not.
+        facts: what is known beyond the entries.
+
+    Raises:
+        ValueError: if the layout is unknown, or the preset or the facts contradict the entries.
+    """
+    facts = facts or Facts()
+    entries = {name: entry for name, entry in entries.items() if not name.endswith(IGNORED_SUFFIX)}
+    layout = _recognise(source, entries)
+    depths, encoder_layers, decoder_layers = _sizes(layout, entries)
+    defaults = DetrConfig(BackboneConfig(depths))
+    config = dataclasses.replace(
+        defaults,
+        backbone=BackboneConfig(depths, dilate_last=_dilation(source, facts, preset)),
+        labels=_labels(source, facts, _rows(entries, layout.classes, defaults.classes + 1) - 1),
+        heads=facts.heads or defaults.heads,
+        encoder_layers=encoder_layers,
+        decoder_layers=decoder_layers,
+        queries=_rows(entries, layout.queries, defaults.queries),
+    )
+    check_preset(source, config, preset)
+    return Checkpoint(source, layout.name, config, entries, tuple(layout.places(config)))
+
+
+def read_hugging_face_config(path: Path) -> Facts:
+    """What a `config.json` of Hugging Face tells.
+
+    Raises:
+        ValueError: if it is no JSON, or describes a detector that is not a DETR like ours.
+    """
+    try:
+        values = json.loads(path.read_text())
+        names = {int(index): name for index, name in values.get("id2label", {}).items()}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not a configuration of Hugging Face: {error}") from error
+    heads = values.get("encoder_attention_heads", DetrConfig.heads)
+    required = {
+        "model_type": "detr",
+        "activation_function": "relu",
+        "position_embedding_type": "sine",
+        "decoder_attention_heads": heads,
+    }
+    for name, value in required.items():
+        if (found := values.get(name, value)) != value:
+            raise ValueError(f"{path}: {name} is {found!r}, but a DETR here has {value!r}")
+    if sorted(names) != list(range(len(names))):
+        raise ValueError(f"{path}: id2label must name the classes 0 to {len(names) - 1}, but has {sorted(names)}")
+    labels = tuple("" if names[index] == "N/A" else names[index] for index in range(len(names)))
+    return Facts(bool(values.get("dilation", False)), labels or None, heads)
+
+
+def _recognise(source: str, names: Iterable[str]) -> Layout:
+    for layout in LAYOUTS:
+        if any(layout.stages.match(name) for name in names):
+            return layout
+    known = ", ".join(layout.name for layout in LAYOUTS)
+    raise ValueError(f"{source} is no detector in a known layout ({known}); its entries are {sorted(names)[:4]} ...")
+
+
+def _sizes(layout: Layout, names: Iterable[str]) -> tuple[tuple[int, ...], int, int]:
+    """Blocks of each stage, encoder layers, decoder layers."""
+
+    def count(indices: Iterable[str]) -> int:
+        return 1 + max(map(int, indices), default=0)
+
+    def layers(pattern: re.Pattern) -> int:
+        return count(match[1] for name in names if (match := pattern.match(name)))
+
+    blocks = [match.groups() for name in names if (match := layout.stages.match(name))]
+    first = min(int(stage) for stage, _ in blocks)
+    depths = tuple(count(block for stage, block in blocks if int(stage) == first + index) for index in range(STAGES))
+    return depths, layers(layout.encoder), layers(layout.decoder)
+
+
+def _rows(entries: Mapping[str, Entry], name: str, default: int) -> int:
+    """Length of an entry; `default` leaves it to the checkpoint to report one that is missing or has no axes."""
+    return entries[name].shape[0] if name in entries and entries[name].shape else default
+
+
+def _dilation(source: str, facts: Facts, preset: str | None) -> bool:
+    if facts.dilation is not None:
+        return facts.dilation
+    if preset is not None:
+        return preset_config(preset).backbone.dilate_last
+    warnings.warn(
+        f"{source} does not say whether its last stage is dilated (DC5); taken as not. Name a preset to be sure.",
+        stacklevel=2,
+    )
+    return False
+
+
+def _labels(source: str, facts: Facts, classes: int) -> tuple[str, ...]:
+    if facts.labels is not None:
+        if len(facts.labels) != classes:
+            raise ValueError(f"{source} has {classes} classes, but its configuration names {len(facts.labels)}")
+        return facts.labels
+    # The placeholders of Hugging Face.
+    return COCO_LABELS if classes == len(COCO_LABELS) else tuple(f"LABEL_{index}" for index in range(classes))

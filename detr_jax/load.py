@@ -1,0 +1,97 @@
+"""Detectors from the hub, from files and from the package, and back into files."""
+
+import importlib.resources
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from detr_jax.convert import Checkpoint, open_checkpoint, write_checkpoint
+from detr_jax.model import DETR, PRESETS
+from detr_jax.model.parameters import named_parameters
+
+# The main revisions of 2023, with model.safetensors. The other two repositories are followed at "main", because their
+# commits could not be looked up when this was written.
+HUB = {
+    "detr-r50": ("facebook/detr-resnet-50", "1d5f47bd3bdd2c4bbfa585418ffe6da5028b4c0b"),
+    "detr-r50-dc5": ("facebook/detr-resnet-50-dc5", "main"),
+    "detr-r101": ("facebook/detr-resnet-101", "main"),
+    "detr-r101-dc5": ("facebook/detr-resnet-101-dc5", "96317ca979e231bd960cb3cac31328e0165a3e94"),
+}
+EMBEDDED = "detr-tiny"
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def load(name_or_path: str | Path, preset: str | None = None, dtype: jnp.dtype = jnp.float32) -> DETR:
+    """A detector with its trained parameters, which are float32 whatever `dtype` is.
+
+    Args:
+        name_or_path: the name of a preset (`detr-tiny` comes with the package, the others from the Hugging Face hub);
+            a file or folder: an official `.pth` (needs the `torch` extra), safetensors of Hugging Face's DETR (with
+            timm's or transformers' names for the backbone, whole or in shards) or of `detr_jax.save`; or the id of a
+            repository on the hub that holds such a folder.
+        preset: name of the preset whose architecture the checkpoint has. Needed for official files and single files of
+            Hugging Face of a DC5 detector, because nothing in them says that they are DC5.
+        dtype: of the computation.
+
+    Raises:
+        FileNotFoundError: if there is no such file, or it can neither be downloaded nor is in the hub's cache.
+        ImportError: if a `.pth` is to be read and torch is not installed.
+        ValueError: if the checkpoint is damaged, of an unknown layout, incomplete, or contradicts the preset.
+    """
+    name = str(name_or_path)
+    if name in PRESETS:
+        if preset not in (None, name):
+            raise ValueError(f"{name!r} is a preset itself and cannot be loaded as {preset!r}")
+        if name == EMBEDDED:
+            resource = importlib.resources.files("detr_jax.weights") / f"{EMBEDDED}.safetensors"
+            with importlib.resources.as_file(resource) as path:
+                return build(open_checkpoint(path, name), dtype)
+        return build(open_checkpoint(_download(*HUB[name], "model.safetensors"), name), dtype)
+    path = Path(name_or_path)
+    if not path.exists():
+        if not HUB_ID.fullmatch(name) or path.suffix in (".pth", ".pt", ".safetensors"):
+            raise FileNotFoundError(f"{name!r} is no file or folder, no preset ({', '.join(PRESETS)}) and no hub id")
+        path = _download(name)
+    return build(open_checkpoint(path, preset), dtype)
+
+
+def save(model: DETR, path: str | Path) -> None:
+    """Writes a detector's configuration and parameters to a safetensors file, which `load` reads."""
+    arrays = {name: np.asarray(array) for name, array in named_parameters(model).items()}
+    write_checkpoint(Path(path), model.config, arrays)
+
+
+def build(checkpoint: Checkpoint, dtype: jnp.dtype = jnp.float32) -> DETR:
+    """The detector of an opened checkpoint. No parameter is initialised, and each is placed as it is read.
+
+    Raises:
+        ValueError: if entries are missing, left over or misshapen, or hold NaN or infinite values.
+    """
+    abstract = nnx.eval_shape(lambda: DETR(checkpoint.config, dtype=dtype, rngs=nnx.Rngs(0)))
+    graph, state = nnx.split(abstract)
+    leaves = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
+    arrays = checkpoint.arrays({name: leaf.shape for name, (_, leaf) in leaves.items()})
+    placed = [(leaves[name][0], leaves[name][1].replace(jnp.asarray(array))) for name, array in arrays]
+    return nnx.merge(graph, nnx.from_flat_state(placed))
+
+
+def _download(repository: str, revision: str | None = None, filename: str | None = None) -> Path:
+    """One file of a repository on the hub, or the folder with all of a detector's files; from the cache if there."""
+    from huggingface_hub import constants, hf_hub_download, snapshot_download
+
+    try:
+        if filename is not None:
+            return Path(hf_hub_download(repository, filename, revision=revision))
+        files = ["model*.safetensors", "model.safetensors.index.json", "config.json"]
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
+    except OSError as error:
+        wanted = f"{filename or 'a detector'} of {repository}" + (f" at revision {revision}" if revision else "")
+        raise FileNotFoundError(
+            f"{wanted} is not in the hub's cache ({constants.HF_HUB_CACHE}) and could not be downloaded: {error}\n"
+            "Go online once (HF_HUB_OFFLINE must not be set), point HF_HOME to a cache that has it, or load a file: "
+            "detr_jax.load('model.safetensors', preset='detr-r50'). detr_jax.load('detr-tiny') needs no download."
+        ) from error

@@ -1,0 +1,4 @@
+import jax
+
+# Accelerators and some CPUs multiply in less than float32 by default; the golden numbers do not.
+jax.config.update("jax_default_matmul_precision", "highest")

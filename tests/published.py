@@ -1,0 +1,37 @@
+"""Checkpoints in the published layouts, in memory."""
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+from golden.recipe import fill
+
+from detr_jax import DETR, DetrConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+
+MANIFESTS = sorted(path.name.removesuffix("_keys.json") for path in GOLDEN.glob("*_keys.json"))
+
+
+def manifest(name: str) -> dict[str, tuple[int, ...]]:
+    """Shape of every entry by name."""
+    return {key: tuple(shape) for key, shape in json.loads((GOLDEN / f"{name}_keys.json").read_text()).items()}
+
+
+def recipe_entries(name: str) -> dict[str, np.ndarray]:
+    """The official checkpoint that the golden arrays belong to."""
+    return {key: fill(key, shape).astype(np.float32) for key, shape in manifest(name).items()}
+
+
+def empty_entries(name: str) -> dict[str, np.ndarray]:
+    """Zeros that take no memory."""
+    return {key: np.broadcast_to(np.float32(0), shape) for key, shape in manifest(name).items()}
+
+
+@functools.cache
+def parameter_shapes(config: DetrConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of each of a detector's parameters by name."""
+    state = nnx.state(nnx.eval_shape(lambda: DETR(config, rngs=nnx.Rngs(0))))
+    return {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(state)}

@@ -1,0 +1,304 @@
+"""Loading and saving: our own files, folders, the hub, the embedded detector, and what is said when it fails."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+from published import empty_entries, parameter_shapes
+
+import detr_jax
+from detr_jax import convert
+from detr_jax.labels import COCO_LABELS
+from detr_jax.load import build
+from detr_jax.model.parameters import named_parameters
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "convert_weights.py"
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    config = detr_jax.preset_config("detr-tiny")
+    rng = np.random.default_rng(0)
+    entries = {name: rng.uniform(0.01, 0.1, shape) for name, shape in parameter_shapes(config).items()}
+    return build(convert.Checkpoint("random", "detr-jax", config, entries))
+
+
+@pytest.fixture(scope="module")
+def tiny_file(tiny, tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
+    detr_jax.save(tiny, path)
+    return path
+
+
+@pytest.fixture
+def rewritten(tiny_file, tmp_path):
+    """Writes the tiny file anew, with some header values and arrays replaced (or dropped where None)."""
+
+    def rewrite(header=(), arrays=()):
+        with safetensors.safe_open(tiny_file, framework="numpy") as file:
+            header = file.metadata() | dict(header)
+        arrays = safetensors.numpy.load_file(tiny_file) | dict(arrays)
+        path = tmp_path / "rewritten.safetensors"
+        arrays = {name: array for name, array in arrays.items() if array is not None}
+        safetensors.numpy.save_file(arrays, path, metadata={name: v for name, v in header.items() if v is not None})
+        return path
+
+    return rewrite
+
+
+def write_hub_folder(folder, config=None, name="hf_detr_resnet50_timm"):
+    """A folder like a repository on the hub, of zeros."""
+    folder.mkdir(exist_ok=True)
+    entries = {key: np.ascontiguousarray(entry) for key, entry in empty_entries(name).items()}
+    safetensors.numpy.save_file(entries, folder / "model.safetensors", metadata={"format": "pt"})
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps({"model_type": "detr", **config}))
+    return folder
+
+
+def test_round_trip(tiny, tiny_file):
+    loaded = detr_jax.load(tiny_file)
+    assert loaded.config == tiny.config
+    assert detr_jax.fingerprint(loaded) == detr_jax.fingerprint(tiny)
+    pixels = np.random.default_rng(0).standard_normal((1, 96, 128, 3)).astype(np.float32)
+    np.testing.assert_array_equal(loaded(pixels).logits, tiny(pixels).logits)
+
+
+def test_names_and_header(tiny, tiny_file):
+    with safetensors.safe_open(tiny_file, framework="numpy") as file:
+        header = file.metadata()
+        assert set(file.keys()) == set(named_parameters(tiny))
+    assert (header["format"], header["format_version"]) == ("detr-jax", "1")
+    assert json.loads(header["config"])["queries"] == tiny.config.queries
+    assert "transformer.encoder.0.ffn.w_in" in named_parameters(tiny)
+
+
+def test_dtype_is_of_the_computation(tiny_file):
+    model = detr_jax.load(str(tiny_file), dtype=jnp.bfloat16)
+    assert model.dtype == jnp.bfloat16
+    assert {array.dtype for array in named_parameters(model).values()} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_half_precision_files(rewritten, dtype):
+    bias = np.linspace(-1, 1, 10).astype(dtype)
+    loaded = detr_jax.load(rewritten(arrays={"class_head.bias": bias})).class_head.bias[...]
+    assert loaded.dtype == jnp.float32
+    np.testing.assert_array_equal(loaded, bias.astype(np.float32))
+
+
+def test_fingerprint_sees_every_change(tiny):
+    prints = {detr_jax.fingerprint(tiny)}
+    for path in (("class_head", "bias"), ("backbone", "stem", "norm", "var")):
+        changed = nnx.clone(tiny)
+        parameter = changed
+        for name in path:
+            parameter = getattr(parameter, name)
+        parameter[...] = parameter[...].at[0].add(1e-6)
+        prints.add(detr_jax.fingerprint(changed))
+    assert len(prints) == 3
+
+
+@pytest.mark.parametrize(
+    ("header", "arrays", "message"),
+    [
+        ({"format": "other"}, {}, "is no detector in a known layout"),
+        ({"format_version": "2"}, {}, "has format version 2; this detr-jax reads up to 1: update it"),
+        ({"format_version": None}, {}, "is damaged: its format_version is ''"),
+        ({"config": None}, {}, "is damaged: its header describes no detector"),
+        ({"config": '{"backbone": {}}'}, {}, "is damaged: its header describes no detector"),
+        ({"config": "[1"}, {}, "is damaged: its header describes no detector"),
+        ({}, {"class_head.bias": None}, r"missing: class_head.bias \(10,\)"),
+        ({}, {"extra": np.zeros(2)}, r"left over: extra \(2,\)"),
+        ({}, {"class_head.bias": np.zeros(9)}, r"misshapen: class_head.bias is \(9,\), should be \(10,\)"),
+        ({}, {"class_head.bias": np.full(10, np.nan)}, "is damaged: class_head.bias holds NaN"),
+        ({}, {"class_head.bias": np.full(10, np.inf)}, "is damaged: class_head.bias holds NaN or infinite"),
+    ],
+)
+def test_bad_files(rewritten, header, arrays, message):
+    path = rewritten(header, arrays)
+    with pytest.raises(ValueError, match=rf"(?s)rewritten\.safetensors.*{message}"):
+        detr_jax.load(path)
+
+
+def test_truncated(tiny_file, tmp_path):
+    data = tiny_file.read_bytes()
+    for length in (0, 100, len(data) - 1):
+        path = tmp_path / "short.safetensors"
+        path.write_bytes(data[:length])
+        with pytest.raises(ValueError, match=r"short\.safetensors is damaged or cut short"):
+            detr_jax.load(path)
+
+
+def test_interrupted_write_keeps_the_old_file(tiny, tmp_path, monkeypatch):
+    path = tmp_path / "detector.safetensors"
+    path.write_bytes(b"old")
+
+    def interrupted(arrays, filename, metadata):
+        Path(filename).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        detr_jax.save(tiny, path)
+    assert [p.name for p in tmp_path.iterdir()] == ["detector.safetensors"]
+    assert path.read_bytes() == b"old"
+
+
+def test_preset_must_fit(tiny_file):
+    with pytest.raises(ValueError, match=r"tiny\.safetensors is not a detr-r50: depths is"):
+        detr_jax.load(tiny_file, preset="detr-r50")
+    with pytest.raises(ValueError, match="'detr-r50' is a preset itself and cannot be loaded as 'detr-tiny'"):
+        detr_jax.load("detr-r50", preset="detr-tiny")
+
+
+def test_folder_with_labels_and_dilation(tmp_path):
+    folder = write_hub_folder(tmp_path / "hub", {"dilation": True, "id2label": {"0": "N/A", "1": "cat"}})
+    config = detr_jax.load(folder).config
+    assert config.backbone.dilate_last
+    assert config.labels == ("", "cat")
+    with pytest.raises(ValueError, match="hub is not a detr-r50: dilate_last is True, not False"):
+        detr_jax.load(folder, preset="detr-r50")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "conditional_detr"}, "model_type is 'conditional_detr', but a DETR here has 'detr'"),
+        ({"position_embedding_type": "learned"}, "position_embedding_type is 'learned'"),
+        ({"encoder_attention_heads": 4, "decoder_attention_heads": 8}, "decoder_attention_heads is 8"),
+        ({"id2label": {"1": "cat", "2": "dog"}}, r"id2label must name the classes 0 to 1, but has \[1, 2\]"),
+        ({"id2label": {"0": "cat"}}, "has 2 classes, but its configuration names 1"),
+        ({"id2label": {"cat": 0}}, "config.json is not a configuration of Hugging Face"),
+    ],
+)
+def test_bad_configurations(tmp_path, config, message):
+    with pytest.raises(ValueError, match=message):
+        detr_jax.load(write_hub_folder(tmp_path / "hub", config))
+
+
+def test_shards(tmp_path):
+    folder = write_hub_folder(tmp_path / "hub", {})
+    arrays = safetensors.numpy.load_file(folder / "model.safetensors")
+    arrays["class_labels_classifier.bias"] = np.array([1, 2, 3], np.float32)
+    (folder / "model.safetensors").unlink()
+    shards = {"model-1.safetensors": sorted(arrays)[::2], "model-2.safetensors": sorted(arrays)[1::2]}
+    for shard, names in shards.items():
+        safetensors.numpy.save_file({name: arrays[name] for name in names}, folder / shard)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {name: shard for shard, names in shards.items() for name in names}}))
+    np.testing.assert_array_equal(detr_jax.load(folder).class_head.bias[...], [1, 2, 3])
+
+    (folder / "model-2.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"index\.json names model-2\.safetensors, but"):
+        detr_jax.load(folder)
+    index.write_text("[]")
+    with pytest.raises(ValueError, match=r"index\.json is no index"):
+        detr_jax.load(folder)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"'detr-r52' is no file or folder, no preset .* and no hub id"):
+        detr_jax.load("detr-r52")
+    with pytest.raises(FileNotFoundError, match="is no file or folder"):
+        detr_jax.load(tmp_path / "absent.pth")
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(FileNotFoundError, match=r"holds neither model\.safetensors.* it holds pytorch_model\.bin"):
+        detr_jax.load(tmp_path)
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is neither a folder nor a \.safetensors, \.pth"):
+        detr_jax.load(tmp_path / "pytorch_model.bin")
+
+
+def test_preset_from_the_hub(tmp_path, monkeypatch):
+    folder = write_hub_folder(tmp_path / "hub")
+    arrays = safetensors.numpy.load_file(folder / "model.safetensors")
+    arrays["class_labels_classifier.weight"] = np.zeros((92, 256), np.float32)
+    arrays["class_labels_classifier.bias"] = np.zeros(92, np.float32)
+    safetensors.numpy.save_file(arrays, folder / "model.safetensors")
+    asked = []
+
+    def download(*args, **kwargs):
+        asked.append((*args, kwargs))
+        return str(folder / "model.safetensors")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    model = detr_jax.load("detr-r50-dc5")
+    assert model.config == detr_jax.preset_config("detr-r50-dc5")
+    assert model.config.labels == COCO_LABELS
+    assert asked == [("facebook/detr-resnet-50-dc5", "model.safetensors", {"revision": "main"})]
+
+
+def test_hub_id(tmp_path, monkeypatch):
+    folder = write_hub_folder(tmp_path / "hub", {"id2label": {"0": "cat", "1": "dog"}})
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repository, **kwargs: str(folder))
+    assert detr_jax.load("someone/detr-pets").config.labels == ("cat", "dog")
+
+
+@pytest.mark.parametrize("name", ["detr-r101", "someone/detr-pets"])
+def test_offline(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(FileNotFoundError) as error:
+        detr_jax.load(name)
+    message = str(error.value)
+    for part in ("facebook/detr-resnet-101" if name == "detr-r101" else name, str(tmp_path / "cache"), "HF_HOME"):
+        assert part in message
+    assert "detr_jax.load('detr-tiny') needs no download" in message
+
+
+def test_embedded(tiny, tiny_file, monkeypatch):
+    def package(name):
+        assert name == "detr_jax.weights"
+        return tiny_file.parent
+
+    monkeypatch.setattr("importlib.resources.files", package)
+    tiny_file.rename(tiny_file.with_name("detr-tiny.safetensors"))
+    try:
+        assert detr_jax.fingerprint(detr_jax.load("detr-tiny")) == detr_jax.fingerprint(tiny)
+    finally:
+        tiny_file.with_name("detr-tiny.safetensors").rename(tiny_file)
+
+
+def test_import_is_light():
+    code = (
+        "import sys, detr_jax; from jax._src import xla_bridge; "
+        "assert not xla_bridge.backends_are_initialized(), 'a device was initialised'; "
+        "assert not {'torch', 'transformers', 'huggingface_hub', 'matplotlib'} & set(sys.modules), 'heavy imports'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def convert_weights(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["convert_weights.py", *map(str, arguments)])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def test_script(tiny, tiny_file, tmp_path, monkeypatch, capsys):
+    target = tmp_path / "converted.safetensors"
+    convert_weights(monkeypatch, tiny_file, target)
+    printed = capsys.readouterr().out
+    assert f"read {tiny_file}: ResNet (2, 2, 2) of stride 16" in printed
+    assert f"wrote {target}" in printed
+    assert detr_jax.fingerprint(tiny) in printed
+    assert detr_jax.fingerprint(detr_jax.load(target)) == detr_jax.fingerprint(tiny)
+
+    with pytest.raises(SystemExit):
+        convert_weights(monkeypatch, tiny_file, target)
+    assert f"{target} exists" in capsys.readouterr().err
+    convert_weights(monkeypatch, tiny_file, target, "--overwrite")
+
+
+def test_script_help(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        convert_weights(monkeypatch, "--help")
+    printed = capsys.readouterr().out
+    for text in ("--preset", "--overwrite", "hub id"):
+        assert text in printed

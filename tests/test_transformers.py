@@ -1,0 +1,102 @@
+"""End to end with torch: files that torch and transformers wrote, loaded here, with equal outputs."""
+
+import argparse
+import warnings
+
+import numpy as np
+import pytest
+from coco_images import padded, small_images
+from flax import nnx
+from golden.recipe import fill
+from published import recipe_entries
+
+import detr_jax
+from detr_jax import convert
+from detr_jax.load import build
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.fixture(scope="module")
+def official():
+    return recipe_entries("official_detr_r50")
+
+
+@pytest.fixture(scope="module")
+def official_file(official, tmp_path_factory):
+    path = tmp_path_factory.mktemp("official") / "detr-r50.pth"
+    torch.save({"model": {name: torch.from_numpy(entry) for name, entry in official.items()}}, path)
+    return path
+
+
+def test_official_file(official, official_file):
+    expected = build(convert.published_checkpoint("recipe", official, "detr-r50"))
+    model = detr_jax.load(official_file, preset="detr-r50")
+    assert model.config == expected.config
+    assert detr_jax.fingerprint(model) == detr_jax.fingerprint(expected)
+
+
+def test_official_training_checkpoint_tells_dilation(official, tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    state = {name: torch.from_numpy(entry) for name, entry in official.items()}
+    torch.save({"model": state, "args": argparse.Namespace(dilation=True, nheads=8), "epoch": 3}, path)
+    assert convert.open_checkpoint(path).config == detr_jax.preset_config("detr-r50-dc5")
+
+
+def test_damaged_official_files(official_file, tmp_path):
+    path = tmp_path / "bad.pth"
+    for data in (b"", b"no pickle", official_file.read_bytes()[:-1000]):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"bad\.pth is damaged or cut short"):
+            detr_jax.load(path)
+    torch.save({"weights": {}}, path)
+    with pytest.raises(ValueError, match=r"bad\.pth is no official checkpoint: .* under 'model'"):
+        detr_jax.load(path)
+
+
+@nnx.jit
+def forward(model, pixels, mask):
+    outputs = model(pixels, mask)
+    return outputs.logits, outputs.boxes
+
+
+def random_detector(transformers, **config):
+    """A detector whose every parameter and statistic matters, unlike those of a fresh one."""
+    labels = {0: "N/A", 1: "cat", 2: "dog"}
+    config = transformers.DetrConfig(encoder_layers=2, decoder_layers=2, num_queries=30, id2label=labels, **config)
+    model = transformers.DetrForObjectDetection(config).eval()
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if tensor.is_floating_point():
+                tensor.copy_(torch.from_numpy(fill(name, tuple(tensor.shape))))
+                if any(part in name for part in ("q_proj", "k_proj", "query_position")):
+                    tensor.mul_(3)  # so that attention tells tokens and queries apart
+                elif "layer.2.convolution" in name:
+                    tensor.mul_(0.3)  # as the recipe does with conv3, its name elsewhere
+    return model
+
+
+@pytest.mark.parametrize("backbone", ["native", "timm", "timm-dc5"])
+def test_transformers(backbone, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    if backbone == "native":
+        original = random_detector(transformers, use_timm_backbone=False)
+    else:
+        pytest.importorskip("timm")
+        original = random_detector(transformers, dilation=backbone == "timm-dc5")
+    original.save_pretrained(tmp_path, max_shard_size="200MB" if backbone == "native" else "50MB")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = detr_jax.load(tmp_path)
+    assert model.config.labels == ("", "cat", "dog")
+    assert model.config.backbone.dilate_last == (backbone == "timm-dc5")
+    assert (model.config.encoder_layers, model.config.decoder_layers, model.config.queries) == (2, 2, 30)
+
+    pixels, mask = padded(small_images(model.config))
+    with torch.no_grad():
+        expected = original(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(mask).long())
+    logits, boxes = forward(model, pixels, mask)
+    assert np.std(boxes, axis=1).max() > 0.005, "the queries must differ for the comparison to mean something"
+    np.testing.assert_allclose(logits, expected.logits, rtol=0, atol=2e-4)
+    np.testing.assert_allclose(boxes, expected.pred_boxes, rtol=0, atol=2e-5)
