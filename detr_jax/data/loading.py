@@ -1,0 +1,168 @@
+"""Batches of preprocessed images in a few padded shapes, loaded while the last ones are computed."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import grain
+import numpy as np
+
+from detr_jax.data.dataset import Dataset
+from detr_jax.data.transforms import preprocess, resized_size
+from detr_jax.model import DetrConfig
+
+LONG_SIDES = 5
+"""Lengths of the longer side, from square to the cap; a program is compiled for each of them and orientation."""
+
+_READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """Which images a batch holds and how large it is.
+
+    Attributes:
+        indices: of the images in the data set, at most `shape[0]`.
+        shape: (batch, height, width).
+    """
+
+    indices: tuple[int, ...]
+    shape: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images in the top left corners of one shape, and their objects.
+
+    Where images ran out, the batch is filled up with copies of its first one; they are marked and have no entries
+    in `boxes` and `labels`.
+
+    Attributes:
+        pixel_values: (batch, height, width, 3) float32, zero where there is padding.
+        pixel_mask: (batch, height, width) bool, true where the image is.
+        sizes: (batch, 2) int, original height and width in pixels.
+        image_ids: (batch,) int.
+        valid: (batch,) bool, false for copies.
+        boxes: of each valid image, (objects, 4) float32, (x0, y0, x1, y1) in original pixels.
+        labels: of each valid image, (objects,) int32.
+    """
+
+    pixel_values: np.ndarray
+    pixel_mask: np.ndarray
+    sizes: np.ndarray
+    image_ids: np.ndarray
+    valid: np.ndarray
+    boxes: tuple[np.ndarray, ...]
+    labels: tuple[np.ndarray, ...]
+
+
+def padded_size(size: tuple[int, int], config: DetrConfig) -> tuple[int, int]:
+    """The padded (height, width) for an image that was resized to (height, width).
+
+    The shorter side is the configuration's, the longer one of `LONG_SIDES` lengths, both multiples of the stride.
+    Only where the official rounding exceeds the cap is the longer side its own.
+    """
+    stride = config.backbone.stride
+
+    def whole(side: float) -> int:
+        return stride * int(np.ceil(side / stride))
+
+    steps = np.linspace(config.shortest_side, config.longest_side, LONG_SIDES)
+    short = whole(config.shortest_side)
+    long = next((whole(step) for step in steps if whole(step) >= max(size)), whole(max(size)))
+    return (short, long) if size[0] <= size[1] else (long, short)
+
+
+def layout_batches(
+    sizes: np.ndarray,
+    config: DetrConfig,
+    batch_size: int,
+    *,
+    exact: bool = False,
+    shuffle_seed: int | None = None,
+    epoch: int = 0,
+) -> list[BatchLayout]:
+    """Arranges images in batches of one shape each. How many batches there are does not depend on the shuffle.
+
+    Args:
+        sizes: (images, 2), height and width of the original images.
+        config: says how images are resized.
+        batch_size: images per batch.
+        exact: no padding and no copies: every size of image is a shape of its own.
+        shuffle_seed: order images and batches by this seed and the epoch; None keeps the order within a shape.
+        epoch: number of the pass over the data.
+
+    Raises:
+        ValueError: if the batch size is not positive.
+    """
+    if batch_size < 1:
+        raise ValueError(f"a batch needs at least one image, not {batch_size}")
+    rng = None if shuffle_seed is None else np.random.default_rng([shuffle_seed, epoch])
+    order = range(len(sizes)) if rng is None else rng.permutation(len(sizes)).tolist()
+
+    by_shape = defaultdict(list)
+    for index in order:
+        size = resized_size(sizes[index], config.shortest_side, config.longest_side)
+        by_shape[size if exact else padded_size(size, config)].append(index)
+
+    layouts = []
+    for shape, indices in by_shape.items():
+        for first in range(0, len(indices), batch_size):
+            chunk = tuple(indices[first : first + batch_size])
+            layouts.append(BatchLayout(chunk, (len(chunk) if exact else batch_size, *shape)))
+    return layouts if rng is None else [layouts[i] for i in rng.permutation(len(layouts))]
+
+
+def load_batch(dataset: Dataset, config: DetrConfig, layout: BatchLayout) -> Batch:
+    """Reads and preprocesses the images of one batch."""
+    pixel_values = np.zeros((*layout.shape, 3), np.float32)
+    pixel_mask = np.zeros(layout.shape, bool)
+    examples = [dataset[index] for index in layout.indices]
+    for i, example in enumerate(examples):
+        pixels = preprocess(example.image, config)
+        height, width, _ = pixels.shape
+        pixel_values[i, :height, :width] = pixels
+        pixel_mask[i, :height, :width] = True
+    pixel_values[len(examples) :] = pixel_values[0]
+    pixel_mask[len(examples) :] = pixel_mask[0]
+    filled = examples + examples[:1] * (layout.shape[0] - len(examples))
+    return Batch(
+        pixel_values=pixel_values,
+        pixel_mask=pixel_mask,
+        sizes=np.array([e.image.shape[:2] for e in filled]),
+        image_ids=np.array([e.image_id for e in filled]),
+        valid=np.arange(layout.shape[0]) < len(examples),
+        boxes=tuple(e.boxes for e in examples),
+        labels=tuple(e.labels for e in examples),
+    )
+
+
+def batches(
+    dataset: Dataset,
+    config: DetrConfig,
+    batch_size: int,
+    *,
+    exact: bool = False,
+    shuffle_seed: int | None = None,
+    epoch: int = 0,
+    start: int = 0,
+) -> Iterator[Batch]:
+    """One pass over a data set, loaded in the background.
+
+    Args:
+        dataset: the images.
+        config: of the detector that will see them.
+        batch_size: images per batch.
+        exact, shuffle_seed, epoch: see `layout_batches`, which also tells how many batches a pass has.
+        start: index of the first batch, to go on where another run stopped.
+
+    Raises:
+        ValueError: if the batch size is not positive, or the pass has fewer than `start` batches.
+    """
+    layouts = layout_batches(
+        dataset.image_sizes(), config, batch_size, exact=exact, shuffle_seed=shuffle_seed, epoch=epoch
+    )
+    if not 0 <= start <= len(layouts):
+        raise ValueError(f"cannot start at batch {start} of {len(layouts)}")
+    loaded = grain.MapDataset.source(layouts[start:]).map(lambda layout: load_batch(dataset, config, layout))
+    return iter(loaded.to_iter_dataset(_READ_OPTIONS))

@@ -1,0 +1,182 @@
+"""COCO's average precision by pycocotools, and confidence intervals of it by resampling images."""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+"""COCO's twelve numbers: mean over IoU .50 to .95 unless a threshold is named; s, m, l are object sizes, numbers
+after AR are detections per image."""
+
+
+@dataclass(frozen=True)
+class CategoryMatches:
+    """The detections of one category over all images, best first.
+
+    Attributes:
+        image: (detections,) int, index of the image.
+        hit: (IoU thresholds, detections) bool, matched an object.
+        miss: (IoU thresholds, detections) bool, matched nothing; crowds make detections neither hit nor miss.
+        objects: (images,) int, objects to be found in each image.
+    """
+
+    image: np.ndarray
+    hit: np.ndarray
+    miss: np.ndarray
+    objects: np.ndarray
+
+
+@dataclass(frozen=True)
+class CocoScores:
+    """How good detections are.
+
+    Attributes:
+        numbers: the twelve `METRICS`; -1, as in pycocotools, where no object defines one.
+        category_ap: AP of every category with objects, by name.
+        image_ids: the images, sorted.
+        matches: of every category with objects, what resampling needs.
+    """
+
+    numbers: dict[str, float]
+    category_ap: dict[str, float]
+    image_ids: tuple[int, ...]
+    matches: tuple[CategoryMatches, ...]
+
+
+def score(ground_truth: dict, results: list[dict], image_ids: Sequence[int]) -> CocoScores:
+    """Compares detections with the ground truth.
+
+    Args:
+        ground_truth: in the layout of COCO's `instances_*.json`.
+        results: in COCO's results format, boxes as (x, y, width, height) in pixels; may be empty.
+        image_ids: the images to evaluate; those without objects or detections count too.
+
+    Raises:
+        ValueError: if there are no images, or a result belongs to an image that is not in the ground truth.
+    """
+    if not len(image_ids):
+        raise ValueError("there are no images to evaluate")
+    known = {image["id"] for image in ground_truth["images"]}
+    if unknown := {result["image_id"] for result in results} - known:
+        raise ValueError(f"there are results for image {min(unknown)}, which is not in the ground truth")
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(_index(ground_truth, ground_truth["annotations"]), _index(ground_truth, results), "bbox")
+        evaluation.params.imgIds = list(image_ids)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+
+    categories, images = evaluation.params.catIds, evaluation.params.imgIds
+    # evalImgs runs over categories, areas, images; the first area is "all".
+    per_category = np.array(evaluation.evalImgs, object).reshape(len(categories), -1, len(images))[:, 0]
+    names = {category["id"]: category["name"] for category in ground_truth["categories"]}
+    matches = {names[c]: _matches(entries) for c, entries in zip(categories, per_category, strict=True)}
+    matches = {name: m for name, m in matches.items() if m.objects.any()}
+    once = np.ones(len(images))
+    return CocoScores(
+        numbers=dict(zip(METRICS, map(float, evaluation.stats), strict=True)),
+        category_ap={name: category_ap(m, once) for name, m in matches.items()},
+        image_ids=tuple(int(i) for i in images),
+        matches=tuple(matches.values()),
+    )
+
+
+def category_ap(matches: CategoryMatches, weights: np.ndarray) -> float:
+    """AP of one category when image i counts `weights[i]` times; NaN if no object is left.
+
+    Equal to what `COCOeval.accumulate` computes from repeated images, but for the order among equal scores: the
+    repetitions of one detection are consecutive, and the envelope of precision does not see points inside such a run.
+    """
+    objects = matches.objects @ weights
+    if objects == 0:
+        return float("nan")
+    repeated = weights[matches.image]
+    hits, misses = (np.cumsum(m * repeated, axis=1) for m in (matches.hit, matches.miss))
+    precision = hits / (hits + misses + np.spacing(1))
+    envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    envelope = np.pad(envelope, ((0, 0), (0, 1)))  # recalls that are never reached have precision 0
+    points = [np.searchsorted(recall, _RECALLS) for recall in hits / objects]
+    return float(np.take_along_axis(envelope, np.array(points), axis=1).mean())
+
+
+def bootstrap(scores: CocoScores, replicates: int = 200, seed: int = 0) -> np.ndarray:
+    """(replicates,) AP of the same detections on images drawn with replacement.
+
+    The draws depend on the seed and the number of images only, so two detectors on the same images are drawn alike
+    and their replicates can be subtracted. A draw without any object gives NaN.
+
+    Raises:
+        ValueError: if there are to be no replicates.
+    """
+    if replicates < 1:
+        raise ValueError(f"a bootstrap needs at least one replicate, not {replicates}")
+    images = len(scores.image_ids)
+    draws = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), replicates)
+    samples = np.array([[category_ap(m, weights) for m in scores.matches] for weights in draws])
+    defined = ~np.isnan(samples)
+    return np.where(defined, samples, 0).sum(1) / np.where(defined.any(1), defined.sum(1), np.nan)
+
+
+def confidence_interval(samples: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """The central `level` of bootstrap replicates of an AP or a difference of two; (-1, -1) if all are NaN."""
+    if np.isnan(samples).all():
+        return -1.0, -1.0
+    low, high = np.nanquantile(samples, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def bootstrap_difference(a: CocoScores, b: CocoScores, replicates: int = 200, seed: int = 0) -> np.ndarray:
+    """(replicates,) AP of `a` minus AP of `b`, both on the same drawn images.
+
+    Raises:
+        ValueError: if the two were not measured on the same images.
+    """
+    if a.image_ids != b.image_ids:
+        raise ValueError(
+            f"a paired difference needs the same images: {len(a.image_ids)} and {len(b.image_ids)} were given, "
+            f"{len(set(a.image_ids) & set(b.image_ids))} of them common"
+        )
+    return bootstrap(a, replicates, seed) - bootstrap(b, replicates, seed)
+
+
+_RECALLS = np.linspace(0, 1, 101)  # pycocotools' recThrs
+
+
+def _index(ground_truth: dict, objects: list[dict]) -> COCO:
+    """Ground truth or results as pycocotools wants them, without touching the originals."""
+    coco = COCO()
+    coco.dataset = {
+        "images": ground_truth["images"],
+        "categories": ground_truth["categories"],
+        "annotations": [
+            # pycocotools takes a match with id 0 for no match
+            {"area": o["bbox"][2] * o["bbox"][3], "iscrowd": 0, **o, "id": i}
+            for i, o in enumerate(objects, 1)
+        ],
+    }
+    coco.createIndex()
+    return coco
+
+
+def _matches(entries: np.ndarray) -> CategoryMatches:
+    """(images,) pycocotools' results of one category in each image, None where there is nothing."""
+    present = [(i, entry) for i, entry in enumerate(entries) if entry is not None]
+    objects = np.zeros(len(entries), int)
+    for i, entry in present:
+        objects[i] = np.count_nonzero(np.equal(entry["gtIgnore"], 0))
+    if not present:
+        nothing = np.zeros((0, 0), bool)
+        return CategoryMatches(np.zeros(0, int), nothing, nothing, objects)
+    scores = np.concatenate([entry["dtScores"] for _, entry in present])
+    best_first = np.argsort(-scores, kind="stable")
+    image = np.repeat([i for i, _ in present], [len(entry["dtScores"]) for _, entry in present])
+    matched = np.concatenate([entry["dtMatches"] for _, entry in present], axis=1).astype(bool)
+    ignored = np.concatenate([entry["dtIgnore"] for _, entry in present], axis=1).astype(bool)
+    return CategoryMatches(
+        image[best_first], (matched & ~ignored)[:, best_first], (~matched & ~ignored)[:, best_first], objects
+    )

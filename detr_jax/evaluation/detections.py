@@ -1,0 +1,89 @@
+"""Running a detector over a data set."""
+
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from detr_jax.data.dataset import Dataset
+from detr_jax.data.loading import Batch, batches
+from detr_jax.model import DETR, DetrOutputs, Selectors
+from detr_jax.model.postprocess import Detections, postprocess
+
+
+@jax.jit
+def detect(
+    model: DETR, pixel_values: jax.Array, pixel_mask: jax.Array, sizes: jax.Array, selectors: Selectors | None = None
+) -> tuple[DetrOutputs, Detections]:
+    """One batch, compiled once per shape and kind of detector, not per value of its weights or selectors.
+
+    Args:
+        model: the detector.
+        pixel_values: (batch, height, width, 3) float32.
+        pixel_mask: (batch, height, width) bool.
+        sizes: (batch, 2) original height and width in pixels.
+        selectors: selector of each sparse FFN by name.
+    """
+    outputs = model(pixel_values, pixel_mask, selectors=selectors)
+    return outputs, postprocess(outputs.logits, outputs.boxes, sizes)
+
+
+def predictions(
+    model: DETR,
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    selectors: Selectors | None = None,
+    exact: bool = False,
+    progress: bool = True,
+) -> Iterator[tuple[Batch, DetrOutputs, Detections]]:
+    """What the detector says about every image of a data set, batch by batch, as numpy arrays.
+
+    Args:
+        model: the detector.
+        dataset: the images.
+        batch_size: images per batch.
+        selectors: selector of each sparse FFN by name.
+        exact: without padding; compiles for every size of image.
+        progress: show a bar with images per second.
+
+    Raises:
+        ValueError: if a score is not finite.
+    """
+    with tqdm(total=len(dataset), unit="image", disable=not progress) as bar:
+        for batch in batches(dataset, model.config, batch_size, exact=exact):
+            outputs, detections = jax.device_get(
+                detect(model, batch.pixel_values, batch.pixel_mask, batch.sizes, selectors)
+            )
+            if not np.isfinite(detections.scores).all():
+                raise ValueError(f"the detector's scores for images {batch.image_ids.tolist()} are not finite")
+            yield batch, outputs, detections
+            bar.update(int(batch.valid.sum()))
+
+
+def coco_results(batch: Batch, detections: Detections) -> list[dict]:
+    """Detections in COCO's results format, one for every object query of every valid image."""
+    corners = np.asarray(detections.boxes, np.float64)
+    boxes = np.concatenate([corners[..., :2], corners[..., 2:] - corners[..., :2]], axis=-1)
+    return [
+        {"image_id": int(batch.image_ids[i]), "category_id": label, "bbox": box, "score": score}
+        for i in np.flatnonzero(batch.valid)
+        for label, box, score in zip(
+            detections.labels[i].tolist(), boxes[i].tolist(), detections.scores[i].tolist(), strict=True
+        )
+    ]
+
+
+def detect_dataset(
+    model: DETR,
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    selectors: Selectors | None = None,
+    exact: bool = False,
+    progress: bool = True,
+) -> list[dict]:
+    """Every image's detections in COCO's results format; arguments and errors as in `predictions`."""
+    passes = predictions(model, dataset, batch_size, selectors=selectors, exact=exact, progress=progress)
+    return [result for batch, _, detections in passes for result in coco_results(batch, detections)]

@@ -1,0 +1,100 @@
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import TINY_CONFIG, annotation, tiny_detector, write_coco
+
+from detr_jax.data.coco import CocoDataset
+from detr_jax.evaluation.detections import coco_results, detect, detect_dataset, predictions
+from detr_jax.evaluation.padding import padding_effect
+from detr_jax.model.postprocess import Detections
+
+SIZES = [(20, 30), (30, 20), (20, 30), (20, 29)]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FirstGroups:
+    """Keeps the groups whose index is below a threshold."""
+
+    threshold: jax.Array
+
+    def __call__(self, x):
+        return jnp.broadcast_to(jnp.arange(4) < self.threshold, (*x.shape[:-1], 4))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_detector()
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    annotations = [annotation(1, 1, (1, 2, 10, 12)), annotation(2, 3, (5, 5, 8, 9), category_id=2)]
+    return CocoDataset(write_coco(tmp_path_factory.mktemp("coco"), SIZES, annotations), "val2017")
+
+
+def by_image(results):
+    return {i: [r for r in results if r["image_id"] == i] for i in {r["image_id"] for r in results}}
+
+
+def test_every_image_gets_a_result_for_every_query(model, dataset):
+    results = by_image(detect_dataset(model, dataset, 2, progress=False))
+    assert sorted(results) == dataset.image_ids()
+    assert all(len(r) == TINY_CONFIG.queries for r in results.values())
+
+
+def test_the_batch_size_does_not_matter(model, dataset):
+    one, two = (by_image(detect_dataset(model, dataset, size, progress=False)) for size in (1, 2))
+    for image_id, results in one.items():
+        for a, b in zip(results, two[image_id], strict=True):
+            assert a["category_id"] == b["category_id"]
+            np.testing.assert_allclose(a["score"], b["score"], atol=1e-5)
+            np.testing.assert_allclose(a["bbox"], b["bbox"], atol=1e-3)
+
+
+def test_it_compiles_once_per_shape(model, dataset):
+    detect.clear_cache()
+    shapes = {batch.pixel_mask.shape for batch, _, _ in predictions(model, dataset, 2, progress=False)}
+    assert len(shapes) == 2
+    assert detect._cache_size() == len(shapes)
+    detect_dataset(tiny_detector(1), dataset, 2, progress=False)  # other weights
+    assert detect._cache_size() == len(shapes)
+
+
+def test_new_thresholds_do_not_compile_again(model, dataset):
+    def results(threshold):
+        selectors = {"encoder.0": FirstGroups(jnp.array(threshold))}
+        return detect_dataset(model, dataset, 2, selectors=selectors, progress=False)
+
+    dense, everything = detect_dataset(model, dataset, 2, progress=False), results(4)
+    compiled = detect._cache_size()
+    half = results(2)
+    assert detect._cache_size() == compiled
+    np.testing.assert_allclose([r["score"] for r in everything], [r["score"] for r in dense], atol=1e-6)
+    assert max(abs(a["score"] - b["score"]) for a, b in zip(half, dense, strict=True)) > 1e-6
+
+
+def test_boxes_become_width_and_height_and_copies_are_left_out(dataset):
+    batch = next(b for b, _, _ in predictions(tiny_detector(), dataset, 2, progress=False) if not b.valid.all())
+    boxes = np.array([[[1, 2, 4, 8]]] * 2, np.float32)
+    found = Detections(np.full((2, 1), 0.5, np.float32), np.ones((2, 1), np.int32), boxes)
+    (result,) = coco_results(batch, found)
+    assert result == {"image_id": batch.image_ids[0], "category_id": 1, "bbox": [1, 2, 3, 6], "score": 0.5}
+
+
+def test_scores_that_are_not_finite_are_named(dataset):
+    model = tiny_detector()
+    model.class_head.bias[...] = jnp.full(4, jnp.nan)
+    with pytest.raises(ValueError, match=r"scores for images \[1, 3\] are not finite"):
+        detect_dataset(model, dataset, 2, progress=False)
+
+
+def test_padding_changes_little(model, dataset):
+    report = padding_effect(model, dataset, 2)
+    assert report["images"] == len(SIZES)
+    assert 0 < report["change"]["boxes"]["max"] < 0.1
+    assert report["change"]["boxes"]["median"] < report["change"]["boxes"]["max"]
+    assert set(report["AP"]) == {"padded", "exact"}

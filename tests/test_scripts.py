@@ -1,0 +1,139 @@
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import annotation, tiny_detector, write_coco
+
+import detr_jax
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    detr_jax.save(tiny_detector(), path)
+    return path
+
+
+@pytest.fixture
+def coco(tmp_path):
+    return write_coco(tmp_path / "coco", [(20, 30), (30, 20), (16, 16)], [annotation(1, 1, (1, 2, 10, 12))])
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Runs a script as from the command line; returns its exit status."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        try:
+            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    return run
+
+
+def refused(capsys):
+    """The one line on stderr that tells what was wrong."""
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_evaluate_on_coco(script, checkpoint, coco, tmp_path, capsys):
+    out = tmp_path / "runs/result.json"
+    arguments = ("--model", checkpoint, "--coco", coco, "--split", "val2017", "--batch-size", 2, "--out", out)
+    assert script("evaluate.py", *arguments, "--padding-report", 2) == 0
+    printed = capsys.readouterr()
+    assert "AP75" in printed.out
+    assert "absolute change" in printed.out
+    assert "warning" not in printed.err
+    report = json.loads(out.read_text())
+    assert (report["dataset"], report["images"], report["padding"]["images"]) == ("val2017", 3, 2)
+    assert len(report["numbers"]) == 12
+    assert len(report["AP_interval"]) == 2
+    assert report["arguments"]["batch_size"] == 2
+    assert "jax" in report["versions"]
+
+    before = out.read_bytes()
+    assert script("evaluate.py", *arguments) == 2
+    assert "exists" in refused(capsys)
+    assert out.read_bytes() == before
+    assert script("evaluate.py", *arguments, "--overwrite", "--images", 1, "--exact-shapes") == 0
+    assert json.loads(out.read_text())["images"] == 1
+
+
+def test_evaluate_on_scenes_of_which_the_detector_knows_no_class(script, checkpoint, tmp_path, capsys):
+    out = tmp_path / "result.json"
+    assert script("evaluate.py", "--model", checkpoint, "--images", 3, "--out", out) == 0
+    assert "8 of 8 categories are not the detector's classes; 1 is 'circle'" in capsys.readouterr().err
+    assert json.loads(out.read_text())["dataset"] == "scenes-val"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--coco", "nowhere"), "nowhere"),
+        (("--images", "0"), "asked for 0"),
+        (("--padding-report", "601"), "asked for 601"),
+        (("--model", "nothing.safetensors"), "nothing.safetensors"),
+        (("--batch-size", "0"), "at least one image"),
+    ],
+)
+def test_evaluate_tells_what_is_wrong(script, checkpoint, tmp_path, capsys, arguments, message):
+    out = tmp_path / "result.json"
+    assert script("evaluate.py", "--model", checkpoint, "--images", 2, "--out", out, *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_detect(script, checkpoint, tmp_path, capsys):
+    images = [tmp_path / "a.png", tmp_path / "b.jpg"]
+    for path, size in zip(images, ((50, 40), (128, 128)), strict=True):
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)).save(path)
+    out = tmp_path / "found"
+    arguments = (*images, "--model", checkpoint, "--threshold", 0, "--out", out)
+    assert script("detect.py", *arguments) == 0
+    assert {path.name for path in out.iterdir()} == {"a.png", "a.json", "b.png", "b.json"}
+    report = json.loads((out / "a.json").read_text())
+    assert report["image"] == str(images[0])
+    scores = [found["score"] for found in report["detections"]]
+    assert len(scores) == 5
+    assert scores == sorted(scores, reverse=True)
+    assert set(report["detections"][0]) == {"label", "score", "box"}
+    assert Image.open(out / "b.png").size == (640, 640)
+
+    capsys.readouterr()
+    assert script("detect.py", *arguments) == 2
+    assert "a.png exists" in refused(capsys)
+    assert script("detect.py", *arguments, "--overwrite") == 0
+
+
+def test_detect_tells_what_is_wrong(script, checkpoint, tmp_path, capsys):
+    (tmp_path / "text.jpg").write_text("no image")
+    (tmp_path / "text.png").write_text("no image")
+    out = ("--model", checkpoint, "--out", tmp_path / "found")
+    for images, message in (
+        ((), "no images given"),
+        ((tmp_path / "missing.jpg",), "missing.jpg"),
+        ((tmp_path / "text.jpg",), "text.jpg as an image"),
+        ((tmp_path / "text.jpg", tmp_path / "text.png"), "2 images are named text"),
+    ):
+        assert script("detect.py", *images, *out) == 2
+        assert message in refused(capsys)
+    assert not (tmp_path / "found").exists()
+    assert script("detect.py", tmp_path / "text.jpg", *out, "--threshold", 70) == 2
+    assert "from 0 to 1, not 70" in refused(capsys)
+
+
+@pytest.mark.parametrize("name", ["evaluate.py", "detect.py"])
+def test_help(script, name, capsys):
+    assert script(name, "--help") == 0
+    assert "--overwrite" in capsys.readouterr().out
