@@ -12,6 +12,7 @@ import tyro
 import detr_jax
 from detr_jax import cli
 from detr_jax.data.image_files import ImageFiles
+from detr_jax.data.scenes import ScenesDataset
 from detr_jax.evaluation.detections import predictions
 from detr_jax.evaluation.drawing import draw_detections
 from detr_jax.files import refuse_existing, replacing, write_json
@@ -30,6 +31,8 @@ class Arguments:
     """Image files."""
     out: Path
     """Folder for <name>.png and <name>.json of every image."""
+    scenes: int = 0
+    """Instead of files, take the first so many generated validation scenes, which detr-tiny was made for."""
     model: str = "detr-tiny"
     """Name of a detector or path of a checkpoint."""
     preset: str | None = None
@@ -43,26 +46,27 @@ class Arguments:
 
 
 def detect(arguments: Arguments) -> None:
-    if not arguments.images:
+    if bool(arguments.images) == bool(arguments.scenes):
         raise ValueError(
-            "no images given; name one or more files. The default detr-tiny knows only the shapes of generated scenes "
-            "(detr_jax.data.scenes); for photographs choose e.g. --model detr-r50"
+            "name one or more image files, or ask for generated scenes by --scenes 4. The default detr-tiny knows only "
+            "the shapes of those scenes; for photographs choose e.g. --model detr-r50"
         )
     if not 0 <= arguments.threshold <= 1:
         raise ValueError(f"the threshold is a score from 0 to 1, not {arguments.threshold}")
-    name, count = Counter(path.stem for path in arguments.images).most_common(1)[0]
+    paths = arguments.images or tuple(Path(f"scene-{i}") for i in range(arguments.scenes))
+    name, count = Counter(path.stem for path in paths).most_common(1)[0]
     if count > 1:
         raise ValueError(f"{count} images are named {name}, their outputs would replace each other")
-    for path in arguments.images:
+    for path in paths:
         for suffix in (".png", ".json"):
             refuse_existing(arguments.out / (path.stem + suffix), arguments.overwrite)
-    dataset = ImageFiles(arguments.images)
+    dataset = ImageFiles(arguments.images) if arguments.images else ScenesDataset("val", arguments.scenes)
     model = detr_jax.load(arguments.model, preset=arguments.preset, dtype=jnp.dtype(arguments.dtype))
     names = model.config.labels
 
     for batch, _, detections in predictions(model, dataset, batch_size=1, progress=False):
         index = int(batch.image_ids[0])
-        path = arguments.images[index]
+        path = paths[index]
         kept = np.flatnonzero(detections.scores[0] >= arguments.threshold)
         found = Detections(detections.scores[0][kept], detections.labels[0][kept], detections.boxes[0][kept])
         with replacing(arguments.out / f"{path.stem}.png") as temporary:

@@ -15,6 +15,7 @@ from detr_jax.evaluation.coco_ap import CocoScores, bootstrap, confidence_interv
 from detr_jax.evaluation.detections import detect_dataset
 from detr_jax.evaluation.padding import padding_effect
 from detr_jax.files import refuse_existing, write_json
+from detr_jax.sparsity import load_plan
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Arguments:
     """Name of a detector or path of a checkpoint."""
     preset: str | None = None
     """Architecture of a checkpoint that does not say which it is, e.g. detr-r50."""
+    plan: Path | None = None
+    """Plan of the detector, as scripts/train_gates.py writes it: evaluate it sparse instead of dense."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the computation."""
     coco: Path | None = None
@@ -83,11 +86,12 @@ def evaluate(arguments: Arguments) -> None:
     if arguments.padding_report is not None:
         sample = open_dataset(arguments.coco, arguments.split, arguments.padding_report)
     model = detr_jax.load(arguments.model, preset=arguments.preset, dtype=jnp.dtype(arguments.dtype))
+    selectors = {} if arguments.plan is None else load_plan(arguments.plan, model).gates
     ground_truth = dataset.ground_truth()
     warn_of_other_classes(model.config.labels, ground_truth["categories"])
 
     started = time.perf_counter()
-    results = detect_dataset(model, dataset, arguments.batch_size, exact=arguments.exact_shapes)
+    results = detect_dataset(model, dataset, arguments.batch_size, selectors=selectors, exact=arguments.exact_shapes)
     seconds = time.perf_counter() - started
     scores = score(ground_truth, results, dataset.image_ids())
     interval = confidence_interval(bootstrap(scores))

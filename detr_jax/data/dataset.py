@@ -43,3 +43,42 @@ class Dataset(Protocol):
     def ground_truth(self) -> dict:
         """The annotations as a dictionary in the layout of COCO's `instances_*.json`."""
         ...
+
+
+class Subset:
+    """A range of a data set's images, as a data set.
+
+    Args:
+        dataset: the whole.
+        start, stop: indices of the first image and of the one after the last.
+
+    Raises:
+        ValueError: if the range is empty or reaches beyond the data set.
+    """
+
+    def __init__(self, dataset: Dataset, start: int, stop: int):
+        if not 0 <= start < stop <= len(dataset):
+            raise ValueError(f"{dataset.name} has {len(dataset)} images; there is no range from {start} to {stop}")
+        self.name = f"{dataset.name}[{start}:{stop}]"
+        self._dataset = dataset
+        self._range = range(start, stop)
+
+    def __len__(self) -> int:
+        return len(self._range)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._dataset[self._range[index]]
+
+    def image_sizes(self) -> np.ndarray:
+        return self._dataset.image_sizes()[self._range.start : self._range.stop]
+
+    def image_ids(self) -> list[int]:
+        return self._dataset.image_ids()[self._range.start : self._range.stop]
+
+    def ground_truth(self) -> dict:
+        chosen = set(self.image_ids())
+        whole = self._dataset.ground_truth()
+        return whole | {
+            "images": [image for image in whole["images"] if image["id"] in chosen],
+            "annotations": [a for a in whole["annotations"] if a["image_id"] in chosen],
+        }

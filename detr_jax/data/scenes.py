@@ -52,22 +52,20 @@ class ScenesDataset:
     Args:
         split: "val" (600 fixed scenes) or "train" (as many as anybody wants).
         images: use the first so many scenes only.
-        start: index of the first scene; held-out training scenes start where the others end.
 
     Raises:
         ValueError: if the split does not exist or has fewer images.
     """
 
-    def __init__(self, split: str, images: int | None = None, start: int = 0):
+    def __init__(self, split: str, images: int | None = None):
         if split not in _SPLITS:
             raise ValueError(f"scenes have the splits {', '.join(_SPLITS)}, not {split!r}")
-        available = (VALIDATION_IMAGES if split == "val" else TRAINING_IMAGES) - start
+        available = VALIDATION_IMAGES if split == "val" else TRAINING_IMAGES
         images = available if images is None else images
         if not 0 < images <= available:
-            raise ValueError(f"the {split} split of scenes has {available} images from {start}, asked for {images}")
+            raise ValueError(f"the {split} split of scenes has {available} images, asked for {images}")
         self.split = split
         self.name = f"scenes-{split}"
-        self._start = start
         self._images = images
 
     def __len__(self) -> int:
@@ -76,14 +74,14 @@ class ScenesDataset:
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < self._images:
             raise IndexError(f"{self.name} has {self._images} images, no index {index}")
-        scene = render_scene(self.split, self._start + index)
-        return Example(self._start + index, scene.image, scene.boxes, scene.labels)
+        scene = render_scene(self.split, index)
+        return Example(index, scene.image, scene.boxes, scene.labels)
 
     def image_sizes(self) -> np.ndarray:
         return np.full((self._images, 2), SIDE)
 
     def image_ids(self) -> list[int]:
-        return list(range(self._start, self._start + self._images))
+        return list(range(self._images))
 
     def ground_truth(self) -> dict:
         annotations = []

@@ -1,6 +1,8 @@
 """Running a detector over a data set."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import jax
 import numpy as np
@@ -10,6 +12,7 @@ from detr_jax.data.dataset import Dataset
 from detr_jax.data.loading import Batch, batches
 from detr_jax.model import DETR, DetrOutputs, Selectors
 from detr_jax.model.postprocess import Detections, postprocess
+from detr_jax.sparsity.statistics import FiringCounts, count_firing, total_counts
 
 
 @jax.jit
@@ -27,6 +30,23 @@ def detect(
     """
     outputs = model(pixel_values, pixel_mask, selectors=selectors)
     return outputs, postprocess(outputs.logits, outputs.boxes, sizes)
+
+
+@partial(jax.jit, static_argnames="group_size")
+def detect_and_count(
+    model: DETR,
+    pixel_values: jax.Array,
+    pixel_mask: jax.Array,
+    sizes: jax.Array,
+    valid: jax.Array,
+    selectors: Selectors,
+    *,
+    group_size: int,
+) -> tuple[Detections, dict[str, FiringCounts]]:
+    """As `detect`, and what fires in every FFN in groups of `group_size`; `valid` (batch,) says which images count."""
+    outputs = model(pixel_values, pixel_mask, selectors=selectors, trace=True)
+    counts = {name: count_firing(trace, valid, selectors, name, group_size) for name, trace in outputs.traces.items()}
+    return postprocess(outputs.logits, outputs.boxes, sizes), counts
 
 
 def predictions(
@@ -87,3 +107,55 @@ def detect_dataset(
     """Every image's detections in COCO's results format; arguments and errors as in `predictions`."""
     passes = predictions(model, dataset, batch_size, selectors=selectors, exact=exact, progress=progress)
     return [result for batch, _, detections in passes for result in coco_results(batch, detections)]
+
+
+@dataclass(frozen=True)
+class MeasuredDetections:
+    """Detections of a data set and what fired while they were made.
+
+    Attributes:
+        results: in COCO's results format.
+        counts: of every FFN by name, in the forward passes that the selectors acted on.
+    """
+
+    results: list[dict]
+    counts: dict[str, FiringCounts]
+
+
+def measure_dataset(
+    model: DETR,
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    selectors: Selectors,
+    group_size: int,
+    progress: str,
+) -> MeasuredDetections:
+    """Every image's detections, and the firing counts of every FFN.
+
+    Args:
+        model: the detector.
+        dataset: the images.
+        batch_size: images per batch.
+        selectors: selector of each sparse FFN by name; empty for the dense detector.
+        group_size: neurons per group, for the counts.
+        progress: title of the progress bar.
+    """
+    results, counts = [], []
+    with tqdm(total=len(dataset), unit="image", desc=progress) as bar:
+        for batch in batches(dataset, model.config, batch_size):
+            detections, counted = jax.device_get(
+                detect_and_count(
+                    model,
+                    batch.pixel_values,
+                    batch.pixel_mask,
+                    batch.sizes,
+                    batch.valid,
+                    selectors,
+                    group_size=group_size,
+                )
+            )
+            results += coco_results(batch, detections)
+            counts.append(counted)
+            bar.update(int(batch.valid.sum()))
+    return MeasuredDetections(results, total_counts(counts))

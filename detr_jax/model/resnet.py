@@ -13,16 +13,23 @@ BATCH_NORM_EPSILON = 1e-5
 
 
 class FrozenBatchNorm(nnx.Module):
-    """Batch norm whose statistics never change: an affine map per channel."""
+    """Batch norm whose statistics never change: an affine map per channel.
 
-    def __init__(self, features: int, *, scale_init: float = 1.0, dtype: jnp.dtype):
-        self.scale = nnx.Param(jnp.full((features,), scale_init))
+    A detector that is trained from scratch takes its statistics from one batch, by a call while `fit` is set.
+    """
+
+    def __init__(self, features: int, *, dtype: jnp.dtype):
+        self.scale = nnx.Param(jnp.ones((features,)))
         self.bias = nnx.Param(jnp.zeros((features,)))
         self.mean = nnx.BatchStat(jnp.zeros((features,)))
         self.var = nnx.BatchStat(jnp.ones((features,)))
         self.dtype = dtype
+        self.fit = False
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        if self.fit:
+            self.mean[...] = x.mean((0, 1, 2))
+            self.var[...] = x.var((0, 1, 2))
         scale = self.scale[...] * jax.lax.rsqrt(self.var[...] + BATCH_NORM_EPSILON)
         shift = self.bias[...] - self.mean[...] * scale
         return x * scale.astype(self.dtype) + shift.astype(self.dtype)
@@ -39,7 +46,6 @@ class ConvNorm(nnx.Module):
         *,
         stride: int = 1,
         dilation: int = 1,
-        scale_init: float = 1.0,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
@@ -56,10 +62,16 @@ class ConvNorm(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.norm = FrozenBatchNorm(features_out, scale_init=scale_init, dtype=dtype)
+        self.norm = FrozenBatchNorm(features_out, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.norm(self.conv(x))
+        return self.norm(_pointwise(self.conv, x) if self.conv.kernel_size == (1, 1) else self.conv(x))
+
+
+def _pointwise(conv: nnx.Conv, x: jax.Array) -> jax.Array:
+    """A 1x1 convolution as the matrix product that it is: on CPUs XLA computes products faster than convolutions."""
+    x, kernel = conv.promote_dtype((x, conv.kernel[...]), dtype=conv.dtype)
+    return x[:, :: conv.strides, :: conv.strides] @ kernel[0, 0]
 
 
 class Bottleneck(nnx.Module):
@@ -78,8 +90,7 @@ class Bottleneck(nnx.Module):
         features_out = 4 * width
         self.conv1 = ConvNorm(features_in, width, 1, dtype=dtype, rngs=rngs)
         self.conv2 = ConvNorm(width, width, 3, stride=stride, dilation=dilation, dtype=dtype, rngs=rngs)
-        # Starting every branch at zero lets the network train although its batch norm never normalises.
-        self.conv3 = ConvNorm(width, features_out, 1, scale_init=0.0, dtype=dtype, rngs=rngs)
+        self.conv3 = ConvNorm(width, features_out, 1, dtype=dtype, rngs=rngs)
         self.downsample = (
             ConvNorm(features_in, features_out, 1, stride=stride, dtype=dtype, rngs=rngs)
             if stride != 1 or features_in != features_out

@@ -26,7 +26,7 @@ from detr_jax.training.losses import Targets, dense_loss, detection_loss, hoyer_
 class DetectorTraining:
     """How a detector is trained on scenes. Every step sees new scenes."""
 
-    steps: int = 15000
+    steps: int = 11500
     batch_size: int = 16
     learning_rate: float = 5e-4
     """Peak of a linear warm-up and a cosine decay."""
@@ -91,6 +91,13 @@ def optimiser(training: DetectorTraining) -> optax.GradientTransformation:
     )
 
 
+def fit_batch_norm(model: DETR, images: np.ndarray) -> None:
+    """Gives the frozen batch norm of a new backbone the statistics of a batch of (batch, height, width, 3) images."""
+    model.backbone.set_attributes(fit=True)
+    model.backbone(normalise(images))
+    model.backbone.set_attributes(fit=False)
+
+
 def train_detector(
     config: DetrConfig,
     training: DetectorTraining,
@@ -109,6 +116,7 @@ def train_detector(
         the trained detector.
     """
     model = DETR(config, rngs=nnx.Rngs(training.seed))
+    fit_batch_norm(model, next(training_batches(training, 0))[0])
     graph, parameters, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)
     optimise = optimiser(training)
     state = (parameters, optimise.init(parameters))

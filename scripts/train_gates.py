@@ -1,0 +1,256 @@
+"""Trains MGS gates for every FFN of a frozen detector and measures what they cost and save."""
+
+import json
+import math
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+import detr_jax
+from detr_jax import cli
+from detr_jax.data.dataset import Dataset, Subset
+from detr_jax.data.sources import open_dataset
+from detr_jax.evaluation.coco_ap import CocoScores, bootstrap, bootstrap_difference, confidence_interval, score
+from detr_jax.evaluation.detections import measure_dataset
+from detr_jax.evaluation.plots import GatedRun, plot_gates
+from detr_jax.evaluation.report import gate_table, table
+from detr_jax.files import write_json
+from detr_jax.model import DETR
+from detr_jax.sparsity import Plan, save_plan
+from detr_jax.sparsity.gates import PAPER_THRESHOLD, with_thresholds
+from detr_jax.sparsity.grouping import group_count
+from detr_jax.training.gates import Gates, GateTraining, calibrate_gates, train_gates, training_steps
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Trains MGS gates for every FFN of a frozen detector, calibrates their thresholds, and measures AP and sparsity.
+
+    Without options: detr-tiny on generated scenes. On COCO, for example:
+    `python scripts/train_gates.py --model detr-r50 --coco coco --batch-size 2 --out runs/gates-r50`.
+    Writes plan.safetensors, results.json and gates.png into the output folder.
+    """
+
+    model: str = "detr-tiny"
+    """Name of a detector or path of a checkpoint."""
+    preset: str | None = None
+    """Architecture of a checkpoint that does not say which it is, e.g. detr-r50."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the detector's computation; gates are float32."""
+    coco: Path | None = None
+    """Folder with train2017/, val2017/ and annotations/; without it, scenes are generated."""
+    train_images: int | None = None
+    """Images to train on; default 4096 scenes, or all of COCO's training images that are not held out."""
+    calibration_images: int = 128
+    """Held-out training images for the thresholds."""
+    eval_images: int | None = None
+    """Evaluate the first so many validation images; default all."""
+    training: Annotated[GateTraining, tyro.conf.OmitArgPrefixes] = field(default_factory=GateTraining)
+    threshold: float = PAPER_THRESHOLD
+    """Uniform threshold that is reported beside the calibrated ones."""
+    recall: float = 0.99
+    """Share of the firing groups that each gate must find at its calibrated threshold."""
+    each_layer: bool = False
+    """Also measure AP with each FFN alone gated at the uniform threshold."""
+    out: Path = Path("runs/train_gates")
+    """Folder for the results."""
+    resume: bool = False
+    """Go on with an interrupted run in the output folder."""
+    overwrite: bool = False
+    """Delete an earlier run in the output folder."""
+
+
+SCENES_TRAINING_IMAGES = 4096
+
+
+def open_folder(arguments: Arguments) -> None:
+    """Prepares the output folder; only --resume goes on with a run and only --overwrite deletes one."""
+    settings = {
+        key: value
+        for key, value in json.loads(json.dumps(cli.provenance(arguments)["arguments"], default=str)).items()
+        if key not in ("resume", "overwrite", "out")
+    }
+    out, stored = arguments.out, arguments.out / "settings.json"
+    if arguments.overwrite and arguments.resume:
+        raise ValueError("--resume keeps the run in the output folder and --overwrite deletes it; choose one")
+    if (out / "results.json").exists() and not arguments.overwrite:
+        raise FileExistsError(f"{out} holds a finished run; choose another --out or pass --overwrite")
+    if stored.exists() and not (arguments.overwrite or arguments.resume):
+        raise FileExistsError(f"{out} holds an unfinished run; pass --resume, --overwrite or another --out")
+    if arguments.resume and not stored.exists():
+        raise FileNotFoundError(f"there is no run in {out} to resume")
+    if arguments.resume:
+        before = json.loads(stored.read_text())
+        if changed := [key for key in settings if settings[key] != before.get(key)]:
+            listing = ", ".join(f"{key} was {before.get(key)}, now {settings[key]}" for key in changed)
+            raise ValueError(f"{out} cannot be resumed with other settings: {listing}")
+        return
+    if arguments.overwrite:
+        for name in ("checkpoints", "settings.json", "results.json", "plan.safetensors", "gates.png"):
+            path = out / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    write_json(stored, settings)
+
+
+def open_training_data(arguments: Arguments) -> tuple[Dataset, Dataset]:
+    """Disjoint images to train on and to calibrate on."""
+    held_out = arguments.calibration_images
+    wanted = arguments.train_images
+    if arguments.coco is None:
+        wanted = SCENES_TRAINING_IMAGES if wanted is None else wanted
+    images = None if wanted is None else wanted + held_out
+    dataset = open_dataset(arguments.coco, "train", images)
+    if len(dataset) <= held_out:
+        raise ValueError(f"{dataset.name} has {len(dataset)} images, too few to hold out {held_out} for calibration")
+    split = len(dataset) - held_out
+    return Subset(dataset, 0, split), Subset(dataset, split, len(dataset))
+
+
+def train(model: DETR, dataset: Dataset, arguments: Arguments) -> tuple[Gates, float | None]:
+    """The gates, and the images per second of the steps after the first ones, which compile."""
+    total = training_steps(model, dataset, arguments.training)
+    times: list[float] = []
+    with tqdm(total=total, desc="training gates", unit="step") as bar:
+
+        def report(step: int, loss: jnp.ndarray) -> None:
+            bar.update(step - bar.n)
+            if step % 20 == 0 or step == total:
+                bar.set_postfix(loss=f"{float(loss):.4f}")
+            times.append(time.perf_counter())
+
+        gates = train_gates(model, dataset, arguments.training, arguments.out / "checkpoints", report)
+    steps = np.diff(times)
+    # The median leaves out the steps that compiled a new shape.
+    return gates, float(arguments.training.batch_size / np.median(steps)) if len(steps) > 1 else None
+
+
+def measure(
+    title: str, model: DETR, dataset: Dataset, ground_truth: dict, gates: Gates, arguments: Arguments
+) -> tuple[GatedRun, CocoScores]:
+    """AP and firing counts with some FFNs gated."""
+    measured = measure_dataset(
+        model,
+        dataset,
+        arguments.training.batch_size,
+        selectors=gates,
+        group_size=arguments.training.group_size,
+        progress=title,
+    )
+    scores = score(ground_truth, measured.results, dataset.image_ids())
+    interval = confidence_interval(bootstrap(scores))
+    return GatedRun(title, scores.numbers["AP"], interval, measured.counts), scores
+
+
+def as_json(run: GatedRun, scores: CocoScores, dense: CocoScores, gates: Gates) -> dict:
+    """A run as results.json holds it."""
+    columns = ("recall", "precision", "group_sparsity", "neuron_sparsity", "zeros")
+    return {
+        "numbers": scores.numbers,
+        "AP_interval": run.ap_interval,
+        "AP_minus_dense_interval": confidence_interval(bootstrap_difference(scores, dense)),
+        "mean_group_sparsity": float(np.mean([c.group_sparsity for c in run.counts.values()])),
+        "ffns": {
+            name: {"threshold": float(gates[name].threshold) if name in gates else None}
+            | {column: getattr(counts, column) for column in columns}
+            for name, counts in run.counts.items()
+        },
+    }
+
+
+def main(arguments: Arguments) -> None:
+    started = time.perf_counter()
+    model = detr_jax.load(arguments.model, preset=arguments.preset, dtype=jnp.dtype(arguments.dtype))
+    group_count(model.config.ffn_features, arguments.training.group_size)
+    for name in ("threshold", "recall"):
+        if not 0 <= getattr(arguments, name) <= 1:
+            raise ValueError(f"--{name} must be between 0 and 1, not {getattr(arguments, name)}")
+    training_data, calibration_data = open_training_data(arguments)
+    validation = open_dataset(arguments.coco, "val", arguments.eval_images)
+    open_folder(arguments)
+    before = detr_jax.fingerprint(model)
+
+    gates, images_per_second = train(model, training_data, arguments)
+    uniform = with_thresholds(gates, dict.fromkeys(gates, arguments.threshold))
+    with tqdm(total=len(calibration_data), desc="calibrating thresholds", unit="image") as bar:
+        batch_size = arguments.training.batch_size
+        calibrated = calibrate_gates(model, gates, calibration_data, batch_size, arguments.recall, bar.update)
+
+    ground_truth = validation.ground_truth()
+    selections = {
+        "dense": {},
+        f"all gated, threshold {arguments.threshold:g}": uniform,
+        f"all gated, recall {arguments.recall:g}": calibrated,
+    }
+    if arguments.each_layer:
+        selections |= {f"{name} alone, threshold {arguments.threshold:g}": {name: uniform[name]} for name in uniform}
+    runs = {
+        title: measure(title, model, validation, ground_truth, selection, arguments)
+        for title, selection in selections.items()
+    }
+    if detr_jax.fingerprint(model) != before:
+        raise AssertionError("the frozen detector changed")
+
+    dense_run, dense_scores = runs["dense"]
+    results = {title: as_json(run, scores, dense_scores, selections[title]) for title, (run, scores) in runs.items()}
+    for title in list(selections)[1:3]:
+        print(f"\n{title}")
+        print(gate_table(runs[title][0].counts, {n: float(g.threshold) for n, g in selections[title].items()}))
+    rows = []
+    for title, result in results.items():
+        low, high = result["AP_minus_dense_interval"]
+        ap = result["numbers"]["AP"]
+        difference = "" if title == "dense" else f"{ap - dense_run.ap:+.3f} [{low:+.3f}, {high:+.3f}]"
+        sparsity = 0.0 if title == "dense" else result["mean_group_sparsity"]
+        rows.append([title, ap, "[{:.3f}, {:.3f}]".format(*result["AP_interval"]), difference, sparsity])
+    print(f"\nAP on {len(validation)} images of {validation.name}, 95 % intervals over images")
+    print(table(("FFNs", "AP", "interval", "minus dense (paired)", "mean group sparsity"), rows))
+
+    provenance = cli.provenance(arguments)
+    training = {
+        "recipe": provenance["arguments"]["training"],
+        "data": training_data.name,
+        "calibration": {"data": calibration_data.name, "recall": arguments.recall},
+    }
+    calibrated_title = list(selections)[2]
+    measured = {
+        "data": validation.name,
+        "images": len(validation),
+        "implementation": "masked reference",
+        "device": provenance["device"],
+        "dense_AP": dense_run.ap,
+        **{key: results[calibrated_title][key] for key in ("numbers", "AP_interval", "mean_group_sparsity", "ffns")},
+    }
+    plan = Plan("mgs", before, calibrated, training, measured, provenance["versions"])
+    save_plan(plan, arguments.out / "plan.safetensors")
+    plot_gates(
+        arguments.out / "gates.png",
+        f"MGS on {arguments.model}, {len(validation)} images of {validation.name}, "
+        f"groups of {arguments.training.group_size}",
+        dense_run,
+        [runs[title][0] for title in list(selections)[1:3]],
+    )
+    seconds = time.perf_counter() - started
+    write_json(
+        arguments.out / "results.json",
+        {
+            "model": arguments.model,
+            "fingerprint": before,
+            "training": training | {"images_per_second": images_per_second},
+            "validation": {"data": validation.name, "images": len(validation)},
+            "runs": results,
+            "seconds": seconds,
+            **provenance,
+        },
+    )
+    print(f"\nplan.safetensors, results.json and gates.png are in {arguments.out} after {math.ceil(seconds)} s")
+
+
+if __name__ == "__main__":
+    cli.run(main, Arguments)

@@ -1,0 +1,102 @@
+import dataclasses
+import time
+
+import jax
+import numpy as np
+import pytest
+from tiny import TINY_CONFIG
+
+from detr_jax.data.dataset import Example
+from detr_jax.data.scenes import SIDE, render_scene
+from detr_jax.labels import SCENES_LABELS
+from detr_jax.model.parameters import named_parameters
+from detr_jax.training.detector import DetectorTraining, hoyer_weight, targets_of, train_detector, training_batches
+
+CONFIG = dataclasses.replace(TINY_CONFIG, labels=SCENES_LABELS, shortest_side=SIDE, longest_side=2 * SIDE)
+TRAINING = DetectorTraining(steps=4, batch_size=2, warmup_steps=1, checkpoint_steps=2)
+
+
+class Killed(Exception):
+    pass
+
+
+def arrays(model):
+    return {name: np.asarray(array) for name, array in named_parameters(model).items()}
+
+
+@pytest.fixture
+def compile_once(tmp_path):
+    """Every training compiles its own step; here all of them share one."""
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before[0])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+
+
+def wait_for(path):
+    """Checkpoints are written in the background."""
+    for _ in range(600):
+        if path.exists():
+            return
+        time.sleep(0.1)
+    raise TimeoutError(path)
+
+
+@pytest.mark.usefixtures("compile_once")
+def test_a_killed_training_goes_on_bit_identically(tmp_path):
+    losses = {}
+
+    def record(step, parts):
+        losses[step] = {name: float(value) for name, value in parts.items()}
+
+    whole = arrays(train_detector(CONFIG, TRAINING, tmp_path / "whole", record))
+    assert list(losses) == [0, 1, 2, 3]
+    assert all(np.isfinite(value) for parts in losses.values() for value in parts.values())
+    assert set(losses[0]) == {"detection", "dense", "hoyer"}
+
+    def kill(step, parts):
+        if step == 2:
+            wait_for(tmp_path / "killed" / "2")
+            raise Killed
+
+    with pytest.raises(Killed):
+        train_detector(CONFIG, TRAINING, tmp_path / "killed", kill)
+    resumed = {}
+    model = train_detector(CONFIG, TRAINING, tmp_path / "killed", lambda step, parts: resumed.update({step: parts}))
+    assert list(resumed) == [2, 3]
+    assert {name: float(value) for name, value in resumed[3].items()} == losses[3]
+    for name, array in arrays(model).items():
+        np.testing.assert_array_equal(array, whole[name], err_msg=name)
+
+    again = []
+    finished = train_detector(CONFIG, TRAINING, tmp_path / "killed", lambda step, parts: again.append(step))
+    assert not again
+    for name, array in arrays(finished).items():
+        np.testing.assert_array_equal(array, whole[name], err_msg=name)
+
+
+def test_batches_hold_the_scenes_from_any_step_on():
+    (images, targets), *others = training_batches(TRAINING, 2)
+    assert len(others) == 1
+    assert images.shape == (2, SIDE, SIDE, 3)
+    for i in range(2):
+        scene = render_scene("train", 4 + i)
+        count = len(scene.labels)
+        np.testing.assert_array_equal(images[i], scene.image)
+        np.testing.assert_array_equal(targets.labels[i, :count], scene.labels)
+        assert targets.valid[i].sum() == count
+        centre, size = targets.boxes[i, :count, :2] * SIDE, targets.boxes[i, :count, 2:] * SIDE
+        np.testing.assert_allclose(np.hstack([centre - size / 2, centre + size / 2]), scene.boxes, atol=1e-4)
+
+
+def test_targets_of_an_image_without_objects():
+    empty = Example(0, np.zeros((SIDE, SIDE, 3), np.uint8), np.zeros((0, 4), np.float32), np.zeros(0, np.int32))
+    assert not targets_of([empty]).valid.any()
+
+
+def test_penalty_ramps_up():
+    training = DetectorTraining(steps=100, hoyer_weight=10, hoyer_start=0.4, hoyer_full=0.5)
+    weights = [float(hoyer_weight(training, step)) for step in (0, 40, 45, 50, 99)]
+    assert weights == pytest.approx([0, 0, 5, 10, 10], abs=1e-4)

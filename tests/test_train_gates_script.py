@@ -1,0 +1,117 @@
+"""The main command: its results, its refusals, and a kill in the middle of it."""
+
+import json
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import annotation, tiny_detector, write_coco
+
+import detr_jax
+from detr_jax.sparsity import load_plan
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "train_gates.py"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Arguments for a small detector and data set that exist as files."""
+    root = tmp_path_factory.mktemp("inputs")
+    boxes = [annotation(i, i, (4, 4, 20, 20), category_id=1 + i % 2) for i in range(1, 7)]
+    for split in ("train2017", "val2017"):
+        write_coco(root, [(32, 40)] * 12, boxes, split)
+    detr_jax.save(tiny_detector(), root / "detector.safetensors")
+    model = ["--model", str(root / "detector.safetensors"), "--coco", str(root)]
+    training = ["--calibration-images", "4", "--group-size", "4", "--batch-size", "2", "--epochs", "25"]
+    return [*model, *training, "--checkpoint-steps", "3"]
+
+
+def run(*arguments: str) -> None:
+    """The script in this process, so that what JAX compiled serves the next test too."""
+    old, sys.argv = sys.argv, [str(SCRIPT), *map(str, arguments)]
+    try:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    finally:
+        sys.argv = old
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    run(*inputs, "--each-layer", "--out", out)
+    return out
+
+
+def test_it_writes_a_plan_results_and_a_figure(finished):
+    model = tiny_detector()
+    plan = load_plan(finished / "plan.safetensors", model)
+    results = json.loads((finished / "results.json").read_text())
+    assert results["fingerprint"] == detr_jax.fingerprint(model) == plan.fingerprint
+    assert list(results["runs"]) == [
+        "dense",
+        "all gated, threshold 0.5",
+        "all gated, recall 0.99",
+        "encoder.0 alone, threshold 0.5",
+        "decoder.0 alone, threshold 0.5",
+    ]
+    alone = results["runs"]["encoder.0 alone, threshold 0.5"]["ffns"]
+    assert alone["encoder.0"]["group_sparsity"] > 0 and alone["decoder.0"]["group_sparsity"] == 0
+    calibrated = results["runs"]["all gated, recall 0.99"]["ffns"]
+    for name, gate in plan.gates.items():
+        assert calibrated[name]["threshold"] == float(gate.threshold)
+    assert plan.measured["images"] == 12 and plan.training["calibration"]["recall"] == 0.99
+    width, height = Image.open(finished / "gates.png").size
+    assert width > 1000 and height > 300
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ([], "holds a finished run"),
+        (["--resume"], "holds a finished run"),
+        (["--resume", "--overwrite"], "choose one"),
+        (["--threshold", "1.5"], "--threshold must be between 0 and 1, not 1.5"),
+        (["--recall", "-1"], "--recall must be between 0 and 1, not -1"),
+        (["--group-size", "5"], "32 hidden neurons cannot be divided into groups of 5"),
+        (["--calibration-images", "12"], "too few to hold out 12"),
+        (["--coco", "nowhere"], "nowhere"),
+    ],
+)
+def test_it_refuses_with_one_line(inputs, finished, capsys, extra, message):
+    with pytest.raises(SystemExit) as exit:
+        run(*inputs, "--out", finished, *extra)
+    assert exit.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+
+
+def test_a_killed_run_is_refused_then_resumed_to_the_same_gates(inputs, finished, tmp_path, capsys):
+    command = [sys.executable, str(SCRIPT), *inputs, "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not any((tmp_path / "checkpoints").glob("[0-9]*")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    time.sleep(random.uniform(0, 0.1))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "results.json").exists()
+
+    for extra, message in (([], "pass --resume"), (["--resume", "--epochs", "26"], "with other settings: training")):
+        with pytest.raises(SystemExit):
+            run(*inputs, "--out", tmp_path, *extra)
+        assert message in capsys.readouterr().err
+    run(*inputs, "--out", tmp_path, "--resume")
+    model = tiny_detector()
+    whole, resumed = (load_plan(out / "plan.safetensors", model).gates for out in (finished, tmp_path))
+    for name, gate in whole.items():
+        np.testing.assert_array_equal(resumed[name].kernel, gate.kernel)
+        np.testing.assert_array_equal(resumed[name].bias, gate.bias)
+        assert resumed[name].threshold == gate.threshold
