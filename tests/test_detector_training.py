@@ -1,17 +1,25 @@
 import dataclasses
+import json
+import runpy
+import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from tiny import TINY_CONFIG
 
+import detr_jax
+from detr_jax.data import scenes
 from detr_jax.data.dataset import Example
 from detr_jax.data.scenes import SIDE, render_scene
 from detr_jax.labels import SCENES_LABELS
 from detr_jax.model.parameters import named_parameters
 from detr_jax.training.detector import DetectorTraining, hoyer_weight, targets_of, train_detector, training_batches
 
+SCRIPT = Path(__file__).parent.parent / "scripts/train_detector.py"
 CONFIG = dataclasses.replace(TINY_CONFIG, labels=SCENES_LABELS, shortest_side=SIDE, longest_side=2 * SIDE)
 TRAINING = DetectorTraining(steps=4, batch_size=2, warmup_steps=1, checkpoint_steps=2)
 
@@ -24,15 +32,22 @@ def arrays(model):
     return {name: np.asarray(array) for name, array in named_parameters(model).items()}
 
 
-@pytest.fixture
-def compile_once(tmp_path):
-    """Every training compiles its own step; here all of them share one."""
-    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(tmp_path_factory):
+    """Every training compiles the same programs, which takes longer than running them."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_disable_most_optimizations": True,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # otherwise it stays as the first compilation of the process found it
     yield
-    jax.config.update("jax_compilation_cache_dir", before[0])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def wait_for(path):
@@ -44,7 +59,6 @@ def wait_for(path):
     raise TimeoutError(path)
 
 
-@pytest.mark.usefixtures("compile_once")
 def test_a_killed_training_goes_on_bit_identically(tmp_path):
     losses = {}
 
@@ -100,3 +114,59 @@ def test_penalty_ramps_up():
     training = DetectorTraining(steps=100, hoyer_weight=10, hoyer_start=0.4, hoyer_full=0.5)
     weights = [float(hoyer_weight(training, step)) for step in (0, 40, 45, 50, 99)]
     assert weights == pytest.approx([0, 0, 5, 10, 10], abs=1e-4)
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """Runs the script for a tiny detector and 8 validation scenes; returns its exit status."""
+    monkeypatch.setattr(detr_jax, "preset_config", lambda name: CONFIG)
+    monkeypatch.setattr(scenes, "VALIDATION_IMAGES", 8)
+
+    def run(*options):
+        settings = ("--steps", 4, "--batch-size", 2, "--warmup-steps", 1, "--checkpoint-steps", 2)
+        monkeypatch.setattr(
+            sys, "argv", ["train_detector.py", *map(str, (*settings, "--out", tmp_path / "run", *options))]
+        )
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        except SystemExit as stop:
+            return stop.code
+        return 0
+
+    return run
+
+
+def test_train_measure_and_resume(train, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train("--resume") == 2
+    assert "holds no training" in capsys.readouterr().err
+
+    assert train() == 0
+    report = json.loads((out / "detr-tiny.json").read_text())
+    assert len(report["numbers"]) == 12
+    assert report["images"] == 8
+    assert set(report["zeros"]) == set(CONFIG.ffn_names)
+    assert all(0 < share < 1 for share in report["zeros"].values())
+    assert report["recipe"]["steps"] == report["log"]["last"]["step"] == 4
+    assert report["training_command"].endswith("--steps 4 --batch-size 2 --warmup-steps 1 --checkpoint-steps 2")
+    assert report["fingerprint"] == detr_jax.fingerprint(detr_jax.load(out / "detr-tiny.safetensors"))
+    card = (out / "detr-tiny.md").read_text()
+    assert report["training_command"] in card
+    assert "2510.09380" in card
+    assert (out / "training.png").stat().st_size > 0
+    log = (out / "log.jsonl").read_text()
+
+    capsys.readouterr()
+    assert train() == 2
+    assert "--resume" in capsys.readouterr().err
+    assert train("--resume", "--seed", "1") == 2
+    assert "seed 0, not 1" in capsys.readouterr().err
+    assert train("--resume") == 2
+    assert "--overwrite" in capsys.readouterr().err
+
+    assert train("--resume", "--overwrite") == 0
+    assert (out / "log.jsonl").read_text() == log
+    again = json.loads((out / "detr-tiny.json").read_text())
+    assert {key: again[key] for key in ("numbers", "zeros", "fingerprint", "log")} == {
+        key: report[key] for key in ("numbers", "zeros", "fingerprint", "log")
+    }

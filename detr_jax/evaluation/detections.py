@@ -115,7 +115,7 @@ class MeasuredDetections:
 
     Attributes:
         results: in COCO's results format.
-        counts: of every FFN by name, in the forward passes that the selectors acted on.
+        counts: of every FFN by name in the order in which they run, in the forward passes that the selectors acted on.
     """
 
     results: list[dict]
@@ -158,4 +158,5 @@ def measure_dataset(
             results += coco_results(batch, detections)
             counts.append(counted)
             bar.update(int(batch.valid.sum()))
-    return MeasuredDetections(results, total_counts(counts))
+    totals = total_counts(counts)
+    return MeasuredDetections(results, {name: totals[name] for name in model.config.ffn_names})

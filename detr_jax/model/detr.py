@@ -22,14 +22,14 @@ class DetrOutputs:
         logits: (batch, queries, classes + 1), "no object" last.
         boxes: (batch, queries, 4) as (cx, cy, w, h), fractions of the unpadded image.
         auxiliary: (logits, boxes) after each decoder layer but the last, if asked for.
-        memory: (batch, tokens, d) the encoder's output, if auxiliary outputs were asked for.
+        encoder: (batch, tokens, d) input and output of the encoder, if auxiliary outputs were asked for.
         traces: what went through each FFN by name, if asked for.
     """
 
     logits: jax.Array
     boxes: jax.Array
     auxiliary: tuple[tuple[jax.Array, jax.Array], ...] = ()
-    memory: jax.Array | None = None
+    encoder: tuple[jax.Array, ...] = ()
     traces: dict[str, FFNTrace] | None = None
 
 
@@ -40,9 +40,13 @@ class BoxHead(nnx.Module):
         self.layers = nnx.List([nnx.Linear(d_model, out, rngs=rngs) for out in (d_model, d_model, 4)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        return jax.nn.sigmoid(self.log_odds(x))
+
+    def log_odds(self, x: jax.Array) -> jax.Array:
+        """(..., d) -> (..., 4), the boxes before the sigmoid."""
         for layer in self.layers[:-1]:
             x = jax.nn.relu(layer(x))
-        return jax.nn.sigmoid(self.layers[-1](x))
+        return self.layers[-1](x)
 
 
 class DETR(nnx.Module):
@@ -78,7 +82,7 @@ class DETR(nnx.Module):
             pixel_values: (batch, height, width, 3) float, normalised by `detr_jax.data.transforms`.
             pixel_mask: (batch, height, width) bool, true where the image is; None where nothing is padding.
             selectors: selector of each sparse FFN by name; FFNs without one are dense.
-            auxiliary: also return what the heads say after every decoder layer, and the encoder's memory.
+            auxiliary: also return what the heads say after every decoder layer, and the encoder's input and output.
             trace: also return inputs and hidden activations of every FFN.
 
         Raises:
@@ -107,7 +111,7 @@ class DETR(nnx.Module):
         layers = self.transformer.decode(memory, positions, tokens, selectors, traces)
 
         *earlier, (logits, boxes) = [self.heads(x) for x in (layers if auxiliary else layers[-1:])]
-        return DetrOutputs(logits, boxes, tuple(earlier), memory if auxiliary else None, traces)
+        return DetrOutputs(logits, boxes, tuple(earlier), (x, memory) if auxiliary else (), traces)
 
     def token_grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of encoder tokens for images of (height, width) pixels."""

@@ -49,8 +49,8 @@ possible without downloads. It is a stand-in for the published detectors, not on
     {report["training_command"]}
 
 Seed {recipe["seed"]}, {recipe["steps"]} steps of {recipe["batch_size"]} scenes that were never repeated, \
-{log["minutes"]:.0f} minutes ({log["images_per_second"]:.0f} images/s) on: {report["device"]}.
-Versions: {versions}.
+{log["minutes"]:.0f} minutes ({log["images_per_second"]:.0f} images/s).
+Measured on {report["device"]} with {versions}.
 
 {_aligned(["mean loss", f"to step {log['first']['step']}", f"to step {log['last']['step']}"], losses)}
 
@@ -58,17 +58,18 @@ Two things were added to DETR's own loss in order to make this stand-in. Neither
 
 - A Hoyer-square penalty on the FFNs' hidden activations, with weight {recipe["hoyer_weight"]:g}, which ramps up \
 between {100 * recipe["hoyer_start"]:g} % and {100 * recipe["hoyer_full"]:g} % of
-  the steps. The activations of published DETRs are about 97 % zeros (a third party's reading of arXiv 2510.09380; we
-  did not measure it); a trial of short training alone reached only 56 to 80 %. The penalty is what makes this
-  detector resemble the published ones in that respect, so its sparsity is no evidence that detectors are sparse.
+  the steps. The activations of published DETRs are about 97 % zeros (a third party's reading of arXiv 2510.09380); a
+  trial of short training alone reached only 56 to 80 %. The penalty is there to make this stand-in resemble them in
+  that respect; the shares below say how far it does, and are no evidence that detectors are sparse by themselves.
 - A dense loss on the encoder's tokens, with weight {recipe["dense_weight"]:g}: the heads say for every token which \
 object is over it.
-  Without it the set loss stayed on its first plateau for as long as a small training lasts.
+  Without it the set loss stays on its first plateau.
 
 ## Average precision
 
 On {report["images"]} held-out scenes ({report["dataset"]}): AP {numbers["AP"]:.3f}, 95 % interval \
-[{low:.3f}, {high:.3f}] by resampling images.
+[{low:.3f}, {high:.3f}] by resampling
+images, which says nothing about other seeds of the training.
 
 {_aligned(["COCO metric", "value"], measured)}
 

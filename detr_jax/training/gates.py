@@ -108,7 +108,7 @@ def train_gates(
         if step % training.checkpoint_steps == 0 or step == total:
             checkpoints.save(step, state)
     checkpoints.close()
-    return {name: _gate(gate) for name, gate in state[0].items()}
+    return {name: _gate(state[0][name]) for name in model.config.ffn_names}
 
 
 def training_steps(model: DETR, dataset: Dataset, training: GateTraining) -> int:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from detr_jax.model import DetrOutputs, FFNTrace
 from detr_jax.training.boxes import corners, generalised_iou
+from detr_jax.training.dense_head import token_centres
 from detr_jax.training.matching import match
 
 NO_OBJECT_WEIGHT = 0.1
@@ -70,13 +71,12 @@ def dense_loss(logits: jax.Array, boxes: jax.Array, targets: Targets) -> jax.Arr
     """Asks every encoder token for the class and box of the smallest object over its centre.
 
     Args:
-        logits: (batch, rows, columns, classes + 1) the class head's answer for each token.
-        boxes: (batch, rows, columns, 4) the box head's.
+        logits: (batch, rows, columns, classes + 1) what a `DenseHead` says.
+        boxes: (batch, rows, columns, 4) likewise.
         targets: the objects; images without padding are assumed.
     """
     _, rows, columns, classes = logits.shape
-    y, x = jnp.meshgrid((jnp.arange(rows) + 0.5) / rows, (jnp.arange(columns) + 0.5) / columns, indexing="ij")
-    centre = jnp.stack([x, y], axis=-1)[None, :, :, None]
+    centre = token_centres(rows, columns)[None, :, :, None]
     box = corners(targets.boxes)[:, None, None]
     inside = ((centre > box[..., :2]) & (centre < box[..., 2:])).all(-1) & targets.valid[:, None, None]
     area = jnp.prod(targets.boxes[..., 2:], axis=-1)[:, None, None]

@@ -1,0 +1,86 @@
+"""What the model accepts and returns; that it is right is for the parity tests."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tiny import TINY_CONFIG, tiny_detector
+
+from detr_jax.model import DETR, preset_config
+from detr_jax.model.config import config_from_json, config_to_json
+from detr_jax.sparsity.gates import initial_gates
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_detector()
+
+
+def images(height=40, width=56, seed=0):
+    return np.random.default_rng(seed).standard_normal((2, height, width, 3)).astype(np.float32)
+
+
+def test_outputs_have_the_shapes_that_were_promised(model):
+    outputs = model(images(), auxiliary=True, trace=True)
+    assert outputs.logits.shape == (2, 5, 4) and outputs.boxes.shape == (2, 5, 4)
+    assert outputs.auxiliary == ()  # there is one decoder layer only
+    rows, columns = model.token_grid((40, 56))
+    assert [tokens.shape for tokens in outputs.encoder] == [(2, rows * columns, 16)] * 2
+    assert outputs.traces["encoder.0"].hidden.shape == (2, rows * columns, 32)
+    assert outputs.traces["decoder.0"].inputs.shape == (2, 5, 16)
+
+
+def test_odd_sizes_fill_the_token_grid(model):
+    assert model.token_grid((33, 41)) == (5, 6)
+    assert model(images(33, 41), trace=True).traces["encoder.0"].tokens.shape == (2, 30)
+
+
+def test_a_trace_holds_what_the_ffn_computes(model):
+    trace = model(images(), trace=True).traces["encoder.0"]
+    ffn = model.transformer.encoder[0].ffn
+    hidden = np.maximum(np.asarray(trace.inputs) @ np.asarray(ffn.w_in[...]).T + ffn.b_in[...], 0)
+    np.testing.assert_allclose(trace.hidden, hidden, atol=1e-5)
+
+
+def test_padding_does_not_reach_what_is_masked(model):
+    mask = np.zeros((2, 40, 56), bool)
+    mask[:, :32, :40] = True
+    outputs = model(images() * mask[..., None], mask, trace=True)
+    np.testing.assert_array_equal(outputs.traces["encoder.0"].tokens.reshape(2, 5, 7)[0].sum(1), [5, 5, 5, 5, 0])
+
+
+def test_bfloat16_outputs_are_float32(model):
+
+    shapes = jax.eval_shape(lambda x: DETR(TINY_CONFIG, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))(x), images())
+    assert shapes.logits.dtype == shapes.boxes.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((np.zeros((40, 56, 3)),), r"pixel_values must be \(batch, height, width, 3\), got \(40, 56, 3\)"),
+        ((np.zeros((1, 3, 40, 56)),), r"got \(1, 3, 40, 56\)"),
+        ((images(), np.ones((2, 56, 40), bool)), r"pixel_mask must be \(2, 40, 56\) like pixel_values"),
+    ],
+)
+def test_wrong_shapes_are_refused(model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        model(*arguments)
+
+
+def test_a_selector_for_an_unknown_ffn_is_refused(model):
+    gate = initial_gates(TINY_CONFIG, 8)["encoder.0"]
+    with pytest.raises(ValueError, match=r"no FFN is named \['encoder.7'\]"):
+        model(images(), selectors={"encoder.7": gate})
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(ValueError, match="no preset named 'detr-r18'; there are detr-r50"):
+        preset_config("detr-r18")
+
+
+@pytest.mark.parametrize("name", ["detr-r50", "detr-r101-dc5", "detr-tiny"])
+def test_a_configuration_survives_json(name):
+    config = preset_config(name)
+    assert config_from_json(config_to_json(config)) == config
