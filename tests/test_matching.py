@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from detr_jax.training.boxes import generalised_iou
+from detr_jax.model.boxes import generalised_iou
 from detr_jax.training.matching import match
 
 QUERIES, OBJECTS, CLASSES = 5, 4, 3

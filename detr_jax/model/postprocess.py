@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from detr_jax.model.boxes import corners
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -31,7 +33,5 @@ def postprocess(logits: jax.Array, boxes: jax.Array, sizes: jax.Array) -> Detect
         sizes: (batch, 2), height and width of the original images in pixels.
     """
     probabilities = jax.nn.softmax(logits)[..., :-1]
-    centre, extent = boxes[..., :2], boxes[..., 2:]
-    corners = jnp.concatenate([centre - extent / 2, centre + extent / 2], axis=-1)
     scale = jnp.tile(sizes[:, None, ::-1], 2).astype(boxes.dtype)
-    return Detections(probabilities.max(-1), probabilities.argmax(-1).astype(jnp.int32), corners * scale)
+    return Detections(probabilities.max(-1), probabilities.argmax(-1).astype(jnp.int32), corners(boxes) * scale)

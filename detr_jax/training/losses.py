@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from detr_jax.model import DetrOutputs, FFNTrace
-from detr_jax.training.boxes import corners, generalised_iou
+from detr_jax.model.boxes import corners, generalised_iou
 from detr_jax.training.dense_head import token_centres
 from detr_jax.training.matching import match
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from detr_jax.training.boxes import generalised_iou
+from detr_jax.model.boxes import generalised_iou
 
 CLASS_COST = 1.0
 BOX_COST = 5.0
