@@ -111,9 +111,23 @@ def test_targets_of_an_image_without_objects():
 
 
 def test_penalty_ramps_up():
-    training = DetectorTraining(steps=100, hoyer_weight=10, hoyer_start=0.4, hoyer_full=0.5)
+    training = DetectorTraining(steps=100, warmup_steps=10, hoyer_weight=10, hoyer_start=0.4, hoyer_full=0.5)
     weights = [float(hoyer_weight(training, step)) for step in (0, 40, 45, 50, 99)]
     assert weights == pytest.approx([0, 0, 5, 10, 10], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, not 0"),
+        ({"checkpoint_steps": 0}, "checkpoint_steps must be at least 1, not 0"),
+        ({"warmup_steps": 4}, "warmup_steps must be from 0 to below steps 4, not 4"),
+        ({"hoyer_full": 0.4}, r"hoyer_start 0\.4 must be below hoyer_full 0\.4"),
+    ],
+)
+def test_impossible_recipes_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TRAINING, **change)
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ class FrozenBatchNorm(nnx.Module):
     A detector that is trained from scratch takes its statistics from one batch, by a call while `fit` is set.
     """
 
-    def __init__(self, features: int, *, dtype: jnp.dtype):
-        self.scale = nnx.Param(jnp.ones((features,)))
+    def __init__(self, features: int, *, initial_scale: float, dtype: jnp.dtype):
+        self.scale = nnx.Param(jnp.full((features,), initial_scale))
         self.bias = nnx.Param(jnp.zeros((features,)))
         self.mean = nnx.BatchStat(jnp.zeros((features,)))
         self.var = nnx.BatchStat(jnp.ones((features,)))
@@ -46,6 +46,7 @@ class ConvNorm(nnx.Module):
         *,
         stride: int = 1,
         dilation: int = 1,
+        initial_scale: float = 1.0,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
@@ -62,7 +63,7 @@ class ConvNorm(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
-        self.norm = FrozenBatchNorm(features_out, dtype=dtype)
+        self.norm = FrozenBatchNorm(features_out, initial_scale=initial_scale, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.norm(_pointwise(self.conv, x) if self.conv.kernel_size == (1, 1) else self.conv(x))
@@ -90,7 +91,8 @@ class Bottleneck(nnx.Module):
         features_out = 4 * width
         self.conv1 = ConvNorm(features_in, width, 1, dtype=dtype, rngs=rngs)
         self.conv2 = ConvNorm(width, width, 3, stride=stride, dilation=dilation, dtype=dtype, rngs=rngs)
-        self.conv3 = ConvNorm(width, features_out, 1, dtype=dtype, rngs=rngs)
+        # Small branches at the start train faster from scratch, most of all where batch norm is frozen.
+        self.conv3 = ConvNorm(width, features_out, 1, initial_scale=0.2, dtype=dtype, rngs=rngs)
         self.downsample = (
             ConvNorm(features_in, features_out, 1, stride=stride, dtype=dtype, rngs=rngs)
             if stride != 1 or features_in != features_out

@@ -61,9 +61,10 @@ between {100 * recipe["hoyer_start"]:g} % and {100 * recipe["hoyer_full"]:g} % o
   the steps. The activations of published DETRs are about 97 % zeros (a third party's reading of arXiv 2510.09380); a
   trial of short training alone reached only 56 to 80 %. The penalty is there to make this stand-in resemble them in
   that respect; the shares below say how far it does, and are no evidence that detectors are sparse by themselves.
-- A dense loss on the encoder's tokens, with weight {recipe["dense_weight"]:g}: the heads say for every token which \
-object is over it.
-  Without it the set loss stays on its first plateau.
+- A dense loss on the encoder's tokens, with weight {recipe["dense_weight"]:g}: class and box of the object over each \
+token, asked before the
+  encoder of a head that is thrown away afterwards, and behind it of the detector's own heads. Without it the set loss
+  stays on its first plateau.
 
 ## Average precision
 

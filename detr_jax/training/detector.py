@@ -27,13 +27,13 @@ from detr_jax.training.losses import Targets, dense_loss, detection_loss, hoyer_
 class DetectorTraining:
     """How a detector is trained on scenes. Every step sees new scenes."""
 
-    steps: int = 30000
+    steps: int = 26000
     batch_size: int = 16
     learning_rate: float = 5e-4
     """Peak of the transformer's and the heads' learning rate: a linear warm-up, then a cosine decay."""
     backbone_learning_rate: float = 2e-3
     """Likewise of the backbone."""
-    warmup_steps: int = 500
+    warmup_steps: int = 300
     weight_decay: float = 1e-4
     gradient_norm: float = 1.0
     """Gradients are clipped to this norm."""
@@ -49,6 +49,15 @@ class DetectorTraining:
     seed: int = 0
     checkpoint_steps: int = 500
     """Steps between checkpoints."""
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "checkpoint_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.warmup_steps < self.steps:
+            raise ValueError(f"warmup_steps must be from 0 to below steps {self.steps}, not {self.warmup_steps}")
+        if not self.hoyer_start < self.hoyer_full:
+            raise ValueError(f"hoyer_start {self.hoyer_start} must be below hoyer_full {self.hoyer_full}")
 
 
 def targets_of(examples: list[Example]) -> Targets:
@@ -141,7 +150,9 @@ def train_detector(
         model, dense_head = nnx.merge(graph, parameters, statistics)
         outputs = model(normalise(images), auxiliary=True, trace=True)
         grid = (len(images), *model.token_grid(images.shape[1:3]))
-        dense = [dense_loss(*dense_head(tokens.reshape(*grid, -1)), targets) for tokens in outputs.encoder]
+        before, after = (tokens.reshape(*grid, -1) for tokens in outputs.encoder)
+        # The encoder finds out where its tokens are: what the decoder reads must say so in the heads' own terms.
+        dense = (dense_loss(*dense_head(before), targets), dense_loss(*model.heads(after), targets))
         parts = {
             "detection": detection_loss(outputs, targets),
             "dense": sum(dense),
