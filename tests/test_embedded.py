@@ -1,0 +1,39 @@
+"""The detector that comes with the package is what its model card says."""
+
+import importlib.resources
+import json
+
+import pytest
+
+import detr_jax
+from detr_jax.data.scenes import ScenesDataset
+from detr_jax.evaluation.coco_ap import score
+from detr_jax.evaluation.detections import measure_dataset
+from detr_jax.training.card import model_card
+
+FILES = importlib.resources.files("detr_jax.weights")
+
+
+@pytest.fixture(scope="module")
+def report():
+    return json.loads((FILES / "detr-tiny.json").read_text())
+
+
+def test_its_files_belong_together(report):
+    assert detr_jax.fingerprint(detr_jax.load("detr-tiny")) == report["fingerprint"]
+    assert (FILES / "detr-tiny.md").read_text() == model_card(report)
+    assert len((FILES / "detr-tiny.safetensors").read_bytes()) <= 16e6
+
+
+def test_its_accuracy_and_its_zeros(report):
+    dataset = ScenesDataset("val")
+    measured = measure_dataset(
+        detr_jax.load("detr-tiny"), dataset, 8, selectors={}, group_size=8, progress="validation scenes"
+    )
+    numbers = score(dataset.ground_truth(), measured.results, dataset.image_ids()).numbers
+    assert numbers["AP"] >= 0.50
+    # Another machine's rounding reorders a few detections of equal score.
+    assert numbers == pytest.approx(report["numbers"], abs=2e-3)
+    zeros = {name: counts.zeros for name, counts in measured.counts.items()}
+    assert zeros == pytest.approx(report["zeros"], abs=1e-4)
+    assert sum(zeros.values()) / len(zeros) >= 0.93
