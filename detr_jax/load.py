@@ -88,7 +88,7 @@ def _download(repository: str, revision: str | None = None, filename: str | None
             return Path(hf_hub_download(repository, filename, revision=revision))
         files = ["model*.safetensors", "model.safetensors.index.json", "config.json"]
         return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
-    except OSError as error:
+    except Exception as error:  # what a failed transfer raises has no base class of its own, and changes by version
         wanted = f"{filename or 'a detector'} of {repository}" + (f" at revision {revision}" if revision else "")
         raise FileNotFoundError(
             f"{wanted} is not in the hub's cache ({constants.HF_HUB_CACHE}) and could not be downloaded: {error}\n"

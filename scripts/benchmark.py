@@ -28,11 +28,9 @@ class Arguments:
     The two take turns, so that whatever else the machine does slows both; medians are compared. Without torch and
     transformers, or where they cannot do the same, ours is measured alone.
 
-    For example `python scripts/benchmark.py --out runs/benchmark.json`.
+    For example `python scripts/benchmark.py --preset detr-r101 --repeats 5 --out runs/benchmark-r101.json`.
     """
 
-    out: Path
-    """JSON file for the times, the ratio, the memory, the arguments and the versions."""
     preset: Literal[tuple(PRESETS)] = "detr-r50"
     """Architecture."""
     height: int = 800
@@ -45,6 +43,8 @@ class Arguments:
     """Precision of the computation."""
     repeats: int = 10
     """Measured turns, after two that warm up."""
+    out: Path = Path("runs/benchmark.json")
+    """JSON file for the times, the ratio, the memory, the arguments and the versions."""
     overwrite: bool = False
     """Replace the output file if it exists."""
 

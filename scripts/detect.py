@@ -29,8 +29,6 @@ class Arguments:
 
     images: tyro.conf.Positional[tuple[Path, ...]]
     """Image files."""
-    out: Path
-    """Folder for <name>.png and <name>.json of every image."""
     scenes: int = 0
     """Instead of files, take the first so many generated validation scenes, which detr-tiny was made for."""
     model: str = "detr-tiny"
@@ -41,6 +39,8 @@ class Arguments:
     """Precision of the computation."""
     threshold: float = 0.7
     """Least score of a detection."""
+    out: Path = Path("runs/detect")
+    """Folder for <name>.png and <name>.json of every image."""
     overwrite: bool = False
     """Replace output files that exist."""
 
@@ -59,7 +59,10 @@ def detect(arguments: Arguments) -> None:
         raise ValueError(f"{count} images are named {name}, their outputs would replace each other")
     for path in paths:
         for suffix in (".png", ".json"):
-            refuse_existing(arguments.out / (path.stem + suffix), arguments.overwrite)
+            result = arguments.out / (path.stem + suffix)
+            if result.resolve() in {image.resolve() for image in arguments.images}:
+                raise ValueError(f"{result} is one of the images and would be replaced; choose another folder by --out")
+            refuse_existing(result, arguments.overwrite)
     dataset = ImageFiles(arguments.images) if arguments.images else ScenesDataset("val", arguments.scenes)
     model = detr_jax.load(arguments.model, preset=arguments.preset, dtype=jnp.dtype(arguments.dtype))
     names = model.config.labels

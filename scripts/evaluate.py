@@ -25,8 +25,6 @@ class Arguments:
     For example `python scripts/evaluate.py --model detr-r50 --coco coco --out runs/detr-r50.json`.
     """
 
-    out: Path
-    """JSON file for the numbers, the arguments and the versions."""
     model: str = "detr-tiny"
     """Name of a detector or path of a checkpoint."""
     preset: str | None = None
@@ -47,6 +45,8 @@ class Arguments:
     """Compute images at their exact size instead of padding them to a few shapes; compiles for every size."""
     padding_report: int | None = None
     """Also report how padding changes the outputs for the first so many images."""
+    out: Path = Path("runs/evaluate.json")
+    """JSON file for the numbers, the arguments and the versions."""
     overwrite: bool = False
     """Replace the output file if it exists."""
 

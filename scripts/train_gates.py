@@ -70,13 +70,13 @@ class Arguments:
 SCENES_TRAINING_IMAGES = 4096
 
 
-def open_folder(arguments: Arguments) -> None:
+def open_folder(arguments: Arguments, fingerprint: str) -> None:
     """Prepares the output folder; only --resume goes on with a run and only --overwrite deletes one."""
     settings = {
         key: value
         for key, value in json.loads(json.dumps(cli.provenance(arguments)["arguments"], default=str)).items()
         if key not in ("resume", "overwrite", "out")
-    }
+    } | {"fingerprint of the detector": fingerprint}
     out, stored = arguments.out, arguments.out / "settings.json"
     if arguments.overwrite and arguments.resume:
         raise ValueError("--resume keeps the run in the output folder and --overwrite deletes it; choose one")
@@ -120,9 +120,8 @@ def train(model: DETR, dataset: Dataset, arguments: Arguments) -> tuple[Gates, f
     with tqdm(total=total, desc="training gates", unit="step") as bar:
 
         def report(step: int, loss: jnp.ndarray) -> None:
+            bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)  # waits for the step, so the times are its times
             bar.update(step - bar.n)
-            if step % 20 == 0 or step == total:
-                bar.set_postfix(loss=f"{float(loss):.4f}")
             times.append(time.perf_counter())
 
         gates = train_gates(model, dataset, arguments.training, arguments.out / "checkpoints", report)
@@ -173,8 +172,8 @@ def main(arguments: Arguments) -> None:
             raise ValueError(f"--{name} must be between 0 and 1, not {getattr(arguments, name)}")
     training_data, calibration_data = open_training_data(arguments)
     validation = open_dataset(arguments.coco, "val", arguments.eval_images)
-    open_folder(arguments)
     before = detr_jax.fingerprint(model)
+    open_folder(arguments, before)
 
     gates, images_per_second = train(model, training_data, arguments)
     uniform = with_thresholds(gates, dict.fromkeys(gates, arguments.threshold))

@@ -96,6 +96,9 @@ def test_missing_folders_and_files_are_named(root, tmp_path):
         (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), r"annotation 7 has bbox \[1, 2, 3\]"),
         (lambda c: c["annotations"][0].update(bbox=[1, 2, 3, float("nan")]), "annotation 7 has bbox"),
         (lambda c: c["annotations"][0].update(bbox="1234"), "annotation 7 has bbox 1234"),
+        (lambda c: c["annotations"][0].update(area=None), "annotation 7 has area None"),
+        (lambda c: c["annotations"][0].update(iscrowd=None), "annotation 7 has iscrowd None"),
+        (lambda c: c["images"][1].update(file_name=2), "the image 2 has file_name 2, not a text"),
     ],
 )
 def test_faults_of_the_annotation_file_are_named(root, change, message):

@@ -254,6 +254,18 @@ def test_offline(name, tmp_path, monkeypatch):
     assert "detr_jax.load('detr-tiny') needs no download" in message
 
 
+def test_a_transfer_that_fails_in_its_own_way(monkeypatch):
+    class ProxyError(Exception):
+        pass
+
+    def download(*args, **kwargs):
+        raise ProxyError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(FileNotFoundError, match=r"detr-resnet-50 at revision 1d5f.*no route"):
+        detr_jax.load("detr-r50")
+
+
 def test_embedded(tiny, tiny_file, monkeypatch):
     def package(name):
         assert name == "detr_jax.weights"

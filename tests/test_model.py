@@ -46,8 +46,16 @@ def test_a_trace_holds_what_the_ffn_computes(model):
 def test_padding_does_not_reach_what_is_masked(model):
     mask = np.zeros((2, 40, 56), bool)
     mask[:, :32, :40] = True
-    outputs = model(images() * mask[..., None], mask, trace=True)
-    np.testing.assert_array_equal(outputs.traces["encoder.0"].tokens.reshape(2, 5, 7)[0].sum(1), [5, 5, 5, 5, 0])
+    outputs = model(images(), mask, trace=True)
+    tokens = outputs.traces["encoder.0"].tokens
+    np.testing.assert_array_equal(tokens.reshape(2, 5, 7)[0].sum(1), [5, 5, 5, 5, 0])
+
+    x, positions = np.random.default_rng(1).standard_normal((2, *tokens.shape, 16)).astype(np.float32)
+    disturbed = np.where(tokens[..., None], x, 1e3)
+    memories = [model.transformer.encode(features, positions, tokens, {}, None) for features in (x, disturbed)]
+    np.testing.assert_array_equal(*(np.asarray(memory)[np.asarray(tokens)] for memory in memories))
+    assert np.abs(memories[0] - memories[1]).max() > 0.1
+    np.testing.assert_array_equal(*(model.transformer.decode(m, positions, tokens, {}, None)[-1] for m in memories))
 
 
 def test_bfloat16_outputs_are_float32(model):

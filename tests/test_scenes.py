@@ -103,6 +103,8 @@ def test_images_that_do_not_exist(images):
 def test_unknown_split_and_index():
     with pytest.raises(ValueError, match="train, val, not 'test'"):
         ScenesDataset("test")
+    with pytest.raises(ValueError, match="no end of training scenes"):
+        ScenesDataset("train")
     with pytest.raises(IndexError, match="no index 600"):
         ScenesDataset("val")[600]
     with pytest.raises(IndexError, match="no index -1"):

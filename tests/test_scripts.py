@@ -85,11 +85,13 @@ def test_evaluate_on_scenes_of_which_the_detector_knows_no_class(script, checkpo
         (("--padding-report", "601"), "asked for 601"),
         (("--model", "nothing.safetensors"), "nothing.safetensors"),
         (("--batch-size", "0"), "at least one image"),
+        (("--split", "train"), "no end of training scenes"),
     ],
 )
 def test_evaluate_tells_what_is_wrong(script, checkpoint, tmp_path, capsys, arguments, message):
     out = tmp_path / "result.json"
-    assert script("evaluate.py", "--model", checkpoint, "--images", 2, "--out", out, *arguments) == 2
+    images = () if "--split" in arguments else ("--images", 2)
+    assert script("evaluate.py", "--model", checkpoint, *images, "--out", out, *arguments) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
 
@@ -131,9 +133,25 @@ def test_detect_tells_what_is_wrong(script, checkpoint, tmp_path, capsys):
     assert not (tmp_path / "found").exists()
     assert script("detect.py", tmp_path / "text.jpg", *out, "--threshold", 70) == 2
     assert "from 0 to 1, not 70" in refused(capsys)
+    beside = ("--model", checkpoint, "--out", tmp_path, "--overwrite")
+    assert script("detect.py", tmp_path / "text.png", *beside) == 2
+    assert "text.png is one of the images" in refused(capsys)
+    assert (tmp_path / "text.png").read_text() == "no image"
 
 
-@pytest.mark.parametrize("name", ["evaluate.py", "detect.py"])
+def test_benchmark(script, tmp_path, capsys):
+    out = tmp_path / "benchmark.json"
+    sizes = ("--preset", "detr-tiny", "--height", 64, "--width", 96, "--repeats", 1)
+    assert script("benchmark.py", *sizes, "--out", out) == 0
+    report = json.loads(out.read_text())
+    assert {"ours", "ours, backbone", "ours, transformer"} <= set(report["medians"])
+    assert all(median > 0 for median in report["medians"].values())
+    assert "peak memory of ours" in capsys.readouterr().out
+    assert script("benchmark.py", *sizes, "--out", out) == 2
+    assert "exists" in refused(capsys)
+
+
+@pytest.mark.parametrize("name", ["evaluate.py", "detect.py", "benchmark.py"])
 def test_help(script, name, capsys):
     assert script(name, "--help") == 0
     assert "--overwrite" in capsys.readouterr().out

@@ -71,6 +71,15 @@ def test_it_writes_a_plan_results_and_a_figure(finished):
     assert width > 1000 and height > 300
 
 
+def test_by_default_it_takes_the_embedded_detector_and_scenes(tmp_path):
+    sizes = ["--train-images", "32", "--calibration-images", "8", "--eval-images", "1", "--epochs", "1"]
+    run(*sizes, "--out", tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["model"] == "detr-tiny"
+    assert results["validation"] == {"data": "scenes-val", "images": 1}
+    assert load_plan(tmp_path / "plan.safetensors", detr_jax.load("detr-tiny")).measured["data"] == "scenes-val"
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -93,10 +102,11 @@ def test_it_refuses_with_one_line(inputs, finished, capsys, extra, message):
 
 
 def test_a_killed_run_is_refused_then_resumed_to_the_same_gates(inputs, finished, tmp_path, capsys):
+    model = tiny_detector()
     command = [sys.executable, str(SCRIPT), *inputs, "--out", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
-    while not any((tmp_path / "checkpoints").glob("[0-9]*")):
+    while not any(path.name.isdigit() for path in (tmp_path / "checkpoints").glob("*")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
     time.sleep(random.uniform(0, 0.1))
@@ -108,8 +118,13 @@ def test_a_killed_run_is_refused_then_resumed_to_the_same_gates(inputs, finished
         with pytest.raises(SystemExit):
             run(*inputs, "--out", tmp_path, *extra)
         assert message in capsys.readouterr().err
+    settings = (tmp_path / "settings.json").read_text()
+    (tmp_path / "settings.json").write_text(settings.replace(detr_jax.fingerprint(model), "another"))
+    with pytest.raises(SystemExit):
+        run(*inputs, "--out", tmp_path, "--resume")
+    assert "fingerprint of the detector was another, now" in capsys.readouterr().err
+    (tmp_path / "settings.json").write_text(settings)
     run(*inputs, "--out", tmp_path, "--resume")
-    model = tiny_detector()
     whole, resumed = (load_plan(out / "plan.safetensors", model).gates for out in (finished, tmp_path))
     for name, gate in whole.items():
         np.testing.assert_array_equal(resumed[name].kernel, gate.kernel)

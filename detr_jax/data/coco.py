@@ -126,6 +126,8 @@ def _read_annotations(path: Path) -> dict[str, list[dict[str, Any]]]:
     for image in entries["images"]:
         if not all(isinstance(image[key], int) and image[key] >= least for key, least in _IMAGE_NUMBERS.items()):
             raise ValueError(f"{path}: the image {image} needs a whole number for id, height and width")
+        if not isinstance(image["file_name"], str):
+            raise ValueError(f"{path}: the image {image['id']} has file_name {image['file_name']!r}, not a text")
     image_ids = {image["id"] for image in entries["images"]}
     category_ids = {category["id"] for category in entries["categories"]}
     if not image_ids:
@@ -140,6 +142,10 @@ def _read_annotations(path: Path) -> dict[str, list[dict[str, Any]]]:
             raise ValueError(f"{name} is of category {annotation['category_id']}, which is not in the file")
         if not _is_box(annotation["bbox"]):
             raise ValueError(f"{name} has bbox {annotation['bbox']}, not four finite numbers x, y, width, height")
+        if not (isinstance(annotation["area"], int | float) and math.isfinite(annotation["area"])):
+            raise ValueError(f"{name} has area {annotation['area']}, not a finite number")
+        if annotation["iscrowd"] not in (0, 1):
+            raise ValueError(f"{name} has iscrowd {annotation['iscrowd']}, neither 0 nor 1")
     return entries
 
 

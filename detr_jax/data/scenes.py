@@ -51,15 +51,17 @@ class ScenesDataset:
 
     Args:
         split: "val" (600 fixed scenes) or "train" (as many as anybody wants).
-        images: use the first so many scenes only.
+        images: use the first so many scenes only; has to be given for "train", which has no end.
 
     Raises:
-        ValueError: if the split does not exist or has fewer images.
+        ValueError: if the split does not exist or has fewer images, or a number of training scenes is not given.
     """
 
     def __init__(self, split: str, images: int | None = None):
         if split not in _SPLITS:
             raise ValueError(f"scenes have the splits {', '.join(_SPLITS)}, not {split!r}")
+        if split == "train" and images is None:
+            raise ValueError("there is no end of training scenes: say how many to use")
         available = VALIDATION_IMAGES if split == "val" else TRAINING_IMAGES
         images = available if images is None else images
         if not 0 < images <= available:

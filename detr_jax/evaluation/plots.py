@@ -54,11 +54,15 @@ def plot_gates(path: Path, title: str, dense: GatedRun, gated: list[GatedRun]) -
     sparsity.plot(position, silent, "k.", markersize=8, label="groups that are silent, dense")
     sparsity.set_title("groups skipped")
     recall.set_title("recall: firing groups that are computed")
-    for axes, least in ((sparsity, min(silent)), (recall, min(run.counts[n].recall for run in gated for n in names))):
+    computed = [run.counts[n] for run in gated for n in names]
+    for axes, least in (
+        (sparsity, min(*silent, *(c.group_sparsity for c in computed))),
+        (recall, min(c.recall for c in computed)),
+    ):
         axes.set_ylim(max(0.0, np.floor(least * 10 - 1) / 10), 1)
         axes.set_xticks(position, names, rotation=60 if len(names) > 8 else 30, ha="right")
         axes.grid(axis="y", alpha=0.3)
-    sparsity.legend(fontsize=8, loc="lower left")
+    sparsity.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
 
     low, high = dense.ap_interval
     accuracy.axhline(dense.ap, color="k", linewidth=1, label=f"dense {dense.ap:.3f}")
@@ -66,7 +70,7 @@ def plot_gates(path: Path, title: str, dense: GatedRun, gated: list[GatedRun]) -
     for i, run in enumerate(gated):
         mean = float(np.mean([c.group_sparsity for c in run.counts.values()]))
         low, high = run.ap_interval
-        error = [[run.ap - low], [high - run.ap]]
+        error = [[max(run.ap - low, 0)], [max(high - run.ap, 0)]]  # of few images, AP can be at or past an end
         accuracy.errorbar(mean, run.ap, error, fmt="o", capsize=4, color=colours[i], label=f"{run.title} {run.ap:.3f}")
     accuracy.set_xlabel("mean group sparsity, all FFNs gated")
     accuracy.set_title("AP, 95 % intervals over images")
