@@ -16,6 +16,7 @@ from detr_jax.evaluation.detections import detect_dataset
 from detr_jax.evaluation.padding import padding_effect
 from detr_jax.files import refuse_existing, write_json
 from detr_jax.sparsity import load_plan
+from detr_jax.sparsity.ordering import reorder
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,10 @@ def evaluate(arguments: Arguments) -> None:
     if arguments.padding_report is not None:
         sample = open_dataset(arguments.coco, arguments.split, arguments.padding_report)
     model = detr_jax.load(arguments.model, preset=arguments.preset, dtype=jnp.dtype(arguments.dtype))
-    selectors = {} if arguments.plan is None else load_plan(arguments.plan, model).gates
+    selectors = {}
+    if arguments.plan is not None:
+        plan = load_plan(arguments.plan, model)
+        model, selectors = reorder(model, plan.orders), plan.gates
     ground_truth = dataset.ground_truth()
     warn_of_other_classes(model.config.labels, ground_truth["categories"])
 

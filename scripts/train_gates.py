@@ -26,6 +26,8 @@ from detr_jax.model import DETR
 from detr_jax.sparsity import Plan, save_plan
 from detr_jax.sparsity.gates import PAPER_THRESHOLD, with_thresholds
 from detr_jax.sparsity.grouping import group_count
+from detr_jax.sparsity.ordering import cofiring_order, kmeans_order, reorder
+from detr_jax.training.activations import profile_activations
 from detr_jax.training.gates import Gates, GateTraining, calibrate_gates, train_gates, training_steps
 
 
@@ -50,6 +52,11 @@ class Arguments:
     """Images to train on; default 4096 scenes, or all of COCO's training images that are not held out."""
     calibration_images: int = 128
     """Held-out training images for the thresholds."""
+    order: Literal["own", "cofiring", "kmeans"] = "own"
+    """Order of the hidden neurons, which decides what is a group: the detector's own, those together that fire together
+    on training images, or those together that have similar input weights."""
+    order_images: int = 512
+    """Training images for the order by firing."""
     eval_images: int | None = None
     """Evaluate the first so many validation images; default all."""
     training: Annotated[GateTraining, tyro.conf.OmitArgPrefixes] = field(default_factory=GateTraining)
@@ -93,7 +100,14 @@ def open_folder(arguments: Arguments, fingerprint: str) -> None:
             raise ValueError(f"{out} cannot be resumed with other settings: {listing}")
         return
     if arguments.overwrite:
-        for name in ("checkpoints", "settings.json", "results.json", "plan.safetensors", "gates.png"):
+        for name in (
+            "checkpoints",
+            "settings.json",
+            "activations.safetensors",
+            "results.json",
+            "plan.safetensors",
+            "gates.png",
+        ):
             path = out / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     write_json(stored, settings)
@@ -111,6 +125,21 @@ def open_training_data(arguments: Arguments) -> tuple[Dataset, Dataset]:
         raise ValueError(f"{dataset.name} has {len(dataset)} images, too few to hold out {held_out} for calibration")
     split = len(dataset) - held_out
     return Subset(dataset, 0, split), Subset(dataset, split, len(dataset))
+
+
+def find_orders(model: DETR, dataset: Dataset, arguments: Arguments) -> dict[str, np.ndarray]:
+    """The order of every FFN's hidden neurons; empty for the detector's own."""
+    size = arguments.training.group_size
+    if arguments.order == "kmeans":
+        ffns = tqdm(model.ffns.items(), desc="ordering neurons", unit="FFN")
+        return {name: kmeans_order(np.asarray(ffn.w_in[...]), size) for name, ffn in ffns}
+    if arguments.order == "own":
+        return {}
+    sample = Subset(dataset, 0, min(arguments.order_images, len(dataset)))
+    with tqdm(total=len(sample), desc="counting co-firing", unit="image") as bar:
+        path = arguments.out / "activations.safetensors"
+        profile = profile_activations(model, sample, arguments.training.batch_size, size, path, bar.update)
+    return {name: cofiring_order(statistics.cofired, size) for name, statistics in profile.statistics.items()}
 
 
 def train(model: DETR, dataset: Dataset, arguments: Arguments) -> tuple[Gates, float | None]:
@@ -175,11 +204,13 @@ def main(arguments: Arguments) -> None:
     before = detr_jax.fingerprint(model)
     open_folder(arguments, before)
 
-    gates, images_per_second = train(model, training_data, arguments)
+    orders = find_orders(model, training_data, arguments)
+    ordered = reorder(model, orders)
+    gates, images_per_second = train(ordered, training_data, arguments)
     uniform = with_thresholds(gates, dict.fromkeys(gates, arguments.threshold))
     with tqdm(total=len(calibration_data), desc="calibrating thresholds", unit="image") as bar:
         batch_size = arguments.training.batch_size
-        calibrated = calibrate_gates(model, gates, calibration_data, batch_size, arguments.recall, bar.update)
+        calibrated = calibrate_gates(ordered, gates, calibration_data, batch_size, arguments.recall, bar.update)
 
     ground_truth = validation.ground_truth()
     selections = {
@@ -190,7 +221,7 @@ def main(arguments: Arguments) -> None:
     if arguments.each_layer:
         selections |= {f"{name} alone, threshold {arguments.threshold:g}": {name: uniform[name]} for name in uniform}
     runs = {
-        title: measure(title, model, validation, ground_truth, selection, arguments)
+        title: measure(title, ordered, validation, ground_truth, selection, arguments)
         for title, selection in selections.items()
     }
     if detr_jax.fingerprint(model) != before:
@@ -215,6 +246,7 @@ def main(arguments: Arguments) -> None:
     training = {
         "recipe": provenance["arguments"]["training"],
         "data": training_data.name,
+        "order": arguments.order,
         "calibration": {"data": calibration_data.name, "recall": arguments.recall},
     }
     calibrated_title = list(selections)[2]
@@ -226,12 +258,12 @@ def main(arguments: Arguments) -> None:
         "dense_AP": dense_run.ap,
         **{key: results[calibrated_title][key] for key in ("numbers", "AP_interval", "mean_group_sparsity", "ffns")},
     }
-    plan = Plan("mgs", before, calibrated, training, measured, provenance["versions"])
+    plan = Plan("mgs", before, calibrated, orders, training, measured, provenance["versions"])
     save_plan(plan, arguments.out / "plan.safetensors")
     plot_gates(
         arguments.out / "gates.png",
         f"MGS on {arguments.model}, {len(validation)} images of {validation.name}, "
-        f"groups of {arguments.training.group_size}",
+        f"groups of {arguments.training.group_size}" + (f" by {arguments.order}" if orders else ""),
         dense_run,
         [runs[title][0] for title in list(selections)[1:3]],
     )

@@ -13,6 +13,8 @@ import detr_jax
 from detr_jax.sparsity import Plan, load_plan, save_plan
 from detr_jax.sparsity.gates import initial_gates
 
+ORDER = np.random.default_rng(1).permutation(TINY_CONFIG.ffn_features)
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -26,7 +28,9 @@ def path(tmp_path, model):
         name: dataclasses.replace(gate, kernel=np.float32(rng.standard_normal(gate.kernel.shape)))
         for name, gate in initial_gates(TINY_CONFIG, 8).items()
     }
-    plan = Plan("mgs", detr_jax.fingerprint(model), gates, {"epochs": 5}, {"AP": 0.5}, {"jax": "1"})
+    plan = Plan(
+        "mgs", detr_jax.fingerprint(model), gates, {"decoder.0": ORDER}, {"epochs": 5}, {"AP": 0.5}, {"jax": "1"}
+    )
     save_plan(plan, tmp_path / "plan.safetensors")
     return tmp_path / "plan.safetensors"
 
@@ -46,6 +50,8 @@ def test_a_plan_comes_back_as_it_was(path, model):
     assert tuple(plan.gates) == TINY_CONFIG.ffn_names
     kernel = np.float32(np.random.default_rng(0).standard_normal((16, 4)))
     np.testing.assert_array_equal(plan.gates["encoder.0"].kernel, kernel)
+    assert list(plan.orders) == ["decoder.0"]
+    np.testing.assert_array_equal(plan.orders["decoder.0"], ORDER)
     assert [p.name for p in path.parent.iterdir()] == ["plan.safetensors"]
 
 
@@ -62,12 +68,16 @@ def test_the_plan_of_another_detector_is_refused(path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"header": {"format": "detr-jax"}}, "is no plan: its format is 'detr-jax'"),
-        ({"header": {"format_version": "2"}}, "plan format version '2'; this detr-jax reads up to 1"),
-        ({"header": {"format_version": None}}, "plan format version ''"),
-        ({"header": {"plan": "{"}}, "header describes no plan"),
-        ({"header": {"plan": json.dumps({"method": "mgs"})}}, "header describes no plan"),
-        ({"header": {"plan": None}}, "header describes no plan"),
+        ({"header": {"format": "detr-jax"}}, "does not hold a plan: its format is 'detr-jax'"),
+        ({"header": {"format_version": "1"}}, "has version '1'; this detr-jax reads version 2"),
+        ({"header": {"format_version": None}}, "has version None"),
+        ({"header": {"description": "{"}}, "header has no description"),
+        ({"header": {"description": None}}, "header has no description"),
+        ({"header": {"description": "[]"}}, "description is a list"),
+        (
+            {"header": {"description": json.dumps({"method": "mgs"})}},
+            "should be .'fingerprint', 'measured'",
+        ),
         ({"arrays": {"encoder.0.bias": None}}, r"entries \['encoder.0.bias'\] are missing"),
         ({"arrays": {"encoder.0.more": np.zeros(1)}}, r"entries \['encoder.0.more'\] are missing or left over"),
         ({"arrays": {"encoder.9.bias": np.zeros(1)}}, r"gates for \['encoder.9'\]"),
@@ -77,6 +87,8 @@ def test_the_plan_of_another_detector_is_refused(path):
             {"arrays": {"encoder.0.kernel": np.zeros((16, 5)), "encoder.0.bias": np.zeros(5)}},
             "5 groups of encoder.0 do not divide 32",
         ),
+        ({"arrays": {"decoder.0.order": np.zeros(32, np.int32)}}, "decoder.0.order does not name each of 32"),
+        ({"arrays": {"decoder.7.order": np.arange(32)}}, "decoder.7.order does not name"),
         ({"arrays": {"decoder.0.bias": np.full(4, np.nan, np.float32)}}, "decoder.0.bias holds NaN"),
     ],
 )

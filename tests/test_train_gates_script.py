@@ -73,11 +73,14 @@ def test_it_writes_a_plan_results_and_a_figure(finished):
 
 def test_by_default_it_takes_the_embedded_detector_and_scenes(tmp_path):
     sizes = ["--train-images", "32", "--calibration-images", "8", "--eval-images", "1", "--epochs", "1"]
-    run(*sizes, "--out", tmp_path)
+    run(*sizes, "--order", "cofiring", "--order-images", "16", "--out", tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["model"] == "detr-tiny"
     assert results["validation"] == {"data": "scenes-val", "images": 1}
-    assert load_plan(tmp_path / "plan.safetensors", detr_jax.load("detr-tiny")).measured["data"] == "scenes-val"
+    model = detr_jax.load("detr-tiny")
+    plan = load_plan(tmp_path / "plan.safetensors", model)
+    assert plan.measured["data"] == "scenes-val"
+    assert set(plan.orders) == set(model.config.ffn_names)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from detr_jax.model.config import PRESETS, BackboneConfig, DetrConfig, preset_config
 from detr_jax.model.detr import DETR, DetrOutputs
-from detr_jax.model.ffn import FFNTrace, Selector, Selectors
+from detr_jax.model.ffn import FFNTrace, FFNWeights, Selector, Selectors
 
 __all__ = [
     "DETR",
@@ -11,6 +11,7 @@ __all__ = [
     "DetrConfig",
     "DetrOutputs",
     "FFNTrace",
+    "FFNWeights",
     "Selector",
     "Selectors",
     "preset_config",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from detr_jax.model.config import DetrConfig
-from detr_jax.model.ffn import FFNTrace, Selectors
+from detr_jax.model.ffn import FFN, FFNTrace, Selectors
 from detr_jax.model.positions import downsample_mask, sine_positions
 from detr_jax.model.resnet import ResNet
 from detr_jax.model.transformer import Transformer
@@ -112,6 +112,12 @@ class DETR(nnx.Module):
 
         *earlier, (logits, boxes) = [self.heads(x) for x in (layers if auxiliary else layers[-1:])]
         return DetrOutputs(logits, boxes, tuple(earlier), (x, memory) if auxiliary else (), traces)
+
+    @property
+    def ffns(self) -> dict[str, FFN]:
+        """The FFNs by name, in the order in which they run."""
+        layers = (*self.transformer.encoder, *self.transformer.decoder)
+        return {name: layer.ffn for name, layer in zip(self.config.ffn_names, layers, strict=True)}
 
     def token_grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of encoder tokens for images of (height, width) pixels."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,22 @@ Selectors = Mapping[str, Selector]
 """Selector of each sparse FFN by name ("encoder.0"); an FFN without one is dense."""
 
 
+class FFNWeights(NamedTuple):
+    """An FFN as arrays: relu(x W_in^T + b_in) W_out + b_out.
+
+    Attributes:
+        w_in: (F, d), neurons on rows.
+        b_in: (F,).
+        w_out: (F, d), neurons on rows.
+        b_out: (d,).
+    """
+
+    w_in: jax.Array
+    b_in: jax.Array
+    w_out: jax.Array
+    b_out: jax.Array
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FFNTrace:
@@ -38,6 +54,11 @@ class FFNTrace:
     tokens: jax.Array
 
 
+def trace(weights: FFNWeights, x: jax.Array, tokens: jax.Array) -> FFNTrace:
+    """What goes through an FFN for inputs x (batch, tokens, d); `tokens` (batch, tokens) is false for padding."""
+    return FFNTrace(x, kernels.hidden_activations(x, weights.w_in, weights.b_in), tokens)
+
+
 class FFN(nnx.Module):
     """relu(x W_in^T + b_in) W_out + b_out, dense or restricted to the groups that a selector keeps.
 
@@ -52,9 +73,13 @@ class FFN(nnx.Module):
         self.b_out = nnx.Param(jnp.zeros((d_model,)))
         self.dtype = dtype
 
-    def weights(self) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """(w_in, b_in, w_out, b_out) in the compute dtype."""
-        return tuple(p[...].astype(self.dtype) for p in (self.w_in, self.b_in, self.w_out, self.b_out))
+    def parameters(self) -> FFNWeights:
+        """The parameters as they are stored."""
+        return FFNWeights(self.w_in[...], self.b_in[...], self.w_out[...], self.b_out[...])
+
+    def weights(self) -> FFNWeights:
+        """The parameters in the compute dtype."""
+        return FFNWeights(*(array.astype(self.dtype) for array in self.parameters()))
 
     def __call__(self, x: jax.Array, selector: Selector | None = None) -> jax.Array:
         active = None if selector is None else selector(x)
@@ -62,5 +87,4 @@ class FFN(nnx.Module):
 
     def trace(self, x: jax.Array, tokens: jax.Array) -> FFNTrace:
         """The hidden activations of inputs `x`; XLA shares the product with the call on the same inputs."""
-        w_in, b_in, _, _ = self.weights()
-        return FFNTrace(x, kernels.hidden_activations(x.astype(self.dtype), w_in, b_in), tokens)
+        return trace(self.weights(), x.astype(self.dtype), tokens)

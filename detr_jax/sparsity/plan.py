@@ -1,27 +1,26 @@
 """A plan: everything that turns a dense detector into a sparse one, as an object and as a file.
 
-The file is safetensors. Its entries are the arrays of every FFN's gate ("encoder.0.kernel", ".bias", ".threshold");
-its header says how and on what the plan was made, what was measured with it, and which detector it belongs to.
+The file is safetensors. Its entries are the arrays of every FFN's gate ("encoder.0.kernel", ".bias", ".threshold") and
+the order of its hidden neurons (".order") where that is not the detector's own; its header says how and on what the
+plan was made, what was measured with it, and which detector it belongs to.
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
-from safetensors import SafetensorError, safe_open
 
-from detr_jax.files import replacing
 from detr_jax.model import DETR
 from detr_jax.model.parameters import fingerprint
+from detr_jax.sparsity import described_arrays
+from detr_jax.sparsity.described_arrays import Format
 from detr_jax.sparsity.gates import LinearGate
 
-FORMAT = "detr-jax-plan"
-VERSION = 1
+FORMAT = Format("detr-jax-plan", 2, "a plan", "scripts/train_gates.py makes one")
 _ARRAYS = tuple(field.name for field in dataclasses.fields(LinearGate))
+_DESCRIBED = ("method", "fingerprint", "training", "measured", "versions")
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,8 @@ class Plan:
         method: name of the selectors' method, "mgs".
         fingerprint: of the detector it was made for, see `detr_jax.fingerprint`.
         gates: gate of each sparse FFN by name; the others are dense. Pass them to a detector as `selectors`.
+        orders: (F,) of the hidden neurons of FFNs that are not in the detector's own order, see `sparsity.ordering`;
+            the gates belong to `reorder(model, orders)`.
         training: how and on what data the gates were trained and calibrated, as JSON.
         measured: accuracy and sparsity with this plan, as JSON.
         versions: of the libraries that made it.
@@ -40,6 +41,7 @@ class Plan:
     method: str
     fingerprint: str
     gates: dict[str, LinearGate]
+    orders: dict[str, np.ndarray]
     training: dict
     measured: dict
     versions: dict[str, str]
@@ -49,11 +51,8 @@ def save_plan(plan: Plan, path: Path) -> None:
     """Writes a plan; the file appears under its name only once it is whole."""
     arrays = {
         f"{name}.{array}": np.asarray(getattr(gate, array)) for name, gate in plan.gates.items() for array in _ARRAYS
-    }
-    described = {key: getattr(plan, key) for key in ("method", "fingerprint", "training", "measured", "versions")}
-    header = {"format": FORMAT, "format_version": str(VERSION), "plan": json.dumps(described, allow_nan=False)}
-    with replacing(path) as temporary:
-        safetensors.numpy.save_file(arrays, temporary, metadata=header)
+    } | {f"{name}.order": np.asarray(order, np.int32) for name, order in plan.orders.items()}
+    described_arrays.write(path, FORMAT, {key: getattr(plan, key) for key in _DESCRIBED}, arrays)
 
 
 def load_plan(path: Path, model: DETR) -> Plan:
@@ -61,32 +60,28 @@ def load_plan(path: Path, model: DETR) -> Plan:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, no plan, of a newer version, or the plan of another detector.
+        ValueError: if the file is damaged, no plan, of another version, or the plan of another detector.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no plan {path}; scripts/train_gates.py makes one")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            header = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
-    if header.get("format") != FORMAT:
-        raise ValueError(f"{path} is no plan: its format is {header.get('format')!r}, should be {FORMAT!r}")
-    version = header.get("format_version", "")
-    if not version.isdecimal() or int(version) > VERSION:
-        raise ValueError(f"{path} has plan format version {version!r}; this detr-jax reads up to {VERSION}")
-    try:
-        described = json.loads(header["plan"])
-        plan = Plan(gates=_gates(path, arrays, model), **described)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged: its header describes no plan ({error!r})") from error
+    described, arrays = described_arrays.read(path, FORMAT)
+    if set(described) != set(_DESCRIBED):
+        raise ValueError(f"{path} is damaged: it describes {sorted(described)}, should be {sorted(_DESCRIBED)}")
+    plan = Plan(orders=_orders(path, arrays, model), gates=_gates(path, arrays, model), **described)
     if plan.fingerprint != (own := fingerprint(model)):
         raise ValueError(
             f"{path} was made for the detector {plan.fingerprint[:12]}, this one is {own[:12]}: its gates know nothing "
             "about other parameters; train gates for this detector with scripts/train_gates.py"
         )
     return plan
+
+
+def _orders(path: Path, arrays: dict[str, np.ndarray], model: DETR) -> dict[str, np.ndarray]:
+    """Takes the orders out of a file's arrays."""
+    neurons = np.arange(model.config.ffn_features)
+    orders = {key.removesuffix(".order"): arrays.pop(key) for key in list(arrays) if key.endswith(".order")}
+    for name, order in orders.items():
+        if name not in model.config.ffn_names or not np.array_equal(np.sort(order, axis=None), neurons):
+            raise ValueError(f"{path}: {name}.order does not name each of {len(neurons)} hidden neurons once")
+    return orders
 
 
 def _gates(path: Path, arrays: dict[str, np.ndarray], model: DETR) -> dict[str, LinearGate]:

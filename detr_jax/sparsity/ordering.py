@@ -1,0 +1,108 @@
+"""Orders of the hidden neurons that bring those together which are needed together.
+
+An FFN is the same function whatever the order of its hidden neurons; groups of consecutive neurons are not. An order
+is an array (F,) whose entry p is the neuron that comes to position p.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from flax import nnx
+from scipy.optimize import linear_sum_assignment
+
+from detr_jax.model import DETR, FFNWeights
+from detr_jax.sparsity.grouping import group_count
+
+
+def permute(weights: FFNWeights, order: np.ndarray) -> FFNWeights:
+    """The same function with its hidden neurons in another order.
+
+    Raises:
+        ValueError: if `order` is no permutation of the hidden neurons.
+    """
+    features = weights.w_in.shape[0]
+    if order.shape != (features,) or not np.array_equal(np.sort(order), np.arange(features)):
+        raise ValueError(f"an order of {features} hidden neurons names each of them once; got shape {order.shape}")
+    return FFNWeights(weights.w_in[order], weights.b_in[order], weights.w_out[order], weights.b_out)
+
+
+def reorder(model: DETR, orders: Mapping[str, np.ndarray]) -> DETR:
+    """The same detector with the hidden neurons of some FFNs in another order; `model` stays as it is.
+
+    Args:
+        model: the detector.
+        orders: (F,) order of each FFN by name; the others keep theirs.
+
+    Raises:
+        ValueError: if an order is no permutation of the hidden neurons.
+    """
+    copy = nnx.clone(model)
+    ffns = copy.ffns
+    for name, order in orders.items():
+        for parameter, value in permute(ffns[name].parameters(), order)._asdict().items():
+            getattr(ffns[name], parameter)[...] = value
+    return copy
+
+
+def cofiring_order(cofired: np.ndarray, group_size: int) -> np.ndarray:
+    """Groups of neurons that fire for the same tokens, the most active groups first.
+
+    Greedy: the most active neuron that is left founds a group; then join, one by one, those whose firing overlaps most
+    with the members' (Jaccard index, averaged over the members).
+
+    Args:
+        cofired: (F, F) counts of tokens for which both neurons fire; on the diagonal those for which one does.
+        group_size: neurons per group.
+
+    Returns:
+        (F,) order.
+
+    Raises:
+        ValueError: if the neurons cannot be divided into groups of that size.
+    """
+    fired = np.diag(cofired)
+    either = np.maximum(fired[:, None] + fired[None, :] - cofired, 1)
+    overlap = (cofired / either).astype(np.float32)
+    free = np.ones(len(fired), bool)
+    order = []
+    for _ in range(group_count(len(fired), group_size)):
+        members = [int(np.where(free, fired, -1).argmax())]
+        free[members[0]] = False
+        closeness = overlap[members[0]].copy()
+        while len(members) < group_size:
+            members.append(int(np.where(free, closeness, -1).argmax()))
+            free[members[-1]] = False
+            closeness += overlap[members[-1]]
+        order += members
+    return np.array(order)
+
+
+def kmeans_order(w_in: np.ndarray, group_size: int, *, seed: int = 0, iterations: int = 20) -> np.ndarray:
+    """Groups of neurons with similar input weights, by balanced k-means.
+
+    The expert construction of Zhang et al. 2022, "MoEfication" (section 3.1), which needs no data.
+
+    Args:
+        w_in: (F, d), neurons on rows; rows are compared by direction.
+        group_size: neurons per group.
+        seed: of the first centres.
+        iterations: at most; fewer where nothing moves any more.
+
+    Returns:
+        (F,) order.
+
+    Raises:
+        ValueError: if the neurons cannot be divided into groups of that size.
+    """
+    groups = group_count(len(w_in), group_size)
+    rows = w_in / np.maximum(np.linalg.norm(w_in, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+    centres = rows[np.random.default_rng(seed).permutation(len(rows))[:groups]]
+    assigned = np.full(len(rows), -1)
+    for _ in range(iterations):
+        # Every centre has as many places as a group has members; the assignment is the best there is.
+        _, places = linear_sum_assignment(np.repeat(-rows @ centres.T, group_size, axis=1))
+        if np.array_equal(places // group_size, assigned):
+            break
+        assigned = places // group_size
+        centres = np.stack([rows[assigned == group].mean(0) for group in range(groups)])
+    return np.argsort(assigned, kind="stable")

@@ -1,0 +1,141 @@
+"""Activation statistics of every FFN of a detector over a data set, by what the tokens stand for."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from detr_jax.data.dataset import Dataset
+from detr_jax.data.loading import Batch, batches, layout_batches
+from detr_jax.model import DETR
+from detr_jax.model.parameters import fingerprint
+from detr_jax.sparsity.activations import ActivationProfile, load_profile, measure, save_profile
+from detr_jax.sparsity.grouping import group_count
+from detr_jax.training.losses import Targets
+from detr_jax.training.matching import match
+
+ENCODER_KINDS = ("background", "object")
+"""Tokens whose centre is over no object, and over one."""
+DECODER_KINDS = ("unmatched", "matched")
+"""Object queries that the set matching leaves, and those it gives an object."""
+
+
+def profile_activations(
+    model: DETR,
+    dataset: Dataset,
+    batch_size: int,
+    group_size: int,
+    path: Path,
+    report: Callable[[int], None],
+    *,
+    checkpoint_batches: int = 50,
+    devices: int | None = None,
+) -> ActivationProfile:
+    """Measures what every FFN does on a data set, or goes on from what an interrupted pass left at `path`.
+
+    Args:
+        model: the detector, which runs dense.
+        dataset: images with their objects.
+        batch_size: images per batch, over all devices.
+        group_size: neurons per group.
+        path: of the safetensors file of the statistics.
+        report: called with the number of images of every batch, at the beginning with that of the earlier ones.
+        checkpoint_batches: batches after which the file is written.
+        devices: to share each batch; default as many as divide it.
+
+    Raises:
+        ValueError: if the batch cannot be shared by the devices, the group size does not divide the hidden neurons, or
+            the file is of another detector, data set, group size or batch size.
+    """
+    devices = math.gcd(batch_size, jax.device_count()) if devices is None else devices
+    mesh = jax.make_mesh((devices,), ("batch",), axis_types=(AxisType.Auto,))
+    if batch_size % mesh.size:
+        raise ValueError(f"a batch of {batch_size} images cannot be shared by {mesh.size} devices")
+    config = model.config
+    group_count(config.ffn_features, group_size)
+    kinds = {name: ENCODER_KINDS if name.startswith("encoder") else DECODER_KINDS for name in config.ffn_names}
+    own = fingerprint(model)
+    data = f"{dataset.name}, {len(dataset)} images in batches of {batch_size}"
+    profile = ActivationProfile(own, data, group_size, kinds, 0, {})
+    if path.exists():
+        profile = load_profile(path, own)
+        if (profile.data, profile.group_size) != (data, group_size):
+            raise ValueError(
+                f"{path} has statistics of {profile.data} in groups of {profile.group_size}, not of {data} in groups "
+                f"of {group_size}; choose another file"
+            )
+
+    @jax.jit
+    def measure_batch(model, pixel_values, pixel_mask, on_object, targets):
+        outputs = model(pixel_values, pixel_mask, trace=True)
+        matched = _matched(outputs.logits, outputs.boxes, targets)
+        valid = on_object[:, :1] >= 0
+        token_kinds = {"encoder": on_object, "decoder": jnp.where(valid, matched, -1)}
+        return {
+            name: measure(
+                ffn.weights(),
+                outputs.traces[name],
+                token_kinds[name.partition(".")[0]],
+                kinds_count=2,
+                group_size=group_size,
+            )
+            for name, ffn in model.ffns.items()
+        }
+
+    done = layout_batches(dataset.image_sizes(), config, batch_size)[: profile.batches]
+    report(sum(len(layout.indices) for layout in done))
+    total = len(layout_batches(dataset.image_sizes(), config, batch_size))
+    model = jax.device_put(model, NamedSharding(mesh, P()))
+    for batch in batches(dataset, config, batch_size, start=profile.batches):
+        arrays = (
+            batch.pixel_values,
+            batch.pixel_mask,
+            object_tokens(batch, model),
+            query_targets(batch, config.queries),
+        )
+        profile = profile.plus(measure_batch(model, *jax.device_put(arrays, NamedSharding(mesh, P("batch")))))
+        report(int(batch.valid.sum()))
+        if profile.batches % checkpoint_batches == 0 or profile.batches == total:
+            save_profile(profile, path)
+    return profile
+
+
+def object_tokens(batch: Batch, model: DETR) -> np.ndarray:
+    """(batch, tokens) int32: 1 for encoder tokens whose centre is over an object, 0 for others, -1 in copies."""
+    rows, columns = model.token_grid(batch.pixel_mask.shape[1:])
+    y, x = (np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")) + 0.5) * (
+        model.config.backbone.stride
+    )
+    kinds = np.full((len(batch.valid), rows, columns), -1, np.int32)
+    for i, (boxes, mask) in enumerate(zip(batch.boxes, batch.pixel_mask, strict=False)):
+        resized = np.array([mask[0].sum(), mask[:, 0].sum()])  # width, height
+        x0, y0, x1, y1 = (boxes * np.tile(resized / batch.sizes[i, ::-1], 2)).T[..., None, None]
+        kinds[i] = ((x0 <= x) & (x < x1) & (y0 <= y) & (y < y1)).any(0)
+    return kinds.reshape(len(kinds), -1)
+
+
+def query_targets(batch: Batch, queries: int) -> Targets:
+    """The objects of each image, as many as there are queries at most; the largest, where there are more."""
+    shape = (len(batch.valid), queries)
+    labels, boxes, valid = np.zeros(shape, np.int32), np.full((*shape, 4), 0.5, np.float32), np.zeros(shape, bool)
+    for i, (corners, classes) in enumerate(zip(batch.boxes, batch.labels, strict=True)):
+        extent = corners[:, 2:] - corners[:, :2]
+        largest = np.argsort(-extent.prod(1), kind="stable")[:queries]
+        size = batch.sizes[i, ::-1]
+        centre = (corners[:, :2] + corners[:, 2:]) / 2
+        labels[i, : len(largest)] = classes[largest]
+        boxes[i, : len(largest)] = np.concatenate([centre / size, extent / size], axis=1)[largest]
+        valid[i, : len(largest)] = True
+    return Targets(labels, boxes, valid)
+
+
+def _matched(logits: jax.Array, boxes: jax.Array, targets: Targets) -> jax.Array:
+    """(batch, queries) int32, 1 for the queries that belong to an object."""
+    queries = jax.vmap(match)(logits, boxes, targets.labels, targets.boxes, targets.valid)
+    image = jnp.arange(len(logits))[:, None]
+    return jnp.zeros(logits.shape[:2], jnp.int32).at[image, queries].max(targets.valid.astype(jnp.int32))
