@@ -39,7 +39,9 @@ def plot_gates(path: Path, title: str, dense: GatedRun, gated: list[GatedRun]) -
         dense: the detector without gates.
         gated: with all FFNs gated, in several ways.
     """
-    figure, (sparsity, recall, accuracy) = plt.subplots(1, 3, figsize=(15, 4.4), width_ratios=(1.3, 1.3, 1))
+    figure, (sparsity, recall, accuracy) = plt.subplots(
+        1, 3, figsize=(15, 4.8), width_ratios=(1.3, 1.3, 1), layout="constrained"
+    )
     names = list(dense.counts)
     position = np.arange(len(names))
     width = 0.8 / len(gated)
@@ -62,7 +64,7 @@ def plot_gates(path: Path, title: str, dense: GatedRun, gated: list[GatedRun]) -
         axes.set_ylim(max(0.0, np.floor(least * 10 - 1) / 10), 1)
         axes.set_xticks(position, names, rotation=60 if len(names) > 8 else 30, ha="right")
         axes.grid(axis="y", alpha=0.3)
-    sparsity.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    figure.legend(*sparsity.get_legend_handles_labels(), fontsize=8, loc="outside lower left", ncols=4)
 
     low, high = dense.ap_interval
     accuracy.axhline(dense.ap, color="k", linewidth=1, label=f"dense {dense.ap:.3f}")
@@ -77,7 +79,6 @@ def plot_gates(path: Path, title: str, dense: GatedRun, gated: list[GatedRun]) -
     accuracy.grid(alpha=0.3)
     accuracy.legend(fontsize=8)
     figure.suptitle(title)
-    figure.tight_layout()
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
     plt.close(figure)

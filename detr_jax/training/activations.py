@@ -87,9 +87,8 @@ def profile_activations(
             for name, ffn in model.ffns.items()
         }
 
-    done = layout_batches(dataset.image_sizes(), config, batch_size)[: profile.batches]
-    report(sum(len(layout.indices) for layout in done))
-    total = len(layout_batches(dataset.image_sizes(), config, batch_size))
+    layouts = layout_batches(dataset.image_sizes(), config, batch_size)
+    report(sum(len(layout.indices) for layout in layouts[: profile.batches]))
     model = jax.device_put(model, NamedSharding(mesh, P()))
     for batch in batches(dataset, config, batch_size, start=profile.batches):
         arrays = (
@@ -100,7 +99,7 @@ def profile_activations(
         )
         profile = profile.plus(measure_batch(model, *jax.device_put(arrays, NamedSharding(mesh, P("batch")))))
         report(int(batch.valid.sum()))
-        if profile.batches % checkpoint_batches == 0 or profile.batches == total:
+        if profile.batches % checkpoint_batches == 0 or profile.batches == len(layouts):
             save_profile(profile, path)
     return profile
 
