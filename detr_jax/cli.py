@@ -34,11 +34,19 @@ def provenance(arguments: Any) -> dict:
     packages = ("detr-jax", "jax", "flax", "numpy", "pillow", "pycocotools")
     return {
         "command": Path(sys.argv[0]).name,
-        "arguments": {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in dataclasses.asdict(arguments).items()
-        },
+        "arguments": _as_json(arguments),
         "versions": {"python": platform.python_version()}
         | {package: importlib.metadata.version(package) for package in packages},
         "device": jax.devices()[0].device_kind,
+    }
+
+
+def settings(arguments: Any) -> dict:
+    """The arguments that decide what a run computes: all but where it goes and what happens to an earlier one."""
+    return {key: value for key, value in _as_json(arguments).items() if key not in ("resume", "overwrite", "out")}
+
+
+def _as_json(arguments: Any) -> dict:
+    return {
+        name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(arguments).items()
     }

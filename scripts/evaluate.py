@@ -90,7 +90,7 @@ def evaluate(arguments: Arguments) -> None:
     selectors = {}
     if arguments.plan is not None:
         plan = load_plan(arguments.plan, model)
-        model, selectors = reorder(model, plan.orders), plan.gates
+        model, selectors = reorder(model, plan.orders), plan.selectors
     ground_truth = dataset.ground_truth()
     warn_of_other_classes(model.config.labels, ground_truth["categories"])
 

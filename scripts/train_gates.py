@@ -1,21 +1,22 @@
 """Trains MGS gates for every FFN of a frozen detector and measures what they cost and save."""
 
-import json
 import math
-import shutil
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from scipy.special import expit
 from tqdm import tqdm
 
 import detr_jax
 from detr_jax import cli
 from detr_jax.data.dataset import Dataset, Subset
+from detr_jax.data.embedding import embedded_batches
 from detr_jax.data.sources import open_dataset
 from detr_jax.evaluation.coco_ap import CocoScores, bootstrap, bootstrap_difference, confidence_interval, score
 from detr_jax.evaluation.detections import measure_dataset
@@ -23,12 +24,18 @@ from detr_jax.evaluation.plots import GatedRun, plot_gates
 from detr_jax.evaluation.report import gate_table, table
 from detr_jax.files import write_json
 from detr_jax.model import DETR
+from detr_jax.run_folder import RESULTS, open_run
 from detr_jax.sparsity import Plan, save_plan
-from detr_jax.sparsity.gates import PAPER_THRESHOLD, with_thresholds
+from detr_jax.sparsity.calibration import recall_threshold
 from detr_jax.sparsity.grouping import group_count
 from detr_jax.sparsity.ordering import cofiring_order, kmeans_order, reorder
+from detr_jax.sparsity.selectors import Thresholded, log_odds
 from detr_jax.training.activations import profile_activations
-from detr_jax.training.gates import Gates, GateTraining, calibrate_gates, train_gates, training_steps
+from detr_jax.training.calibration import calibrate
+from detr_jax.training.gates import MGS, PAPER_THRESHOLD, Gates, GateTraining, train_gates
+from detr_jax.training.passes import ImagePasses
+
+Selection = dict[str, Thresholded]
 
 
 @dataclass(frozen=True)
@@ -52,10 +59,10 @@ class Arguments:
     """Images to train on; default 4096 scenes, or all of COCO's training images that are not held out."""
     calibration_images: int = 128
     """Held-out training images for the thresholds."""
-    order: Literal["own", "cofiring", "kmeans"] = "own"
+    order: Literal["own", "cofiring", "kmeans"] = "cofiring"
     """Order of the hidden neurons, which decides what is a group: the detector's own, those together that fire together
     on training images, or those together that have similar input weights."""
-    order_images: int = 512
+    order_images: int = 256
     """Training images for the order by firing."""
     eval_images: int | None = None
     """Evaluate the first so many validation images; default all."""
@@ -75,42 +82,7 @@ class Arguments:
 
 
 SCENES_TRAINING_IMAGES = 4096
-
-
-def open_folder(arguments: Arguments, fingerprint: str) -> None:
-    """Prepares the output folder; only --resume goes on with a run and only --overwrite deletes one."""
-    settings = {
-        key: value
-        for key, value in json.loads(json.dumps(cli.provenance(arguments)["arguments"], default=str)).items()
-        if key not in ("resume", "overwrite", "out")
-    } | {"fingerprint of the detector": fingerprint}
-    out, stored = arguments.out, arguments.out / "settings.json"
-    if arguments.overwrite and arguments.resume:
-        raise ValueError("--resume keeps the run in the output folder and --overwrite deletes it; choose one")
-    if (out / "results.json").exists() and not arguments.overwrite:
-        raise FileExistsError(f"{out} holds a finished run; choose another --out or pass --overwrite")
-    if stored.exists() and not (arguments.overwrite or arguments.resume):
-        raise FileExistsError(f"{out} holds an unfinished run; pass --resume, --overwrite or another --out")
-    if arguments.resume and not stored.exists():
-        raise FileNotFoundError(f"there is no run in {out} to resume")
-    if arguments.resume:
-        before = json.loads(stored.read_text())
-        if changed := [key for key in settings if settings[key] != before.get(key)]:
-            listing = ", ".join(f"{key} was {before.get(key)}, now {settings[key]}" for key in changed)
-            raise ValueError(f"{out} cannot be resumed with other settings: {listing}")
-        return
-    if arguments.overwrite:
-        for name in (
-            "checkpoints",
-            "settings.json",
-            "activations.safetensors",
-            "results.json",
-            "plan.safetensors",
-            "gates.png",
-        ):
-            path = out / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    write_json(stored, settings)
+OUTPUTS = ("checkpoints", "activations.safetensors", "plan.safetensors", "gates.png")
 
 
 def open_training_data(arguments: Arguments) -> tuple[Dataset, Dataset]:
@@ -144,7 +116,8 @@ def find_orders(model: DETR, dataset: Dataset, arguments: Arguments) -> dict[str
 
 def train(model: DETR, dataset: Dataset, arguments: Arguments) -> tuple[Gates, float | None]:
     """The gates, and the images per second of the steps after the first ones, which compile."""
-    total = training_steps(model, dataset, arguments.training)
+    passes = ImagePasses(model, dataset, arguments.training.batch_size, arguments.training.seed)
+    total = arguments.training.epochs * len(passes)
     times: list[float] = []
     with tqdm(total=total, desc="training gates", unit="step") as bar:
 
@@ -153,30 +126,30 @@ def train(model: DETR, dataset: Dataset, arguments: Arguments) -> tuple[Gates, f
             bar.update(step - bar.n)
             times.append(time.perf_counter())
 
-        gates = train_gates(model, dataset, arguments.training, arguments.out / "checkpoints", report)
+        folder = arguments.out / "checkpoints"
+        gates = train_gates(model, passes, {"mgs": MGS}, arguments.training, folder, report)["mgs"]
     steps = np.diff(times)
     # The median leaves out the steps that compiled a new shape.
     return gates, float(arguments.training.batch_size / np.median(steps)) if len(steps) > 1 else None
 
 
 def measure(
-    title: str, model: DETR, dataset: Dataset, ground_truth: dict, gates: Gates, arguments: Arguments
+    title: str, model: DETR, dataset: Dataset, ground_truth: dict, selectors: Selection, arguments: Arguments
 ) -> tuple[GatedRun, CocoScores]:
     """AP and firing counts with some FFNs gated."""
-    measured = measure_dataset(
-        model,
-        dataset,
-        arguments.training.batch_size,
-        selectors=gates,
-        group_size=arguments.training.group_size,
-        progress=title,
-    )
+    batches = embedded_batches(model, dataset, arguments.training.batch_size, title)
+    measured = measure_dataset(model, batches, selectors=selectors, group_size=arguments.training.group_size)
     scores = score(ground_truth, measured.results, dataset.image_ids())
     interval = confidence_interval(bootstrap(scores))
     return GatedRun(title, scores.numbers["AP"], interval, measured.counts), scores
 
 
-def as_json(run: GatedRun, scores: CocoScores, dense: CocoScores, gates: Gates) -> dict:
+def probability(selector: Thresholded) -> float:
+    """The threshold of a gate as a probability."""
+    return float(expit(selector.threshold))
+
+
+def as_json(run: GatedRun, scores: CocoScores, dense: CocoScores, selectors: Selection) -> dict:
     """A run as results.json holds it."""
     columns = ("recall", "precision", "group_sparsity", "neuron_sparsity", "zeros")
     return {
@@ -185,7 +158,7 @@ def as_json(run: GatedRun, scores: CocoScores, dense: CocoScores, gates: Gates) 
         "AP_minus_dense_interval": confidence_interval(bootstrap_difference(scores, dense)),
         "mean_group_sparsity": float(np.mean([c.group_sparsity for c in run.counts.values()])),
         "ffns": {
-            name: {"threshold": float(gates[name].threshold) if name in gates else None}
+            name: {"threshold": probability(selectors[name]) if name in selectors else None}
             | {column: getattr(counts, column) for column in columns}
             for name, counts in run.counts.items()
         },
@@ -202,15 +175,17 @@ def main(arguments: Arguments) -> None:
     training_data, calibration_data = open_training_data(arguments)
     validation = open_dataset(arguments.coco, "val", arguments.eval_images)
     before = detr_jax.fingerprint(model)
-    open_folder(arguments, before)
+    settings = cli.settings(arguments) | {"fingerprint of the detector": before}
+    open_run(arguments.out, settings, OUTPUTS, resume=arguments.resume, overwrite=arguments.overwrite)
 
     orders = find_orders(model, training_data, arguments)
     ordered = reorder(model, orders)
     gates, images_per_second = train(ordered, training_data, arguments)
-    uniform = with_thresholds(gates, dict.fromkeys(gates, arguments.threshold))
-    with tqdm(total=len(calibration_data), desc="calibrating thresholds", unit="image") as bar:
-        batch_size = arguments.training.batch_size
-        calibrated = calibrate_gates(ordered, gates, calibration_data, batch_size, arguments.recall, bar.update)
+    threshold = jnp.float32(log_odds(arguments.threshold))
+    uniform = {name: Thresholded(gate, threshold) for name, gate in gates.items()}
+    batch_size = arguments.training.batch_size
+    held_out = ImagePasses(ordered, calibration_data, batch_size, progress="calibrating thresholds")
+    calibrated = calibrate(ordered, held_out, gates, partial(recall_threshold, recall=arguments.recall))
 
     ground_truth = validation.ground_truth()
     selections = {
@@ -231,7 +206,7 @@ def main(arguments: Arguments) -> None:
     results = {title: as_json(run, scores, dense_scores, selections[title]) for title, (run, scores) in runs.items()}
     for title in list(selections)[1:3]:
         print(f"\n{title}")
-        print(gate_table(runs[title][0].counts, {n: float(g.threshold) for n, g in selections[title].items()}))
+        print(gate_table(runs[title][0].counts, {n: probability(g) for n, g in selections[title].items()}))
     rows = []
     for title, result in results.items():
         low, high = result["AP_minus_dense_interval"]
@@ -269,7 +244,7 @@ def main(arguments: Arguments) -> None:
     )
     seconds = time.perf_counter() - started
     write_json(
-        arguments.out / "results.json",
+        arguments.out / RESULTS,
         {
             "model": arguments.model,
             "fingerprint": before,

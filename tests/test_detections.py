@@ -7,8 +7,10 @@ import pytest
 from tiny import TINY_CONFIG, annotation, tiny_detector, write_coco
 
 from detr_jax.data.coco import CocoDataset
-from detr_jax.evaluation.detections import coco_results, detect, detect_dataset, predictions
+from detr_jax.data.embedding import embedded_batches
+from detr_jax.evaluation.detections import coco_results, detect, detect_dataset, measure_dataset, predictions
 from detr_jax.evaluation.padding import padding_effect
+from detr_jax.model import Selection
 from detr_jax.model.postprocess import Detections
 
 SIZES = [(20, 30), (30, 20), (20, 30), (20, 29)]
@@ -21,8 +23,8 @@ class FirstGroups:
 
     threshold: jax.Array
 
-    def __call__(self, x):
-        return jnp.broadcast_to(jnp.arange(4) < self.threshold, (*x.shape[:-1], 4))
+    def __call__(self, ffn, x, tokens):
+        return Selection(active=jnp.broadcast_to(jnp.arange(4) < self.threshold, (*x.shape[:-1], 4)))
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,22 @@ def test_new_thresholds_do_not_compile_again(model, dataset):
     assert detect._cache_size() == compiled
     np.testing.assert_allclose([r["score"] for r in everything], [r["score"] for r in dense], atol=1e-6)
     assert max(abs(a["score"] - b["score"]) for a, b in zip(half, dense, strict=True)) > 1e-6
+
+
+def test_measuring_detects_the_same_and_counts_every_image_once(model, dataset):
+    selectors = {"encoder.0": FirstGroups(jnp.array(2))}
+    embedded = list(embedded_batches(model, dataset, 2, ""))
+    assert sum(batch.valid.sum() for batch in embedded) == len(SIZES) < 2 * len(embedded)  # a copy fills a batch
+    measured = measure_dataset(model, embedded, selectors=selectors, group_size=8)
+    results = detect_dataset(model, dataset, 2, selectors=selectors, progress=False)
+    for one, other in zip(measured.results, results, strict=True):
+        assert (one["image_id"], one["category_id"]) == (other["image_id"], other["category_id"])
+        np.testing.assert_allclose(one["bbox"], other["bbox"], atol=1e-3)
+        np.testing.assert_allclose(one["score"], other["score"], atol=1e-5)
+    assert tuple(measured.counts) == TINY_CONFIG.ffn_names
+    encoder, decoder = measured.counts.values()
+    assert decoder.neurons == len(SIZES) * TINY_CONFIG.queries * TINY_CONFIG.ffn_features
+    assert decoder.group_sparsity == 0 and encoder.group_sparsity == 0.5
 
 
 def test_boxes_become_width_and_height_and_copies_are_left_out(dataset):

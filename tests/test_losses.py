@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from detr_jax.model import DetrOutputs, FFNTrace
+from detr_jax.model import DetrOutputs, FFNTrace, Selection
 from detr_jax.training.losses import Targets, dense_loss, hoyer_penalty
 from detr_jax.training.losses import detection_loss as eager_detection_loss
 
@@ -94,7 +94,8 @@ def test_dense_loss_of_boxes_is_over_covered_tokens_only():
 
 def trace(hidden, tokens=None):
     hidden = jnp.asarray(hidden, jnp.float32)
-    return FFNTrace(hidden, hidden, jnp.ones(hidden.shape[:2], bool) if tokens is None else jnp.array(tokens))
+    tokens = jnp.ones(hidden.shape[:2], bool) if tokens is None else jnp.array(tokens)
+    return FFNTrace(hidden, hidden, tokens, Selection())
 
 
 def test_hoyer_square_extremes():

@@ -9,7 +9,7 @@ from tiny import TINY_CONFIG, tiny_detector
 
 from detr_jax.model import DETR, preset_config
 from detr_jax.model.config import config_from_json, config_to_json
-from detr_jax.sparsity.gates import initial_gates
+from detr_jax.sparsity.selectors import Oracle
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +58,26 @@ def test_padding_does_not_reach_what_is_masked(model):
     np.testing.assert_array_equal(*(model.transformer.decode(m, positions, tokens, {}, None)[-1] for m in memories))
 
 
+def test_embedding_then_transforming_is_the_whole_detector(model):
+    mask = np.ones((2, 40, 56), bool)
+    mask[0, :, 40:] = False
+    whole = model(images(), mask)
+    parts = model.transform(model.embed(images(), mask, np.ones(2, bool)))
+    np.testing.assert_allclose(parts.logits, whole.logits, atol=1e-5)
+    np.testing.assert_allclose(parts.boxes, whole.boxes, atol=1e-5)
+
+
+def test_images_that_only_fill_the_batch_have_no_tokens_in_traces(model):
+    tokens = model.embed(images(), np.ones((2, 40, 56), bool), np.array([True, False]))
+    traces = model.traces(tokens, {"decoder.0": Oracle(8)})
+    for trace in traces.values():
+        np.testing.assert_array_equal(trace.tokens.all(1), [True, False])
+        np.testing.assert_array_equal(trace.tokens.any(1), [True, False])
+    assert traces["encoder.0"].selection.active is None
+    fires = np.asarray(traces["decoder.0"].hidden).reshape(2, 5, 4, 8) > 0
+    np.testing.assert_array_equal(traces["decoder.0"].selection.active, fires.any(-1))
+
+
 def test_bfloat16_outputs_are_float32(model):
 
     shapes = jax.eval_shape(lambda x: DETR(TINY_CONFIG, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))(x), images())
@@ -78,9 +98,8 @@ def test_wrong_shapes_are_refused(model, arguments, message):
 
 
 def test_a_selector_for_an_unknown_ffn_is_refused(model):
-    gate = initial_gates(TINY_CONFIG, 8)["encoder.0"]
     with pytest.raises(ValueError, match=r"no FFN is named \['encoder.7'\]"):
-        model(images(), selectors={"encoder.7": gate})
+        model(images(), selectors={"encoder.7": Oracle(8)})
 
 
 def test_an_unknown_preset_is_refused():

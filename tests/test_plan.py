@@ -1,19 +1,21 @@
 """Plan files: there and back, and everything that can be wrong with one."""
 
-import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
 from safetensors import safe_open
-from tiny import TINY_CONFIG, tiny_detector
+from tiny import TINY_CONFIG, every_selector, tiny_detector, tiny_ffn
 
 import detr_jax
 from detr_jax.sparsity import Plan, load_plan, save_plan
-from detr_jax.sparsity.gates import initial_gates
+from detr_jax.sparsity.selectors import LinearGate, Standardised, Thresholded
 
 ORDER = np.random.default_rng(1).permutation(TINY_CONFIG.ffn_features)
+SELECTORS = every_selector(tiny_ffn(TINY_CONFIG.ffn_features, TINY_CONFIG.d_model)[0], 8)
 
 
 @pytest.fixture(scope="module")
@@ -21,24 +23,32 @@ def model():
     return tiny_detector()
 
 
+def plan_with(model, selectors, orders=None) -> Plan:
+    return Plan("mgs", detr_jax.fingerprint(model), selectors, orders or {}, {"epochs": 5}, {"AP": 0.5}, {"jax": "1"})
+
+
 @pytest.fixture
 def path(tmp_path, model):
     rng = np.random.default_rng(0)
     gates = {
-        name: dataclasses.replace(gate, kernel=np.float32(rng.standard_normal(gate.kernel.shape)))
-        for name, gate in initial_gates(TINY_CONFIG, 8).items()
+        name: Thresholded(
+            LinearGate(np.float32(rng.standard_normal((16, 4))), np.zeros(4, np.float32)), jnp.float32(0.2)
+        )
+        for name in TINY_CONFIG.ffn_names
     }
-    plan = Plan(
-        "mgs", detr_jax.fingerprint(model), gates, {"decoder.0": ORDER}, {"epochs": 5}, {"AP": 0.5}, {"jax": "1"}
-    )
-    save_plan(plan, tmp_path / "plan.safetensors")
+    save_plan(plan_with(model, gates, {"decoder.0": ORDER}), tmp_path / "plan.safetensors")
     return tmp_path / "plan.safetensors"
 
 
-def rewrite(path, *, header=None, arrays=None):
-    """The same file with some of its header or arrays replaced; None takes one out."""
+def rewrite(path, *, header=None, arrays=None, selectors=None):
+    """The same file with some of its header, arrays or described selectors replaced; None takes one out."""
     with safe_open(path, framework="numpy") as file:
         old_header, old_arrays = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if selectors is not None:
+        description = json.loads(old_header["description"])
+        both = description["selectors"] | selectors
+        description["selectors"] = {name: structure for name, structure in both.items() if structure is not None}
+        old_header["description"] = json.dumps(description)
     new_header = {k: v for k, v in (old_header | (header or {})).items() if v is not None}
     new_arrays = {k: v for k, v in (old_arrays | (arrays or {})).items() if v is not None}
     safetensors.numpy.save_file(new_arrays, path, metadata=new_header)
@@ -47,17 +57,38 @@ def rewrite(path, *, header=None, arrays=None):
 def test_a_plan_comes_back_as_it_was(path, model):
     plan = load_plan(path, model)
     assert (plan.method, plan.training, plan.measured) == ("mgs", {"epochs": 5}, {"AP": 0.5})
-    assert tuple(plan.gates) == TINY_CONFIG.ffn_names
+    assert tuple(plan.selectors) == TINY_CONFIG.ffn_names
     kernel = np.float32(np.random.default_rng(0).standard_normal((16, 4)))
-    np.testing.assert_array_equal(plan.gates["encoder.0"].kernel, kernel)
+    np.testing.assert_array_equal(plan.selectors["encoder.0"].score.kernel, kernel)
+    assert plan.selectors["encoder.0"].threshold == jnp.float32(0.2)
     assert list(plan.orders) == ["decoder.0"]
     np.testing.assert_array_equal(plan.orders["decoder.0"], ORDER)
     assert [p.name for p in path.parent.iterdir()] == ["plan.safetensors"]
 
 
-def test_an_ffn_without_a_gate_stays_dense(path, model):
-    rewrite(path, arrays={f"encoder.0.{array}": None for array in ("kernel", "bias", "threshold")})
-    assert tuple(load_plan(path, model).gates) == ("decoder.0",)
+@pytest.mark.parametrize("name", SELECTORS)
+def test_selectors_of_every_kind_come_back_as_they_were(tmp_path, model, name):
+    selectors = {"encoder.0": SELECTORS[name], "decoder.0": SELECTORS["oracle"]}
+    save_plan(plan_with(model, selectors), tmp_path / "plan.safetensors")
+    found = load_plan(tmp_path / "plan.safetensors", model).selectors
+    assert {ffn: type(selector) for ffn, selector in found.items()} == {f: type(s) for f, s in selectors.items()}
+    assert jax.tree.structure(found) == jax.tree.structure(selectors)
+    assert str(jax.tree.structure(found)) == str(jax.tree.structure(selectors))  # no array that equals a static field
+    jax.tree.map(np.testing.assert_array_equal, found, selectors)
+    assert [a.dtype for a in jax.tree.leaves(found)] == [a.dtype for a in jax.tree.leaves(selectors)]
+
+
+@pytest.mark.parametrize("threshold", [-np.inf, np.inf])
+def test_thresholds_may_be_infinite(tmp_path, model, threshold):
+    selectors = {"encoder.0": Thresholded(Standardised(SELECTORS["linear gate"].score), jnp.float32(threshold))}
+    save_plan(plan_with(model, selectors), tmp_path / "plan.safetensors")
+    assert load_plan(tmp_path / "plan.safetensors", model).selectors["encoder.0"].threshold == threshold
+
+
+def test_an_ffn_without_a_selector_stays_dense(path, model):
+    entries = ("score.kernel", "score.bias", "threshold")
+    rewrite(path, selectors={"encoder.0": None}, arrays={f"encoder.0.selector.{entry}": None for entry in entries})
+    assert tuple(load_plan(path, model).selectors) == ("decoder.0",)
 
 
 def test_the_plan_of_another_detector_is_refused(path):
@@ -65,11 +96,22 @@ def test_the_plan_of_another_detector_is_refused(path):
         load_plan(path, tiny_detector(seed=1))
 
 
+KERNEL, BIAS, THRESHOLD = (f"encoder.0.selector.{entry}" for entry in ("score.kernel", "score.bias", "threshold"))
+SCORE = {"class": "LinearGate", "kernel": {"array": KERNEL}, "bias": {"array": BIAS}}
+DESCRIPTION = dict.fromkeys(("method", "fingerprint", "training", "measured", "versions"), "") | {"selectors": None}
+
+
+def with_score(score: dict) -> dict:
+    """A change of the encoder's selector to another score."""
+    return {"selectors": {"encoder.0": {"class": "Thresholded", "score": score, "threshold": {"array": THRESHOLD}}}}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"header": {"format": "detr-jax"}}, "does not hold a plan: its format is 'detr-jax'"),
-        ({"header": {"format_version": "1"}}, "has version '1'; this detr-jax reads version 2"),
+        ({"header": {"format_version": "1"}}, "has version '1'; this detr-jax reads version 3"),
+        ({"header": {"format_version": "2"}}, "has version '2'; this detr-jax reads version 3"),
         ({"header": {"format_version": None}}, "has version None"),
         ({"header": {"description": "{"}}, "header has no description"),
         ({"header": {"description": None}}, "header has no description"),
@@ -78,18 +120,38 @@ def test_the_plan_of_another_detector_is_refused(path):
             {"header": {"description": json.dumps({"method": "mgs"})}},
             "should be .'fingerprint', 'measured'",
         ),
-        ({"arrays": {"encoder.0.bias": None}}, r"entries \['encoder.0.bias'\] are missing"),
-        ({"arrays": {"encoder.0.more": np.zeros(1)}}, r"entries \['encoder.0.more'\] are missing or left over"),
-        ({"arrays": {"encoder.9.bias": np.zeros(1)}}, r"gates for \['encoder.9'\]"),
-        ({"arrays": {"encoder.0.kernel": np.zeros((15, 4))}}, r"kernel \(15, 4\)"),
-        ({"arrays": {"encoder.0.threshold": np.zeros(4)}}, r"threshold \(4,\)"),
+        ({"header": {"description": json.dumps(DESCRIPTION)}}, "its selectors are a NoneType"),
+        ({"arrays": {BIAS: None}}, rf"KeyError\('{BIAS}'\) is missing"),
+        ({"arrays": {"encoder.0.more": np.zeros(1)}}, r"entries \['encoder.0.more'\] are left over"),
         (
-            {"arrays": {"encoder.0.kernel": np.zeros((16, 5)), "encoder.0.bias": np.zeros(5)}},
-            "5 groups of encoder.0 do not divide 32",
+            {"arrays": {"encoder.9.selector.threshold": np.zeros(())}},
+            r"entries \['encoder.9.selector.threshold'\] are left over",
         ),
+        ({"selectors": {"encoder.9": {"class": "Oracle", "group_size": 8}}}, r"selectors for \['encoder.9'\]"),
+        ({"arrays": {KERNEL: np.zeros((15, 4))}}, r"not fit its FFN.*kernel.*\(15, 4\)"),
+        ({"arrays": {KERNEL: np.zeros(16), BIAS: np.zeros(2)}}, r"not fit its FFN.*kernel.*\(16,\)"),
+        ({"arrays": {THRESHOLD: np.zeros(4)}}, r"threshold has the shape \(4,\)"),
+        ({"arrays": {KERNEL: np.zeros((16, 5)), BIAS: np.zeros(5)}}, r"not fit its FFN.*\(16, 5\)"),
         ({"arrays": {"decoder.0.order": np.zeros(32, np.int32)}}, "decoder.0.order does not name each of 32"),
         ({"arrays": {"decoder.7.order": np.arange(32)}}, "decoder.7.order does not name"),
-        ({"arrays": {"decoder.0.bias": np.full(4, np.nan, np.float32)}}, "decoder.0.bias holds NaN"),
+        (
+            {"arrays": {"decoder.0.selector.score.bias": np.full(4, np.nan, np.float32)}},
+            "decoder.0.selector.score.bias holds NaN",
+        ),
+        ({"arrays": {KERNEL: np.full((16, 4), np.inf, np.float32)}}, f"{KERNEL} holds NaN or infinite"),
+        ({"arrays": {THRESHOLD: np.full((), np.nan, np.float32)}}, f"{THRESHOLD} holds NaN"),
+        (with_score(SCORE | {"class": "QuadraticGate"}), r"KeyError\('QuadraticGate'\) is missing, unknown"),
+        (with_score({k: v for k, v in SCORE.items() if k != "class"}), r"KeyError\('class'\) is missing"),
+        (with_score(SCORE | {"more": 1}), "unexpected keyword argument 'more'"),
+        (with_score({"class": "LinearGate", "kernel": {"array": KERNEL}}), "missing 1 required .* 'bias'"),
+        (with_score({"class": "Standardised", "of": SCORE | {"class": "Importance"}}), "unexpected .* 'kernel'"),
+        ({"selectors": {"encoder.0": SCORE}, "arrays": {THRESHOLD: None}}, "not fit its FFN"),
+        (
+            {"selectors": {"encoder.0": {"class": "Oracle", "group_size": 5}}}
+            | {"arrays": dict.fromkeys((KERNEL, BIAS, THRESHOLD))},
+            "not fit its FFN",
+        ),
+        ({"selectors": {"encoder.0": 5}, "arrays": dict.fromkeys((KERNEL, BIAS, THRESHOLD))}, "not fit its FFN"),
     ],
 )
 def test_a_wrong_plan_is_refused(path, model, change, message):

@@ -2,22 +2,22 @@
 
 import json
 import random
-import runpy
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import SCRIPTS, refusal, run
 from PIL import Image
+from scipy.special import expit
 from tiny import annotation, tiny_detector, write_coco
 
 import detr_jax
 from detr_jax.sparsity import load_plan
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "train_gates.py"
+NAME = "train_gates.py"
 
 
 @pytest.fixture(scope="module")
@@ -30,22 +30,13 @@ def inputs(tmp_path_factory):
     detr_jax.save(tiny_detector(), root / "detector.safetensors")
     model = ["--model", str(root / "detector.safetensors"), "--coco", str(root)]
     training = ["--calibration-images", "4", "--group-size", "4", "--batch-size", "2", "--epochs", "25"]
-    return [*model, *training, "--checkpoint-steps", "3"]
-
-
-def run(*arguments: str) -> None:
-    """The script in this process, so that what JAX compiled serves the next test too."""
-    old, sys.argv = sys.argv, [str(SCRIPT), *map(str, arguments)]
-    try:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    finally:
-        sys.argv = old
+    return [*model, *training, "--checkpoint-steps", "3", "--order", "own"]
 
 
 @pytest.fixture(scope="module")
 def finished(inputs, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "finished"
-    run(*inputs, "--each-layer", "--out", out)
+    run(NAME, *inputs, "--each-layer", "--out", out)
     return out
 
 
@@ -64,8 +55,9 @@ def test_it_writes_a_plan_results_and_a_figure(finished):
     alone = results["runs"]["encoder.0 alone, threshold 0.5"]["ffns"]
     assert alone["encoder.0"]["group_sparsity"] > 0 and alone["decoder.0"]["group_sparsity"] == 0
     calibrated = results["runs"]["all gated, recall 0.99"]["ffns"]
-    for name, gate in plan.gates.items():
-        assert calibrated[name]["threshold"] == float(gate.threshold)
+    assert set(plan.selectors) == set(model.config.ffn_names)
+    for name, selector in plan.selectors.items():
+        assert calibrated[name]["threshold"] == float(expit(selector.threshold))
     assert plan.measured["images"] == 12 and plan.training["calibration"]["recall"] == 0.99
     width, height = Image.open(finished / "gates.png").size
     assert width > 1000 and height > 300
@@ -73,7 +65,7 @@ def test_it_writes_a_plan_results_and_a_figure(finished):
 
 def test_by_default_it_takes_the_embedded_detector_and_scenes(tmp_path):
     sizes = ["--train-images", "32", "--calibration-images", "8", "--eval-images", "1", "--epochs", "1"]
-    run(*sizes, "--order", "cofiring", "--order-images", "16", "--out", tmp_path)
+    run(NAME, *sizes, "--order-images", "16", "--out", tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["model"] == "detr-tiny"
     assert results["validation"] == {"data": "scenes-val", "images": 1}
@@ -97,16 +89,12 @@ def test_by_default_it_takes_the_embedded_detector_and_scenes(tmp_path):
     ],
 )
 def test_it_refuses_with_one_line(inputs, finished, capsys, extra, message):
-    with pytest.raises(SystemExit) as exit:
-        run(*inputs, "--out", finished, *extra)
-    assert exit.value.code == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("error: ") and message in error
+    assert message in refusal(capsys, NAME, *inputs, "--out", finished, *extra)
 
 
 def test_a_killed_run_is_refused_then_resumed_to_the_same_gates(inputs, finished, tmp_path, capsys):
     model = tiny_detector()
-    command = [sys.executable, str(SCRIPT), *inputs, "--out", str(tmp_path)]
+    command = [sys.executable, str(SCRIPTS / NAME), *inputs, "--out", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while not any(path.name.isdigit() for path in (tmp_path / "checkpoints").glob("*")):
@@ -118,18 +106,16 @@ def test_a_killed_run_is_refused_then_resumed_to_the_same_gates(inputs, finished
     assert not (tmp_path / "results.json").exists()
 
     for extra, message in (([], "pass --resume"), (["--resume", "--epochs", "26"], "with other settings: training")):
-        with pytest.raises(SystemExit):
-            run(*inputs, "--out", tmp_path, *extra)
-        assert message in capsys.readouterr().err
+        assert message in refusal(capsys, NAME, *inputs, "--out", tmp_path, *extra)
     settings = (tmp_path / "settings.json").read_text()
     (tmp_path / "settings.json").write_text(settings.replace(detr_jax.fingerprint(model), "another"))
-    with pytest.raises(SystemExit):
-        run(*inputs, "--out", tmp_path, "--resume")
-    assert "fingerprint of the detector was another, now" in capsys.readouterr().err
+    refused = refusal(capsys, NAME, *inputs, "--out", tmp_path, "--resume")
+    assert "fingerprint of the detector was another, now" in refused
     (tmp_path / "settings.json").write_text(settings)
-    run(*inputs, "--out", tmp_path, "--resume")
-    whole, resumed = (load_plan(out / "plan.safetensors", model).gates for out in (finished, tmp_path))
-    for name, gate in whole.items():
-        np.testing.assert_array_equal(resumed[name].kernel, gate.kernel)
-        np.testing.assert_array_equal(resumed[name].bias, gate.bias)
-        assert resumed[name].threshold == gate.threshold
+    run(NAME, *inputs, "--out", tmp_path, "--resume")
+    whole, resumed = (load_plan(out / "plan.safetensors", model).selectors for out in (finished, tmp_path))
+    assert set(whole) == set(resumed) == set(model.config.ffn_names)
+    for name, selector in whole.items():
+        np.testing.assert_array_equal(resumed[name].score.kernel, selector.score.kernel)
+        np.testing.assert_array_equal(resumed[name].score.bias, selector.score.bias)
+        assert resumed[name].threshold == selector.threshold

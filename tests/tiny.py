@@ -1,4 +1,4 @@
-"""Small stand-ins that several tests share: a detector, and a data set in COCO's layout."""
+"""Small stand-ins that several tests share: a detector, an FFN, selectors, and a data set in COCO's layout."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,9 @@ from flax import nnx
 from PIL import Image
 
 from detr_jax import DETR, DetrConfig
-from detr_jax.model import BackboneConfig
+from detr_jax.model import BackboneConfig, FFNWeights, Selector
+from detr_jax.sparsity import selectors
+from detr_jax.sparsity.selectors import Compensated, Thresholded, low_rank_factors
 
 TINY_CONFIG = DetrConfig(
     BackboneConfig(depths=(1, 1), widths=(4, 8), strides=(1, 2), stem_width=4),
@@ -34,6 +36,55 @@ def tiny_detector(seed: int = 0) -> DETR:
     parameters = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), parameters)
     statistics = jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.5, 1, leaf.shape), leaf.dtype), statistics)
     return nnx.merge(graph, parameters, statistics)
+
+
+def tiny_ffn(
+    features: int = 12, d_model: int = 6, images: int = 3, tokens: int = 9, seed: int = 0
+) -> tuple[FFNWeights, jax.Array, jax.Array]:
+    """An FFN in which most neurons are silent, inputs (images, tokens, d) for it, and (images, tokens) no padding."""
+    rng = np.random.default_rng(seed)
+    shapes = ((features, d_model), (features,), (features, d_model), (d_model,), (images, tokens, d_model))
+    w_in, b_in, w_out, b_out, x = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
+    # The second image is the smaller one.
+    lengths = np.where(np.arange(images) == 1, tokens - 4, tokens)
+    return FFNWeights(w_in, b_in - 2, w_out, b_out), x, jnp.asarray(np.arange(tokens) < lengths[:, None])
+
+
+def every_selector(weights: FFNWeights, group_size: int, seed: int = 1) -> dict[str, Selector]:
+    """A selector of every kind for an FFN. Those with a threshold keep a part."""
+    rng = np.random.default_rng(seed)
+    features, d_model = weights.w_in.shape
+    groups = features // group_size
+
+    def random(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    linear = selectors.LinearGate(random(d_model, groups), random(groups))
+    scores = {
+        "lots": (selectors.Lots(group_size, seed=5), -0.5),
+        "importance": (selectors.Importance(random(groups)), 0.0),
+        "hidden magnitude": (selectors.HiddenMagnitude(weighted=False), 0.2),
+        "weighted hidden magnitude": (selectors.HiddenMagnitude(weighted=True), 0.2),
+        "input magnitude": (selectors.InputMagnitude(weighted=False), 0.5),
+        "weighted input magnitude": (selectors.InputMagnitude(weighted=True), 1.5),
+        "linear gate": (linear, 0.1),
+        "low-rank gate": (selectors.LowRankGate(random(d_model, 2), random(2, groups), random(groups)), 0.1),
+        "standardised": (selectors.Standardised(linear), 0.1),
+        "share of largest": (selectors.ShareOfLargest(linear), 0.3),
+        "pooled": (selectors.Pooled(linear, odds=True), 0.4),
+        "pooled windows": (selectors.Pooled(linear, odds=False, window=4), 0.1),
+    }
+    found = {name: Thresholded(score, jnp.float32(threshold)) for name, (score, threshold) in scores.items()}
+    factors = low_rank_factors(weights, 2)
+    return found | {
+        "oracle": selectors.Oracle(group_size),
+        "top k": selectors.TopK(linear, jnp.int32(2)),
+        "sibs": selectors.Sibs(
+            jnp.array([3, 1]), jnp.asarray(rng.random((2, features)) < 0.4), jnp.asarray(rng.random(features) < 0.9)
+        ),
+        "compensated channels": Compensated(found["input magnitude"], factors),
+        "compensated groups": Compensated(found["linear gate"], factors),
+    }
 
 
 def write_coco(root: Path, sizes: list[tuple[int, int]], annotations: list[dict], split: str = "val2017") -> Path:

@@ -1,6 +1,7 @@
 """Running a detector over a data set."""
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,8 +10,9 @@ import numpy as np
 from tqdm import tqdm
 
 from detr_jax.data.dataset import Dataset
+from detr_jax.data.embedding import EmbeddedBatch
 from detr_jax.data.loading import Batch, batches
-from detr_jax.model import DETR, DetrOutputs, Selectors
+from detr_jax.model import DETR, DetrOutputs, ImageTokens, Selectors
 from detr_jax.model.postprocess import Detections, postprocess
 from detr_jax.sparsity.statistics import FiringCounts, count_firing, total_counts
 
@@ -34,19 +36,13 @@ def detect(
 
 @partial(jax.jit, static_argnames="group_size")
 def detect_and_count(
-    model: DETR,
-    pixel_values: jax.Array,
-    pixel_mask: jax.Array,
-    sizes: jax.Array,
-    valid: jax.Array,
-    selectors: Selectors,
-    *,
-    group_size: int,
-) -> tuple[Detections, dict[str, FiringCounts]]:
-    """As `detect`, and what fires in every FFN in groups of `group_size`; `valid` (batch,) says which images count."""
-    outputs = model(pixel_values, pixel_mask, selectors=selectors, trace=True)
-    counts = {name: count_firing(trace, valid, selectors, name, group_size) for name, trace in outputs.traces.items()}
-    return postprocess(outputs.logits, outputs.boxes, sizes), counts
+    model: DETR, tokens: ImageTokens, sizes: jax.Array, selectors: Selectors, *, group_size: int
+) -> tuple[DetrOutputs, Detections, dict[str, FiringCounts]]:
+    """As `detect`, from what the backbone gave, and what fires in every FFN in groups of `group_size`."""
+    outputs = model.transform(tokens, selectors=selectors, trace=True)
+    counts = {name: count_firing(trace, group_size) for name, trace in outputs.traces.items()}
+    seen = dataclasses.replace(outputs, traces=None)
+    return seen, postprocess(outputs.logits, outputs.boxes, sizes), counts
 
 
 def predictions(
@@ -82,7 +78,7 @@ def predictions(
             bar.update(int(batch.valid.sum()))
 
 
-def coco_results(batch: Batch, detections: Detections) -> list[dict]:
+def coco_results(batch: Batch | EmbeddedBatch, detections: Detections) -> list[dict]:
     """Detections in COCO's results format, one for every object query of every valid image."""
     corners = np.asarray(detections.boxes, np.float64)
     boxes = np.concatenate([corners[..., :2], corners[..., 2:] - corners[..., :2]], axis=-1)
@@ -124,39 +120,25 @@ class MeasuredDetections:
 
 def measure_dataset(
     model: DETR,
-    dataset: Dataset,
-    batch_size: int,
+    embedded: Iterable[EmbeddedBatch],
     *,
     selectors: Selectors,
     group_size: int,
-    progress: str,
 ) -> MeasuredDetections:
     """Every image's detections, and the firing counts of every FFN.
 
     Args:
         model: the detector.
-        dataset: the images.
-        batch_size: images per batch.
+        embedded: the images behind the backbone, see `detr_jax.data.embedding`.
         selectors: selector of each sparse FFN by name; empty for the dense detector.
         group_size: neurons per group, for the counts.
-        progress: title of the progress bar.
     """
     results, counts = [], []
-    with tqdm(total=len(dataset), unit="image", desc=progress) as bar:
-        for batch in batches(dataset, model.config, batch_size):
-            detections, counted = jax.device_get(
-                detect_and_count(
-                    model,
-                    batch.pixel_values,
-                    batch.pixel_mask,
-                    batch.sizes,
-                    batch.valid,
-                    selectors,
-                    group_size=group_size,
-                )
-            )
-            results += coco_results(batch, detections)
-            counts.append(counted)
-            bar.update(int(batch.valid.sum()))
+    for batch in embedded:
+        _, detections, counted = jax.device_get(
+            detect_and_count(model, batch.tokens, batch.sizes, selectors, group_size=group_size)
+        )
+        results += coco_results(batch, detections)
+        counts.append(counted)
     totals = total_counts(counts)
     return MeasuredDetections(results, {name: totals[name] for name in model.config.ffn_names})

@@ -1,8 +1,9 @@
 """The detector."""
 
 from detr_jax.model.config import PRESETS, BackboneConfig, DetrConfig, preset_config
-from detr_jax.model.detr import DETR, DetrOutputs
-from detr_jax.model.ffn import FFNTrace, FFNWeights, Selector, Selectors
+from detr_jax.model.detr import DETR, DetrOutputs, ImageTokens
+from detr_jax.model.ffn import FFNTrace
+from detr_jax.model.selection import FFNWeights, LowRankFactors, Selection, Selector, Selectors
 
 __all__ = [
     "DETR",
@@ -12,6 +13,9 @@ __all__ = [
     "DetrOutputs",
     "FFNTrace",
     "FFNWeights",
+    "ImageTokens",
+    "LowRankFactors",
+    "Selection",
     "Selector",
     "Selectors",
     "preset_config",

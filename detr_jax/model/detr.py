@@ -1,5 +1,6 @@
 """The detector: backbone, transformer and the two heads."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -7,10 +8,29 @@ import jax.numpy as jnp
 from flax import nnx
 
 from detr_jax.model.config import DetrConfig
-from detr_jax.model.ffn import FFN, FFNTrace, Selectors
+from detr_jax.model.ffn import FFN, FFNTrace
 from detr_jax.model.positions import downsample_mask, sine_positions
 from detr_jax.model.resnet import ResNet
+from detr_jax.model.selection import FFNWeights, Selectors
 from detr_jax.model.transformer import Transformer
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ImageTokens:
+    """A batch of images as the transformer sees them.
+
+    Attributes:
+        x: (batch, tokens, d) projected features of the backbone.
+        positions: (batch, tokens, d) position encoding.
+        mask: (batch, tokens) bool, false for padding.
+        valid: (batch,) bool, false for images that only fill the batch.
+    """
+
+    x: jax.Array
+    positions: jax.Array
+    mask: jax.Array
+    valid: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -94,24 +114,55 @@ class DETR(nnx.Module):
             pixel_mask = jnp.ones(pixel_values.shape[:3], bool)
         elif pixel_mask.shape != pixel_values.shape[:3]:
             raise ValueError(f"pixel_mask must be {pixel_values.shape[:3]} like pixel_values, got {pixel_mask.shape}")
-        selectors = {} if selectors is None else selectors
-        if unknown := set(selectors) - set(self.config.ffn_names):
-            raise ValueError(f"no FFN is named {sorted(unknown)}; this detector has {list(self.config.ffn_names)}")
+        tokens = self.embed(pixel_values, pixel_mask, jnp.ones(pixel_values.shape[0], bool))
+        return self.transform(tokens, selectors=selectors, auxiliary=auxiliary, trace=trace)
 
+    def embed(self, pixel_values: jax.Array, pixel_mask: jax.Array, valid: jax.Array) -> ImageTokens:
+        """The part before the transformer, which no selector changes: a pass over many selectors needs it once.
+
+        Args:
+            pixel_values: (batch, height, width, 3) float.
+            pixel_mask: (batch, height, width) bool.
+            valid: (batch,) bool, false for images that only fill the batch.
+        """
         features = self.backbone(pixel_values.astype(self.dtype))
         batch, height, width, _ = features.shape
         mask = downsample_mask(pixel_mask.astype(bool), height, width)
         positions = sine_positions(mask, self.config.d_model).astype(self.dtype)
-
         flat = (batch, height * width)
-        traces: dict[str, FFNTrace] | None = {} if trace else None
         x = self.input_projection(features).reshape(*flat, -1)
-        positions, tokens = positions.reshape(*flat, -1), mask.reshape(flat)
-        memory = self.transformer.encode(x, positions, tokens, selectors, traces)
-        layers = self.transformer.decode(memory, positions, tokens, selectors, traces)
+        return ImageTokens(x, positions.reshape(*flat, -1), mask.reshape(flat), valid)
+
+    def transform(
+        self,
+        tokens: ImageTokens,
+        *,
+        selectors: Selectors | None = None,
+        auxiliary: bool = False,
+        trace: bool = False,
+    ) -> DetrOutputs:
+        """The transformer and the heads; arguments and errors as of a call."""
+        selectors = {} if selectors is None else selectors
+        if unknown := set(selectors) - set(self.config.ffn_names):
+            raise ValueError(f"no FFN is named {sorted(unknown)}; this detector has {list(self.config.ffn_names)}")
+        x, positions, mask = tokens.x, tokens.positions, tokens.mask
+        traces: dict[str, FFNTrace] | None = {} if trace else None
+        memory = self.transformer.encode(x, positions, mask, selectors, traces)
+        layers = self.transformer.decode(memory, positions, mask, selectors, traces)
+        if traces is not None:
+            valid = tokens.valid[:, None]
+            traces = {name: dataclasses.replace(t, tokens=t.tokens & valid) for name, t in traces.items()}
 
         *earlier, (logits, boxes) = [self.heads(x) for x in (layers if auxiliary else layers[-1:])]
         return DetrOutputs(logits, boxes, tuple(earlier), (x, memory) if auxiliary else (), traces)
+
+    def traces(self, tokens: ImageTokens, selectors: Selectors) -> dict[str, FFNTrace]:
+        """What goes through each FFN, by name; see `sparsity.carrier`."""
+        return self.transform(tokens, selectors=selectors, trace=True).traces
+
+    def ffn_weights(self) -> dict[str, FFNWeights]:
+        """The FFNs as arrays in the compute dtype, by name."""
+        return {name: ffn.weights() for name, ffn in self.ffns.items()}
 
     @property
     def ffns(self) -> dict[str, FFN]:

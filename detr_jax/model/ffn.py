@@ -1,41 +1,13 @@
 """The feed-forward layer of the transformer: the one module that sparsity acts on."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from detr_jax import kernels
-
-
-class Selector(Protocol):
-    """Decides which groups of hidden neurons are computed. A pytree, so that it passes through `jax.jit`."""
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(..., d) FFN inputs -> (..., G) bool, the active groups."""
-
-
-Selectors = Mapping[str, Selector]
-"""Selector of each sparse FFN by name ("encoder.0"); an FFN without one is dense."""
-
-
-class FFNWeights(NamedTuple):
-    """An FFN as arrays: relu(x W_in^T + b_in) W_out + b_out.
-
-    Attributes:
-        w_in: (F, d), neurons on rows.
-        b_in: (F,).
-        w_out: (F, d), neurons on rows.
-        b_out: (d,).
-    """
-
-    w_in: jax.Array
-    b_in: jax.Array
-    w_out: jax.Array
-    b_out: jax.Array
+from detr_jax.model.selection import FFNWeights, Selection, Selector
 
 
 @jax.tree_util.register_dataclass
@@ -45,22 +17,57 @@ class FFNTrace:
 
     Attributes:
         inputs: (batch, tokens, d).
-        hidden: (batch, tokens, F), after the ReLU and before any gate.
-        tokens: (batch, tokens) bool, false for tokens that are padding.
+        hidden: (batch, tokens, F), after the ReLU, as the dense FFN has them for these inputs.
+        tokens: (batch, tokens) bool, false for tokens that do not count: padding, and images that only fill the batch.
+        selection: what was computed.
     """
 
     inputs: jax.Array
     hidden: jax.Array
     tokens: jax.Array
+    selection: Selection
 
 
-def trace(weights: FFNWeights, x: jax.Array, tokens: jax.Array) -> FFNTrace:
+def trace(weights: FFNWeights, x: jax.Array, tokens: jax.Array, selector: Selector | None = None) -> FFNTrace:
     """What goes through an FFN for inputs x (batch, tokens, d); `tokens` (batch, tokens) is false for padding."""
-    return FFNTrace(x, kernels.hidden_activations(x, weights.w_in, weights.b_in), tokens)
+    selection = Selection() if selector is None else selector(weights, x, tokens)
+    return FFNTrace(x, kernels.hidden_activations(x, weights.w_in, weights.b_in), tokens, selection)
+
+
+def forward(weights: FFNWeights, x: jax.Array, selection: Selection) -> jax.Array:
+    """What a selection leaves of an FFN; the definition of what selections mean.
+
+    With factors A_in B_in for W_in and A_out B_out for W_out, the channels of x that are left out go through the
+    factors of the first matrix, and the neurons that are left out through the factors of both.
+
+    Args:
+        weights: of the FFN.
+        x: (..., d).
+        selection: what is computed.
+
+    Returns:
+        (..., d).
+    """
+    if selection.channels is None and selection.factors is None:
+        return kernels.ffn(x, *weights, selection.active)
+    factors = selection.factors
+    kept = x if selection.channels is None else jnp.where(selection.channels, x, 0)
+    before = kept @ weights.w_in.T + weights.b_in
+    if selection.channels is not None and factors is not None:
+        before += (x - kept) @ factors.in_model.T @ factors.in_neurons.T
+    hidden = jax.nn.relu(before)
+    if selection.active is None:
+        return hidden @ weights.w_out + weights.b_out
+    active = kernels.expand_groups(selection.active, hidden.shape[-1])
+    outputs = jnp.where(active, hidden, 0) @ weights.w_out + weights.b_out
+    if factors is not None:
+        about = jax.nn.relu(x @ factors.in_model.T @ factors.in_neurons.T + weights.b_in)
+        outputs += jnp.where(active, 0, about) @ factors.out_neurons @ factors.out_model
+    return outputs
 
 
 class FFN(nnx.Module):
-    """relu(x W_in^T + b_in) W_out + b_out, dense or restricted to the groups that a selector keeps.
+    """relu(x W_in^T + b_in) W_out + b_out, dense or restricted to what a selector keeps.
 
     Both matrices are (F, d), neurons on rows, so that a group of neurons is a contiguous block of either.
     """
@@ -81,10 +88,10 @@ class FFN(nnx.Module):
         """The parameters in the compute dtype."""
         return FFNWeights(*(array.astype(self.dtype) for array in self.parameters()))
 
-    def __call__(self, x: jax.Array, selector: Selector | None = None) -> jax.Array:
-        active = None if selector is None else selector(x)
-        return kernels.ffn(x.astype(self.dtype), *self.weights(), active)
+    def __call__(self, x: jax.Array, tokens: jax.Array, selector: Selector | None = None) -> jax.Array:
+        x = x.astype(self.dtype)
+        return forward(self.weights(), x, Selection() if selector is None else selector(self.weights(), x, tokens))
 
-    def trace(self, x: jax.Array, tokens: jax.Array) -> FFNTrace:
-        """The hidden activations of inputs `x`; XLA shares the product with the call on the same inputs."""
-        return trace(self.weights(), x.astype(self.dtype), tokens)
+    def trace(self, x: jax.Array, tokens: jax.Array, selector: Selector | None = None) -> FFNTrace:
+        """What goes through; under `jax.jit` XLA shares the work with the call on the same inputs."""
+        return trace(self.weights(), x.astype(self.dtype), tokens, selector)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from detr_jax.model.config import DetrConfig
-from detr_jax.model.ffn import FFN, FFNTrace, Selectors
+from detr_jax.model.ffn import FFN, FFNTrace
+from detr_jax.model.selection import Selectors
 
 LAYER_NORM_EPSILON = 1e-5
 
@@ -125,8 +126,8 @@ class Transformer(nnx.Module):
             name = f"encoder.{index}"
             x = layer.attend(x, positions, mask)
             if traces is not None:
-                traces[name] = layer.ffn.trace(x, tokens)
-            x = layer.norm2(x + layer.ffn(x, selectors.get(name)))
+                traces[name] = layer.ffn.trace(x, tokens, selectors.get(name))
+            x = layer.norm2(x + layer.ffn(x, tokens, selectors.get(name)))
         return x
 
     def decode(
@@ -149,7 +150,7 @@ class Transformer(nnx.Module):
             name = f"decoder.{index}"
             x = layer.attend(x, queries, memory, located_memory, mask)
             if traces is not None:
-                traces[name] = layer.ffn.trace(x, every_query)
-            x = layer.norm3(x + layer.ffn(x, selectors.get(name)))
+                traces[name] = layer.ffn.trace(x, every_query, selectors.get(name))
+            x = layer.norm3(x + layer.ffn(x, every_query, selectors.get(name)))
             outputs.append(self.decoder_norm(x))
         return outputs

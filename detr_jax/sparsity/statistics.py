@@ -4,35 +4,41 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from detr_jax.kernels import expand_groups
-from detr_jax.model import FFNTrace, Selectors
+from detr_jax.model import FFNTrace
 from detr_jax.sparsity.grouping import firing_groups, group_count
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FiringCounts:
-    """Counts over (token, neuron) and (token, group) pairs of one FFN. The product of a batch's counts fits int32.
+    """Counts over the tokens of one FFN. The product of a batch's counts fits int32.
 
     Attributes:
         neurons: pairs of token and neuron.
         neurons_fired: of them, those with an activation above 0.
-        neurons_left: of those, the ones in a computed group.
+        neurons_computed: of all, those that the selector keeps.
+        neurons_left: those that fire and are kept.
         groups: pairs of token and group.
         groups_fired: of them, those in which a neuron fires.
-        groups_computed: of all, those that the selector keeps.
+        groups_computed: of all, those of which the selector keeps a neuron.
         groups_found: those that fire and are kept.
+        channels: pairs of token and channel of the FFN's input.
+        channels_computed: of them, those that the selector keeps.
     """
 
     neurons: jax.Array
     neurons_fired: jax.Array
+    neurons_computed: jax.Array
     neurons_left: jax.Array
     groups: jax.Array
     groups_fired: jax.Array
     groups_computed: jax.Array
     groups_found: jax.Array
+    channels: jax.Array
+    channels_computed: jax.Array
 
     @property
     def zeros(self) -> float:
@@ -40,8 +46,18 @@ class FiringCounts:
         return 1 - self.neurons_fired / self.neurons
 
     @property
+    def density(self) -> float:
+        """Share of the hidden neurons that are computed."""
+        return self.neurons_computed / self.neurons
+
+    @property
+    def channel_density(self) -> float:
+        """Share of the input's channels that enter the first product."""
+        return self.channels_computed / self.channels
+
+    @property
     def neuron_sparsity(self) -> float:
-        """Share of activations that are zero or in a skipped group."""
+        """Share of activations that are zero or not computed."""
         return 1 - self.neurons_left / self.neurons
 
     @property
@@ -65,32 +81,40 @@ def _share(part: int, whole: int) -> float:
     return part / whole if whole else 1.0
 
 
-def count_firing(trace: FFNTrace, valid: jax.Array, selectors: Selectors, name: str, group_size: int) -> FiringCounts:
+def count_firing(trace: FFNTrace, group_size: int) -> FiringCounts:
     """Counts of one FFN in one batch; jittable.
 
     Args:
         trace: of the FFN, in the forward pass that the selectors act on.
-        valid: (batch,) bool, false for images that only fill the batch.
-        selectors: selector of each sparse FFN; one without is dense.
-        name: of the FFN.
         group_size: neurons per group.
     """
-    tokens = (trace.tokens & valid[:, None])[..., None]
-    neurons = trace.hidden.shape[-1]
+    tokens = trace.tokens[..., None]
+    neurons, channels = trace.hidden.shape[-1], trace.inputs.shape[-1]
     groups = group_count(neurons, group_size)
     fired = (trace.hidden > 0) & tokens
     groups_fired = firing_groups(trace.hidden, groups) & tokens
-    selector = selectors.get(name)
-    computed = tokens & (selector(trace.inputs) if selector is not None else np.ones(groups, bool))
+    computed = tokens & neurons_computed(trace)
+    groups_computed = computed.reshape(*computed.shape[:-1], groups, -1).any(-1)
+    kept_channels = trace.selection.channels
     return FiringCounts(
         neurons=tokens.sum() * neurons,
         neurons_fired=fired.sum(),
-        neurons_left=(fired & expand_groups(computed, neurons)).sum(),
+        neurons_computed=computed.sum(),
+        neurons_left=(fired & computed).sum(),
         groups=tokens.sum() * groups,
         groups_fired=groups_fired.sum(),
-        groups_computed=computed.sum(),
-        groups_found=(groups_fired & computed).sum(),
+        groups_computed=groups_computed.sum(),
+        groups_found=(groups_fired & groups_computed).sum(),
+        channels=tokens.sum() * channels,
+        channels_computed=tokens.sum() * channels if kept_channels is None else (kept_channels & tokens).sum(),
     )
+
+
+def neurons_computed(trace: FFNTrace) -> jax.Array:
+    """(batch, tokens, F) bool, the hidden neurons that the selection of a trace keeps, padding or not."""
+    if trace.selection.active is None:
+        return jnp.ones(trace.hidden.shape, bool)
+    return expand_groups(trace.selection.active, trace.hidden.shape[-1])
 
 
 def total_counts(batches: Iterable[Mapping[str, FiringCounts]]) -> dict[str, FiringCounts]:

@@ -1,7 +1,8 @@
-"""Activation statistics of every FFN of a detector over a data set, by what the tokens stand for."""
+"""Activation statistics of FFNs over data: of a detector by what the tokens stand for, or of any carrier of FFNs."""
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,10 +15,12 @@ from detr_jax.data.dataset import Dataset
 from detr_jax.data.loading import Batch, batches, layout_batches
 from detr_jax.model import DETR
 from detr_jax.model.parameters import fingerprint
-from detr_jax.sparsity.activations import ActivationProfile, load_profile, measure, save_profile
+from detr_jax.sparsity.activations import ActivationProfile, ActivationStatistics, load_profile, measure, save_profile
+from detr_jax.sparsity.carrier import FFNCarrier
 from detr_jax.sparsity.grouping import group_count
 from detr_jax.training.losses import Targets
 from detr_jax.training.matching import match
+from detr_jax.training.passes import Passes
 
 ENCODER_KINDS = ("background", "object")
 """Tokens whose centre is over no object, and over one."""
@@ -102,6 +105,38 @@ def profile_activations(
         if profile.batches % checkpoint_batches == 0 or profile.batches == len(layouts):
             save_profile(profile, path)
     return profile
+
+
+def measure_activations(carrier: FFNCarrier, passes: Passes, group_size: int) -> dict[str, ActivationStatistics]:
+    """Measures what every FFN does while it runs dense, all tokens being of one kind.
+
+    Args:
+        carrier: of the FFNs.
+        passes: data; one pass is made.
+        group_size: neurons per group.
+
+    Returns:
+        statistics by name of the FFN.
+
+    Raises:
+        ValueError: if the group size does not divide the hidden neurons, or there are no images.
+    """
+    totals: dict[str, ActivationStatistics] = {}
+    for batch in passes.batches():
+        for name, counts in jax.device_get(_measure_carrier(carrier, batch, group_size=group_size)).items():
+            totals[name] = totals[name] + counts if name in totals else counts
+    if not totals:
+        raise ValueError("there are no images to measure activations on")
+    return totals
+
+
+@partial(jax.jit, static_argnames="group_size")
+def _measure_carrier(carrier, batch, *, group_size):
+    weights = carrier.ffn_weights()
+    return {
+        name: measure(weights[name], trace, jnp.zeros_like(trace.tokens, int), kinds_count=1, group_size=group_size)
+        for name, trace in carrier.traces(batch, {}).items()
+    }
 
 
 def object_tokens(batch: Batch, model: DETR) -> np.ndarray:

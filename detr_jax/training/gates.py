@@ -1,22 +1,47 @@
-"""Training the gates of all FFNs on a frozen detector, from one forward pass (arXiv 2510.09380)."""
+"""Training gates for all FFNs on frozen weights: those of MGS (arXiv 2510.09380) and its relatives, in one pass."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from detr_jax.data.dataset import Dataset
-from detr_jax.data.loading import Batch, batches, layout_batches
-from detr_jax.model import DETR, FFNTrace
-from detr_jax.sparsity.calibration import firing_histogram, recall_thresholds
-from detr_jax.sparsity.gates import PAPER_GROUP_SIZE, LinearGate, initial_gates, with_thresholds
-from detr_jax.sparsity.grouping import firing_groups
+from detr_jax.model import FFNTrace, FFNWeights
+from detr_jax.sparsity.carrier import FFNCarrier
+from detr_jax.sparsity.grouping import firing_groups, group_count
+from detr_jax.sparsity.selectors import Gate, LinearGate, LowRankGate, Thresholded
 from detr_jax.training.checkpoints import Checkpoints
+from detr_jax.training.passes import Passes
 
-Gates = dict[str, LinearGate]
+PAPER_GROUP_SIZE = 8
+PAPER_THRESHOLD = 0.5
+
+Gates = dict[str, Gate]
+"""Gate of each FFN by name."""
+Objective = Literal["firing", "balanced", "contribution", "norm"]
+
+
+@dataclass(frozen=True)
+class GateKind:
+    """One way of making gates."""
+
+    objective: Objective = "firing"
+    """What a gate learns, see `gate_loss`."""
+    rank: int | None = None
+    """Of a gate of two layers (Deja Vu); None for one linear layer (MGS)."""
+
+
+MGS = GateKind()
+KINDS = {
+    "firing": MGS,
+    "contribution": GateKind("contribution"),
+    "balanced": GateKind("balanced", rank=16),
+    "norm": GateKind("norm"),
+}
+"""What the methods of `sparsity.methods` are made from: MGS, MGS with weighted labels, Deja Vu, D2DMoE."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +57,7 @@ class GateTraining:
     learning_rate: float = 3e-3
     """Peak learning rate of Adam, which decays to 0 along a cosine."""
     seed: int = 0
-    """Order of the images."""
+    """Order of the images, and first values of gates of two layers."""
     checkpoint_steps: int = 200
     """Steps between checkpoints."""
 
@@ -42,116 +67,149 @@ class GateTraining:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
-def gate_loss(gate: LinearGate, trace: FFNTrace, valid: jax.Array) -> jax.Array:
-    """Binary cross-entropy between a gate and the groups that fire, averaged over groups and tokens.
+def initial_gate(kind: GateKind, d_model: int, groups: int, key: jax.Array) -> Gate:
+    """A gate that gives every group even odds, whatever the input.
+
+    The loss of one linear layer is convex, so zeros are as good a start as any; of two layers one must differ.
+
+    Raises:
+        ValueError: if the rank is not positive.
+    """
+    if kind.rank is None:
+        return LinearGate(jnp.zeros((d_model, groups)), jnp.zeros(groups))
+    if kind.rank < 1:
+        raise ValueError(f"the rank of a gate must be at least 1, not {kind.rank}")
+    down = jax.nn.initializers.lecun_normal()(key, (d_model, kind.rank))
+    return LowRankGate(down, jnp.zeros((kind.rank, groups)), jnp.zeros(groups))
+
+
+def output_norms(weights: FFNWeights, hidden: jax.Array, groups: int) -> jax.Array:
+    """(..., F) activations -> (..., G) norms ||h_g W_out,g|| of what each group adds to the output."""
+    rows = weights.w_out.astype(jnp.float32).reshape(groups, -1, weights.w_out.shape[-1])
+    gram = jnp.einsum("gid,gjd->gij", rows, rows)
+    grouped = hidden.astype(jnp.float32).reshape(*hidden.shape[:-1], groups, -1)
+    return jnp.sqrt(jnp.maximum(jnp.einsum("...gi,gij,...gj->...g", grouped, gram, grouped), 0))
+
+
+def gate_loss(objective: Objective, gate: Gate, weights: FFNWeights, trace: FFNTrace) -> jax.Array:
+    """The loss of a gate, averaged over groups and tokens.
+
+    - `firing`: binary cross-entropy with whether the group fires (MGS).
+    - `balanced`: the same, where silent groups weigh as much as the share of firing ones + 0.005 (Liu et al. 2023,
+      "Deja Vu").
+    - `contribution`: the same, where a firing group weighs as much as it adds to the output, in units of the mean.
+    - `norm`: squared error between the softplus of the score and what the group adds to the output, in the same units
+      (Szatkowski et al. 2024, "D2DMoE").
 
     Args:
+        objective: which of them.
         gate: of the FFN.
-        trace: of the FFN in the dense detector.
-        valid: (batch,) bool, false for images that only fill the batch.
+        weights: of the FFN.
+        trace: what went through it.
     """
-    logits = gate.logits(trace.inputs)
-    fires = firing_groups(trace.hidden, logits.shape[-1]).astype(logits.dtype)
-    tokens = trace.tokens & valid[:, None]
-    losses = optax.sigmoid_binary_cross_entropy(logits, fires).mean(-1)
-    return jnp.where(tokens, losses, 0).sum() / tokens.sum()
+    scores = gate(weights, trace.inputs, trace.tokens)
+    fires = firing_groups(trace.hidden, scores.shape[-1])
+    counted = trace.tokens[..., None]
+    if objective in ("contribution", "norm"):
+        norms = output_norms(weights, trace.hidden, scores.shape[-1])
+        unit = jnp.where(counted, norms, 0).sum() / jnp.maximum((fires & counted).sum(), 1)
+        contributions = norms / jnp.maximum(unit, jnp.finfo(jnp.float32).tiny)
+    if objective == "norm":
+        losses = (jax.nn.softplus(scores) - contributions) ** 2
+    else:
+        losses = optax.sigmoid_binary_cross_entropy(scores, fires.astype(scores.dtype))
+    if objective == "balanced":
+        density = (fires & counted).sum() / jnp.maximum(counted.sum() * fires.shape[-1], 1)
+        losses = jnp.where(fires, losses, losses * (density + 0.005))
+    if objective == "contribution":
+        losses = jnp.where(fires, losses * contributions, losses)
+    return jnp.where(counted, losses, 0).sum() / jnp.maximum(counted.sum() * scores.shape[-1], 1)
 
 
 def train_gates(
-    model: DETR,
-    dataset: Dataset,
+    carrier: FFNCarrier,
+    passes: Passes,
+    kinds: Mapping[str, GateKind],
     training: GateTraining,
     folder: Path,
     report: Callable[[int, jax.Array], None],
-) -> Gates:
-    """Trains a gate for every FFN, or goes on from the latest checkpoint in `folder`.
+    *,
+    running: Mapping[str, Mapping[str, Thresholded]] | None = None,
+) -> dict[str, Gates]:
+    """Trains gates of several kinds for every FFN, or goes on from the latest checkpoint in `folder`.
 
-    The detector is an argument of the compiled step that no gradient is taken of and nothing is returned of: it stays
-    as it is, bit for bit.
+    The frozen weights are an argument of the compiled step that no gradient is taken of and nothing is returned of:
+    they stay as they are, bit for bit.
 
     Args:
-        model: the frozen detector.
-        dataset: training images.
+        carrier: of the FFNs, frozen.
+        passes: training data.
+        kinds: of gates, by name.
         training: the recipe.
         folder: for checkpoints.
         report: called after every step with the number of steps taken so far and the mean loss of the gates.
+        running: gates with thresholds of each kind to start from. They are in effect while they are trained, so that
+            each learns on the inputs that the others leave it. None starts anew, on the dense FFNs.
 
     Returns:
-        gates by name of their FFN, with the threshold 0.5.
+        gates of each kind, by name of their FFN.
     """
-    total = training_steps(model, dataset, training)
+    total = training.epochs * len(passes)
     optimise = optax.adam(optax.cosine_decay_schedule(training.learning_rate, total))
+    thresholds = {kind: {name: s.threshold for name, s in chosen.items()} for kind, chosen in (running or {}).items()}
 
     @jax.jit
-    def take_step(state, model, pixel_values, pixel_mask, valid):
-        parameters, memory = state
-        traces = model(pixel_values, pixel_mask, trace=True).traces
+    def take_step(state, thresholds, carrier, batch):
+        gates, memory = state
+        weights = carrier.ffn_weights()
 
-        def loss_of(parameters):
-            losses = [gate_loss(_gate(parameters[name]), trace, valid) for name, trace in traces.items()]
-            return jnp.stack(losses).mean()
+        def selectors(kind):
+            return {name: Thresholded(gates[kind][name], threshold) for name, threshold in thresholds[kind].items()}
 
-        loss, gradients = jax.value_and_grad(loss_of)(parameters)
+        traces = {kind: carrier.traces(batch, selectors(kind)) for kind in thresholds} or carrier.traces(batch, {})
+
+        def loss_of(gates):
+            losses = [
+                gate_loss(kinds[kind].objective, gate, weights[name], (traces[kind] if thresholds else traces)[name])
+                for kind, of_kind in gates.items()
+                for name, gate in of_kind.items()
+            ]
+            return jnp.stack(losses).sum(), jnp.stack(losses).mean()
+
+        (_, loss), gradients = jax.value_and_grad(loss_of, has_aux=True)(gates)
         updates, memory = optimise.update(gradients, memory)
-        return (optax.apply_updates(parameters, updates), memory), loss
+        return (optax.apply_updates(gates, updates), memory), loss
 
-    gates = initial_gates(model.config, training.group_size)
-    parameters = {name: {"kernel": gate.kernel, "bias": gate.bias} for name, gate in gates.items()}
-    state = (parameters, optimise.init(parameters))
+    gates = _initial_gates(carrier, kinds, training)
+    if running is not None:
+        gates = {kind: {name: running[kind][name].score for name in gates[kind]} for kind in kinds}
+    state = (gates, optimise.init(gates))
     checkpoints = Checkpoints(folder)
     start, state = checkpoints.restore(state) or (0, state)
     if start:
         report(start, jnp.nan)
-    for step, batch in enumerate(_training_batches(model, dataset, training, start), start + 1):
-        state, loss = take_step(state, model, batch.pixel_values, batch.pixel_mask, batch.valid)
+    for step, batch in enumerate(_batches(passes, training, start), start + 1):
+        state, loss = take_step(state, thresholds, carrier, batch)
         report(step, loss)
         if step % training.checkpoint_steps == 0 or step == total:
             checkpoints.save(step, state)
     checkpoints.close()
-    return {name: _gate(state[0][name]) for name in model.config.ffn_names}
+    return {kind: {name: state[0][kind][name] for name in gates[kind]} for kind in kinds}
 
 
-def training_steps(model: DETR, dataset: Dataset, training: GateTraining) -> int:
-    """Number of steps of a whole training."""
-    return training.epochs * len(layout_batches(dataset.image_sizes(), model.config, training.batch_size))
+def _initial_gates(carrier: FFNCarrier, kinds: Mapping[str, GateKind], training: GateTraining) -> dict[str, Gates]:
+    shapes = {name: weights.w_in.shape for name, weights in carrier.ffn_weights().items()}
+    keys = dict(zip(shapes, jax.random.split(jax.random.key(training.seed), len(shapes)), strict=True))
+    return {
+        kind_name: {
+            name: initial_gate(kind, d_model, group_count(features, training.group_size), keys[name])
+            for name, (features, d_model) in shapes.items()
+        }
+        for kind_name, kind in kinds.items()
+    }
 
 
-def _gate(parameters: dict[str, jax.Array]) -> LinearGate:
-    return LinearGate(**parameters, threshold=jnp.float32(0.5))
-
-
-def _training_batches(model: DETR, dataset: Dataset, training: GateTraining, start: int) -> Iterator[Batch]:
-    """The batches from step `start` on: a function of the seed and the step alone."""
-    per_epoch = training_steps(model, dataset, training) // training.epochs
-    for epoch in range(start // per_epoch, training.epochs):
-        first = start % per_epoch if epoch == start // per_epoch else 0
-        yield from batches(
-            dataset, model.config, training.batch_size, shuffle_seed=training.seed, epoch=epoch, start=first
-        )
-
-
-def calibrate_gates(
-    model: DETR, gates: Gates, dataset: Dataset, batch_size: int, recall: float, report: Callable[[int], None]
-) -> Gates:
-    """The same gates with the highest thresholds at which each finds the given share of the groups that fire.
-
-    Args:
-        model: the detector, dense during calibration.
-        gates: trained gates.
-        dataset: images that the gates were not trained on.
-        batch_size: images per batch.
-        recall: the share, from 0 to 1.
-        report: called with the number of images of every batch.
-    """
-
-    @jax.jit
-    def histograms(model, gates, pixel_values, pixel_mask, valid):
-        traces = model(pixel_values, pixel_mask, trace=True).traces
-        return {name: firing_histogram(gates[name], trace, valid) for name, trace in traces.items()}
-
-    def passes():
-        for batch in batches(dataset, model.config, batch_size):
-            yield histograms(model, gates, batch.pixel_values, batch.pixel_mask, batch.valid)
-            report(int(batch.valid.sum()))
-
-    return with_thresholds(gates, recall_thresholds(passes(), recall))
+def _batches(passes: Passes, training: GateTraining, start: int) -> Iterator[Any]:
+    """The batches from step `start` on."""
+    for epoch in range(start // len(passes), training.epochs):
+        yield from passes.batches(epoch, start % len(passes) if epoch == start // len(passes) else 0)

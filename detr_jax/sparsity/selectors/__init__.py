@@ -1,0 +1,37 @@
+"""Every method's answer to one question: which part of an FFN is computed for which token."""
+
+from detr_jax.sparsity.selectors.derived import Pooled, ShareOfLargest, Standardised
+from detr_jax.sparsity.selectors.gates import Gate, LinearGate, LowRankGate, log_odds
+from detr_jax.sparsity.selectors.magnitude import HiddenMagnitude, InputMagnitude
+from detr_jax.sparsity.selectors.oracle import Oracle
+from detr_jax.sparsity.selectors.random import Lots
+from detr_jax.sparsity.selectors.rsparse import Compensated, low_rank_factors
+from detr_jax.sparsity.selectors.score import Score, Thresholded, Traits
+from detr_jax.sparsity.selectors.sibs import Sibs, find_indicators
+from detr_jax.sparsity.selectors.static import Importance, by_contribution, by_firing
+from detr_jax.sparsity.selectors.topk import TopK
+
+__all__ = [
+    "Compensated",
+    "Gate",
+    "HiddenMagnitude",
+    "Importance",
+    "InputMagnitude",
+    "LinearGate",
+    "Lots",
+    "LowRankGate",
+    "Oracle",
+    "Pooled",
+    "Score",
+    "ShareOfLargest",
+    "Sibs",
+    "Standardised",
+    "Thresholded",
+    "TopK",
+    "Traits",
+    "by_contribution",
+    "by_firing",
+    "find_indicators",
+    "log_odds",
+    "low_rank_factors",
+]

@@ -1,0 +1,100 @@
+"""Scores made from other scores: statistical top-k, shares of the largest, one decision for many tokens."""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+
+from detr_jax.model import FFNWeights
+from detr_jax.pytrees import pytree
+from detr_jax.sparsity.selectors.score import Score, Traits
+
+
+class _Derived:
+    """Takes over what is not changed."""
+
+    of: Score
+
+    @property
+    def traits(self) -> Traits:
+        return self.of.traits
+
+    def cost(self, d_model: int, features: int) -> float:
+        return self.of.cost(d_model, features)
+
+
+@pytree
+@dataclass(frozen=True)
+class Standardised(_Derived):
+    """In standard deviations from the mean of the token's scores: about equally many for every token, without a sort.
+
+    You et al. 2025, "Spark Transformer", statistical top-k: for normal scores the threshold is the normal quantile of
+    the density; here it is calibrated.
+
+    Attributes:
+        of: the score that is standardised, a gate's.
+    """
+
+    of: Score
+
+    def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> jax.Array:
+        return jax.nn.standardize(self.of(ffn, x, tokens), axis=-1)
+
+
+@pytree
+@dataclass(frozen=True)
+class ShareOfLargest(_Derived):
+    """The predicted output norm of a group as a share of the token's largest: from (1 - tau) on it is kept.
+
+    Szatkowski et al. 2024, "D2DMoE": the gate regresses ||h_g W_out,g||.
+
+    Attributes:
+        of: a gate whose softplus is the predicted norm.
+    """
+
+    of: Score
+
+    def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> jax.Array:
+        norms = jax.nn.softplus(self.of(ffn, x, tokens))
+        return norms / jnp.maximum(norms.max(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+
+
+@pytree
+@dataclass(frozen=True)
+class Pooled(_Derived):
+    """One decision for all tokens of an image, or of each window of consecutive tokens: the mean of their scores.
+
+    Wang et al. 2025, "CoreMatching", for whole images: plain smaller matrix products, no ragged tiles.
+
+    Attributes:
+        of: the score that is averaged.
+        odds: it is in log-odds; average the probabilities.
+        window: tokens per window; None for whole images.
+    """
+
+    of: Score
+    odds: bool = field(metadata={"static": True})
+    window: int | None = field(default=None, metadata={"static": True})
+
+    @property
+    def traits(self) -> Traits:
+        return self.of.traits._replace(granularity="image")
+
+    def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> jax.Array:
+        scores = self.of(ffn, x, tokens)
+        values = jax.nn.sigmoid(scores) if self.odds else scores
+        count = tokens.shape[-1]
+        window = self.window or count
+        missing = -count % window  # the last window may be shorter
+        weights = _pad(tokens[..., None].astype(values.dtype), missing)
+        values = _pad(values, missing) * weights
+        in_windows = (*values.shape[:-2], (count + missing) // window, window, values.shape[-1])
+        total = values.reshape(in_windows).sum(-2, keepdims=True)
+        members = weights.reshape(*in_windows[:-1], 1).sum(-2, keepdims=True)
+        mean = jnp.broadcast_to(total / jnp.maximum(members, 1), in_windows)
+        return mean.reshape(values.shape)[..., :count, :]
+
+
+def _pad(array: jax.Array, missing: int) -> jax.Array:
+    """Zeros after the last token of (..., tokens, n)."""
+    return jnp.pad(array, [(0, 0)] * (array.ndim - 2) + [(0, missing), (0, 0)])

@@ -1,0 +1,72 @@
+"""Trained scores that look at the FFN's input: the gates of MGS and of Deja Vu."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from scipy.special import logit
+
+from detr_jax.model import FFNWeights
+from detr_jax.pytrees import pytree
+from detr_jax.sparsity.selectors.score import Traits
+
+
+@pytree
+@dataclass(frozen=True)
+class LinearGate:
+    """One linear layer, in log-odds that a group is needed: MGS (Sedghi et al. 2025, arXiv 2510.09380).
+
+    Attributes:
+        kernel: (d, G) float32.
+        bias: (G,) float32.
+    """
+
+    traits: ClassVar = Traits("training", "group", "both")
+
+    kernel: jax.Array
+    bias: jax.Array
+
+    def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> jax.Array:
+        return x.astype(jnp.float32) @ self.kernel + self.bias
+
+    def cost(self, d_model: int, features: int) -> float:
+        return float(self.kernel.size)
+
+
+@pytree
+@dataclass(frozen=True)
+class LowRankGate:
+    """Two linear layers with nothing between them: Deja Vu (Liu et al. 2023).
+
+    Attributes:
+        down: (d, r) float32.
+        up: (r, G) float32.
+        bias: (G,) float32.
+    """
+
+    traits: ClassVar = Traits("training", "group", "both")
+
+    down: jax.Array
+    up: jax.Array
+    bias: jax.Array
+
+    def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> jax.Array:
+        return x.astype(jnp.float32) @ self.down @ self.up + self.bias
+
+    def cost(self, d_model: int, features: int) -> float:
+        return float(self.down.size + self.up.size)
+
+
+Gate = LinearGate | LowRankGate
+
+
+def log_odds(probability: float) -> float:
+    """The threshold on a gate's scores that is a probability; 0 and 1 are minus and plus infinity.
+
+    Raises:
+        ValueError: if it is no probability.
+    """
+    if not 0 <= probability <= 1:
+        raise ValueError(f"a threshold must be a probability, not {probability}")
+    return float(logit(probability))

@@ -1,0 +1,77 @@
+"""Passes over training data, as inputs of whatever carries the FFNs."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from detr_jax.data.dataset import Dataset
+from detr_jax.data.embedding import embed_batch
+from detr_jax.data.loading import batches, layout_batches
+from detr_jax.model import DETR, ImageTokens
+
+
+class Passes(Protocol):
+    """Batches for an `FFNCarrier`, pass after pass: a function of the pass and the position in it alone."""
+
+    def __len__(self) -> int:
+        """Batches in one pass."""
+
+    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[Any]:
+        """The batches of a pass from position `start` on."""
+
+
+class ImagePasses:
+    """Images of a data set, read again in every pass.
+
+    Args:
+        model: the detector whose backbone they go through.
+        dataset: the images.
+        batch_size: images per batch.
+        shuffle_seed: of the order, another one in every pass; None keeps the data set's.
+        progress: title of a bar for every pass; None shows none.
+    """
+
+    def __init__(
+        self,
+        model: DETR,
+        dataset: Dataset,
+        batch_size: int,
+        shuffle_seed: int | None = None,
+        progress: str | None = None,
+    ):
+        self._model, self._dataset, self._batch_size = model, dataset, batch_size
+        self._seed, self._progress = shuffle_seed, progress
+
+    def __len__(self) -> int:
+        return len(layout_batches(self._dataset.image_sizes(), self._model.config, self._batch_size))
+
+    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[ImageTokens]:
+        loaded = batches(
+            self._dataset, self._model.config, self._batch_size, shuffle_seed=self._seed, epoch=epoch, start=start
+        )
+        hidden = self._progress is None
+        for batch in tqdm(loaded, self._progress, len(self), initial=start, unit="batch", disable=hidden):
+            yield embed_batch(self._model, batch)
+
+
+class StoredPasses:
+    """Batches that are in memory, such as the tokens of an embedded data set.
+
+    Args:
+        stored: the batches.
+        shuffle_seed: of their order, another one in every pass; None keeps it.
+    """
+
+    def __init__(self, stored: Sequence[Any], shuffle_seed: int | None = None):
+        self._stored, self._seed = stored, shuffle_seed
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[Any]:
+        order = np.arange(len(self._stored))
+        if self._seed is not None:
+            order = np.random.default_rng([self._seed, epoch]).permutation(order)
+        return (self._stored[i] for i in order[start:])
