@@ -1,0 +1,142 @@
+"""The comparison of selectors as Markdown."""
+
+from collections.abc import Sequence
+
+from detr_jax.evaluation.comparison import Row
+
+PAPER = (
+    "Beside it, the paper's own numbers (arXiv 2510.09380, as a third party reads it), for a published DETR on COCO: "
+    "dense mAP 39.9; MGS with one FFN gated 85 to 95 % activation sparsity with mAP kept; MGS with all FFNs gated at "
+    "0.5 mAP 32.9, that is -7.0 points; SIBS about 20 % sparsity before accuracy suffers. No other number here is the "
+    "paper's, and none of these can be compared with ours digit by digit."
+)
+STATIC = "static, contribution"
+"""What a dynamic selector has to be worth more than."""
+LOSSLESS = 0.003
+"""Loss of AP up to which a row counts as keeping the accuracy: 0.3 points."""
+
+
+def comparison_markdown(results: dict) -> str:
+    """All tables of a comparison.
+
+    Args:
+        results: what `scripts/compare_selectors.py` writes.
+    """
+    rows = results["rows"]
+    dense = next(row for row in rows if row["section"] == "dense")
+    low, high = dense["AP_interval"]
+    heading = (
+        f"Selectors on the frozen detector {results['model']}, {results['images']} images of "
+        f"{results['data']['validation']}: dense AP {dense['numbers']['AP']:.3f} [{low:.3f}, {high:.3f}]. Differences "
+        "are in points of AP (hundredths), with 95 % intervals by resampling images, paired with dense. Groups of "
+        f"{dense['group_size']} neurons. Work is the share of the FFNs' multiply-adds that is left, the selector's own "
+        f"included. {results['implementation'].capitalize()}, float32, {results['device']}."
+    )
+    parts = [heading, PAPER]
+    parts += ["### Every selector at equal density", _overview(rows), _BELOW_STATIC]
+    parts += ["### MGS with all FFNs gated, one ingredient after the other", _list(rows, "mgs")]
+    parts += ["### Which FFNs cost the accuracy (MGS, threshold 0.5)", _list(rows, "layers")]
+    parts += ["### SIBS, and the bounds", _list(rows, "sibs", "bounds")]
+    parts += ["### Density of neurons, groups and tiles of tokens (exact; MGS at 0.5)", _tiles(results["ladder"])]
+    parts += ["### Every row", _list(rows, *dict.fromkeys(row["section"] for row in rows))]
+    return "\n\n".join(parts) + "\n"
+
+
+_BELOW_STATIC = (
+    f"\\* dynamic, and worse than {STATIC}, at the same density: by more than {100 * LOSSLESS:g} points, and the "
+    "intervals do not overlap. A selector of neurons or channels saves one of the two products only."
+)
+
+
+def _overview(rows: Sequence[Row]) -> str:
+    """A line for each selector, a column for each density."""
+    methods = [row for row in rows if row["section"] == "methods"]
+    settings = list(dict.fromkeys(row["setting"] for row in methods))
+    static = {row["setting"]: row for row in methods if row["selector"] == STATIC}
+    lines = []
+    for name in dict.fromkeys(row["selector"] for row in methods):
+        own = {row["setting"]: row for row in methods if row["selector"] == name}
+        first = next(iter(own.values()))
+        kept = [row["flops_share"]["ffns"] for row in own.values() if row["AP_minus_dense"] >= -LOSSLESS]
+        needs = first["needs"] + ("" if first["dynamic"] else ", static")
+        least = f"{min(kept):.2f}" if kept else "-"
+        lines.append(
+            [name, needs, first["granularity"], first["saves"]]
+            + [_cell(own.get(setting), static.get(setting)) for setting in settings]
+            + [least]
+        )
+    header = ["selector", "needs", "decides by", "saves", *settings, f"least work at {100 * LOSSLESS:g} points"]
+    return markdown_table(header, lines, left=4)
+
+
+def _cell(row: Row | None, static: Row | None) -> str:
+    """A difference to dense, marked where a dynamic selector is worse than the static one."""
+    if row is None:
+        return ""
+    worse = (
+        static is not None
+        and row["AP_minus_dense"] < static["AP_minus_dense"] - LOSSLESS
+        and row["AP_minus_dense_interval"][1] < static["AP_minus_dense_interval"][0]
+    )
+    return _difference(row) + (r"\*" if worse and row["dynamic"] else "")
+
+
+def _list(rows: Sequence[Row], *sections: str) -> str:
+    """A line for each row of some sections."""
+    lines = [
+        [
+            row["selector"],
+            row["setting"],
+            *_kind(row),
+            f"{row['numbers']['AP']:.3f}",
+            _difference(row),
+            f"{100 * row['density']:.1f} %",
+            f"{100 * row['group_sparsity']:.1f} %",
+            f"{100 * row['recall']:.1f} %",
+            f"{row['flops_share']['ffns']:.3f}",
+            f"{row['flops_share']['transformer']:.3f}",
+            f"{row['flops_share']['detector']:.3f}",
+        ]
+        for row in rows
+        if row["section"] in sections
+    ]
+    header = ["selector", "setting", "decides by", "when", "trained", "AP", "points against dense"]
+    header += ["neurons computed", "groups skipped", "recall", "FFN work", "transformer", "detector"]
+    return markdown_table(header, lines, left=5)
+
+
+def _kind(row: Row) -> tuple[str, str, str]:
+    """Granularity, static or dynamic, trained or not; the dense detector decides nothing."""
+    if row["section"] == "dense":
+        return "", "", ""
+    return row["granularity"], "dynamic" if row["dynamic"] else "static", "yes" if row["trained"] else "no"
+
+
+def _tiles(ladder: dict) -> str:
+    """A line for each FFN, a column for each size of tile: in raster order / ordered by signature."""
+    sizes = list(next(iter(ladder.values()))["exact"]["raster"])
+    lines = [
+        [name, kind, f"{of['neurons']:.3f}" if kind == "exact" else ""]
+        + [f"{of[kind]['raster'][size]:.2f} / {of[kind]['signature'][size]:.2f}" for size in sizes]
+        for name, of in ladder.items()
+        for kind in ("exact", "predicted")
+    ]
+    header = ["FFN", "groups", "neurons", *(f"tiles of {size}" for size in sizes)]
+    return markdown_table(header, lines, left=2)
+
+
+def _difference(row: Row) -> str:
+    low, high = row["AP_minus_dense_interval"]
+    return f"{100 * row['AP_minus_dense']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
+    """A Markdown table whose source lines up; the first `left` columns are aligned to the left."""
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        return f"| {' | '.join(padded)} |"
+
+    rule = [("-" * (w + 2)) if i < left else ("-" * (w + 1) + ":") for i, w in enumerate(widths)]
+    return "\n".join([line(header), f"|{'|'.join(rule)}|", *map(line, rows)])

@@ -1,0 +1,76 @@
+"""Floating-point operations of a detector and of what a selector leaves of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from detr_jax.model import DETR, ImageTokens
+from detr_jax.sparsity.selectors import Traits
+from detr_jax.sparsity.statistics import FiringCounts
+
+
+@dataclass(frozen=True)
+class DenseFlops:
+    """Floating-point operations for one image, two for a multiply-add.
+
+    Attributes:
+        ffns: of each FFN's two matrix products by name.
+        transformer: encoder, decoder and heads, as XLA counts them.
+        detector: everything, as XLA counts them.
+    """
+
+    ffns: dict[str, float]
+    transformer: float
+    detector: float
+
+
+def dense_flops(model: DETR, height: int, width: int) -> DenseFlops:
+    """Counts the dense forward pass of one image of (height, width) pixels."""
+    config = model.config
+    rows, columns = model.token_grid((height, width))
+    tokens = rows * columns
+    pixels = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
+    features = jax.ShapeDtypeStruct((1, tokens, config.d_model), jnp.float32)
+    mask = jax.ShapeDtypeStruct((1, tokens), bool)
+    image = ImageTokens(features, features, mask, jax.ShapeDtypeStruct((1,), bool))
+    count = {"encoder": tokens, "decoder": config.queries}
+    return DenseFlops(
+        ffns={
+            name: 4.0 * config.d_model * config.ffn_features * count[name.partition(".")[0]]
+            for name in config.ffn_names
+        },
+        transformer=_count(lambda model, image: _heads(model.transform(image)), model, image),
+        detector=_count(lambda model, pixels: _heads(model(pixels)), model, pixels),
+    )
+
+
+def _heads(outputs):
+    return outputs.logits, outputs.boxes
+
+
+def _count(function, *arguments) -> float:
+    return float(jax.jit(function).lower(*arguments).cost_analysis()["flops"])
+
+
+def remaining_share(traits: Traits, cost: float, counts: FiringCounts, d_model: int, features: int) -> float:
+    """What is left of an FFN's multiply-adds, the selector's own included; above 1 where it costs more than it saves.
+
+    Args:
+        traits: of the selector.
+        cost: its multiply-adds per token.
+        counts: of the FFN while the selector was in effect.
+        d_model, features: of the FFN.
+    """
+    kept = counts.density * counts.channel_density
+    first = kept if traits.saves in ("both", "first") else 1.0
+    second = counts.density if traits.saves in ("both", "second") else 1.0
+    return (first + second) / 2 + cost / (2 * d_model * features)
+
+
+def sparse_flops(dense: DenseFlops, shares: Mapping[str, float]) -> dict[str, float]:
+    """Operations for one image with only a share of each FFN left: of all FFNs, the transformer and the detector."""
+    whole = sum(dense.ffns.values())
+    left = sum(flops * shares.get(name, 1.0) for name, flops in dense.ffns.items())
+    return {"ffns": left, "transformer": dense.transformer - whole + left, "detector": dense.detector - whole + left}

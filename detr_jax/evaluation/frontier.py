@@ -1,0 +1,89 @@
+"""What sparsity costs in each FFN, and how much of it each should have."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from detr_jax.data.embedding import EmbeddedBatch
+from detr_jax.evaluation.detections import detect_and_count
+from detr_jax.model import DETR, DetrOutputs, Selector
+from detr_jax.model.output_change import output_change
+
+_change = jax.jit(output_change)
+
+
+class OutputChange:
+    """How much selectors change a detector's outputs on a set of images.
+
+    Args:
+        model: the detector.
+        embedded: the images behind the backbone.
+        group_size: neurons per group, of the counts that are made beside it.
+    """
+
+    def __init__(self, model: DETR, embedded: Sequence[EmbeddedBatch], group_size: int):
+        self._model, self._embedded, self._group_size = model, embedded, group_size
+        self._dense = [self._outputs(batch, {}) for batch in embedded]
+
+    def __call__(self, selectors: Mapping[str, Selector]) -> float:
+        """The mean over images of `output_change`."""
+        changes = [
+            np.asarray(_change(dense, self._outputs(batch, selectors)))[batch.valid]
+            for batch, dense in zip(self._embedded, self._dense, strict=True)
+        ]
+        return float(np.concatenate(changes).mean())
+
+    def _outputs(self, batch: EmbeddedBatch, selectors: Mapping[str, Selector]) -> DetrOutputs:
+        outputs, _, _ = detect_and_count(
+            self._model, batch.tokens, batch.sizes, dict(selectors), group_size=self._group_size
+        )
+        return outputs
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """One method at several densities in each FFN, the others dense.
+
+    Attributes:
+        names: of the FFNs.
+        densities: (settings,) targets, from 1, which is dense, to the sparsest.
+        settings: of each FFN its selector at each density.
+        losses: (FFNs, settings) change of the outputs.
+    """
+
+    names: tuple[str, ...]
+    densities: np.ndarray
+    settings: tuple[Sequence[Selector], ...]
+    losses: np.ndarray
+
+    def selectors(self, choice: Sequence[int]) -> dict[str, Selector]:
+        """The selectors of an allocation, see `sparsity.allocation`."""
+        return {name: row[c] for name, row, c in zip(self.names, self.settings, choice, strict=True)}
+
+
+def measure_frontier(
+    change: OutputChange, densities: Sequence[float], settings: Mapping[str, Sequence[Selector]]
+) -> Frontier:
+    """Measures what each density costs in each FFN.
+
+    Args:
+        change: measures the detector.
+        densities: targets, falling from 1.
+        settings: of each FFN by name its selector at each density, alike but for their numbers: dense FFNs run with the
+            selectors of density 1, so that one program serves all settings.
+
+    Raises:
+        ValueError: if the densities do not fall from 1.
+    """
+    grid = np.array(densities)
+    if not len(grid) or grid[0] != 1 or (np.diff(grid) >= 0).any() or grid[-1] < 0:
+        raise ValueError(f"densities must fall from 1 to at least 0, not {list(densities)}")
+    frontier = Frontier(tuple(settings), grid, tuple(settings.values()), np.zeros((len(settings), len(grid))))
+    for i in range(len(settings)):
+        for setting in range(1, len(grid)):
+            choice = [0] * len(settings)
+            choice[i] = setting
+            frontier.losses[i, setting] = change(frontier.selectors(choice))
+    return frontier

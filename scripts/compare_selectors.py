@@ -1,0 +1,409 @@
+"""Compares every selector on one frozen detector under one protocol."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+import detr_jax
+from detr_jax import cli
+from detr_jax.data.dataset import Dataset, Subset
+from detr_jax.data.embedding import EmbeddedBatch, embedded_batches
+from detr_jax.data.sources import open_dataset
+from detr_jax.data.transforms import resized_size
+from detr_jax.evaluation.comparison import Comparison, Row, describe, one_at_a_time
+from detr_jax.evaluation.comparison_plots import plot_comparison
+from detr_jax.evaluation.comparison_report import comparison_markdown
+from detr_jax.evaluation.flops import dense_flops
+from detr_jax.evaluation.frontier import Frontier, OutputChange, measure_frontier
+from detr_jax.evaluation.ladder import describe_statistics, measure_ladder
+from detr_jax.files import replacing, write_json
+from detr_jax.model import DETR, Selector, Selectors
+from detr_jax.run_folder import RESULTS, open_run
+from detr_jax.sparsity import Plan, save_plan
+from detr_jax.sparsity.activations import ActivationStatistics
+from detr_jax.sparsity.allocation import Choice, cost_table, evolve, greedy, within_loss
+from detr_jax.sparsity.calibration import density_threshold, recall_threshold
+from detr_jax.sparsity.grouping import group_count
+from detr_jax.sparsity.methods import METHODS, Ingredients
+from detr_jax.sparsity.ordering import cofiring_order, kmeans_order, reorder
+from detr_jax.sparsity.selectors import Oracle, Thresholded, find_indicators, log_odds
+from detr_jax.training.activations import profile_activations
+from detr_jax.training.calibration import calibrate, measure_scores
+from detr_jax.training.gates import KINDS, MGS, PAPER_THRESHOLD, GateKind, Gates, GateTraining, train_gates
+from detr_jax.training.passes import StoredPasses
+
+GRID = (1.0, 0.5, 0.3, 0.2, 0.15, 0.1, 0.08, 0.06, 0.05, 0.04, 0.03, 0.02, 0.01)
+"""Densities that allocations choose from, in each FFN."""
+SCENES_TRAINING_IMAGES = 4096
+OUTPUTS = ("gates-own", "gates-ordered", "gates-tuned", "progress.json", "plan.safetensors", "comparison.md")
+OUTPUTS += (
+    "activations.safetensors",
+    "activations-ordered.safetensors",
+    "accuracy.png",
+    "ladder.png",
+    "firing.png",
+    "sizes.png",
+    "layers.png",
+)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Compares every selector on one frozen detector: accuracy against density, with paired confidence intervals.
+
+    Without options: detr-tiny on 500 generated scenes, less than 20 minutes on two cores. On COCO, for example:
+    `python scripts/compare_selectors.py --model detr-r50 --coco coco --eval-images 500 --out runs/compare-r50`.
+    Writes results.json, comparison.md and figures into the output folder.
+    """
+
+    model: str = "detr-tiny"
+    """Name of a detector or path of a checkpoint."""
+    preset: str | None = None
+    """Architecture of a checkpoint that does not say which it is, e.g. detr-r50."""
+    coco: Path | None = None
+    """Folder with train2017/, val2017/ and annotations/; without it, scenes are generated."""
+    train_images: int | None = None
+    """Images to train gates on; default 4096 scenes, or all of COCO's training images that are not held out. What the
+    transformer gets of all images is kept in memory."""
+    calibration_images: int = 120
+    """Held-out training images for thresholds."""
+    allocation_images: int = 60
+    """Of these, the images on which the change of the outputs is measured to share a density among the FFNs."""
+    statistics_images: int = 512
+    """Training images for activation statistics."""
+    eval_images: int = 500
+    """Validation images."""
+    eval_batch_size: int = 20
+    """Images per batch where nothing is trained."""
+    order: Literal["own", "cofiring", "kmeans"] = "cofiring"
+    """Order of the hidden neurons for all selectors of groups."""
+    training: Annotated[GateTraining, tyro.conf.OmitArgPrefixes] = field(
+        default_factory=lambda: GateTraining(batch_size=16)
+    )
+    tuning_epochs: int = 2
+    """More passes for MGS's gates while they are all in effect."""
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Selectors with a threshold to compare."""
+    densities: tuple[float, ...] = (0.5, 0.3, 0.2, 0.1, 0.05, 0.03)
+    """Mean densities of each."""
+    mgs_density: float = 0.06
+    """Mean density at which the ingredients of MGS are compared."""
+    mgs_change: float = 1e-3
+    """Change of the detector's outputs that each FFN may cause, where MGS's densities are given by that."""
+    sibs_taus: tuple[float, ...] = (1.0, 0.999, 0.99, 0.95, 0.9)
+    """Certainties of SIBS, see `detr_jax.sparsity.selectors.sibs`."""
+    sibs_indicators: int = 64
+    """Indicators of SIBS for each FFN."""
+    costs: Path | None = None
+    """JSON file {ffn: {density: cost}} with what each FFN costs at each density, e.g. measured milliseconds. Densities
+    are then shares of the dense cost. By default density itself is the cost."""
+    out: Path = Path("runs/compare_selectors")
+    """Folder for the results."""
+    resume: bool = False
+    """Go on with an interrupted run in the output folder."""
+    overwrite: bool = False
+    """Delete an earlier run in the output folder."""
+
+
+def check(arguments: Arguments, model: DETR) -> None:
+    """Refuses what cannot be computed, before anything is."""
+    group_count(model.config.ffn_features, arguments.training.group_size)
+    if unknown := set(arguments.methods) - set(METHODS):
+        raise ValueError(f"there are no selectors {sorted(unknown)}; there are {', '.join(METHODS)}")
+    for density in (*arguments.densities, arguments.mgs_density):
+        if not GRID[-1] <= density < 1:
+            raise ValueError(f"densities must be from {GRID[-1]} to below 1, not {density}")
+    if not 1 <= arguments.allocation_images <= arguments.calibration_images:
+        raise ValueError(
+            f"--allocation-images must be from 1 to --calibration-images {arguments.calibration_images}, not "
+            f"{arguments.allocation_images}"
+        )
+
+
+def open_data(arguments: Arguments) -> tuple[Dataset, Dataset, Dataset]:
+    """Images to train on, to calibrate on and to evaluate."""
+    wanted = arguments.train_images
+    if arguments.coco is None and wanted is None:
+        wanted = SCENES_TRAINING_IMAGES
+    held_out = arguments.calibration_images
+    dataset = open_dataset(arguments.coco, "train", None if wanted is None else wanted + held_out)
+    if len(dataset) <= held_out:
+        raise ValueError(f"{dataset.name} has {len(dataset)} images, too few to hold out {held_out} for calibration")
+    split = len(dataset) - held_out
+    validation = open_dataset(arguments.coco, "val", arguments.eval_images)
+    return Subset(dataset, 0, split), Subset(dataset, split, len(dataset)), validation
+
+
+class Workbench:
+    """What the parts of the comparison share: the detector in two orders of its neurons, data, and rows so far."""
+
+    def __init__(self, arguments: Arguments, model: DETR, training: Dataset, calibration: Dataset, validation: Dataset):
+        self.arguments, self.own = arguments, model
+        self.names = {"training": training.name, "calibration": calibration.name, "validation": validation.name}
+        size = arguments.training.group_size
+        sample = Subset(training, 0, min(arguments.statistics_images, len(training)))
+        statistics = self._statistics(model, sample, "activations.safetensors")
+        self.orders = {
+            "own": lambda: {},
+            "cofiring": lambda: {name: cofiring_order(s.cofired, size) for name, s in statistics.items()},
+            "kmeans": lambda: {name: kmeans_order(np.asarray(f.w_in[...]), size) for name, f in model.ffns.items()},
+        }[arguments.order]()
+        self.ordered = reorder(model, self.orders)
+        self.statistics = self._statistics(self.ordered, sample, "activations-ordered.safetensors")
+        self.weights = self.ordered.ffn_weights()
+
+        self.training = self._embed(training, arguments.training.batch_size, "embedding training images")
+        self.calibration = self._embed(calibration, arguments.eval_batch_size, "embedding calibration images")
+        self.validation = self._embed(validation, arguments.eval_batch_size, "embedding validation images")
+        sizes = validation.image_sizes()
+        config = model.config
+        size_of_median = resized_size(np.median(sizes, axis=0), config.shortest_side, config.longest_side)
+        self.flops = dense_flops(model, *size_of_median)
+        self.comparison = Comparison(self.validation, validation.ground_truth(), self.flops, size, model)
+        images = -(-arguments.allocation_images // arguments.eval_batch_size)
+        self.change = OutputChange(self.ordered, self.calibration[:images], size)
+        self.held_out = StoredPasses([batch.tokens for batch in self.calibration])
+        self._progress = arguments.out / "progress.json"
+        self.rows: dict[str, Row] = json.loads(self._progress.read_text()) if self._progress.exists() else {}
+
+    def _statistics(self, model: DETR, sample: Dataset, file: str) -> dict[str, ActivationStatistics]:
+        arguments = self.arguments
+        with tqdm(total=len(sample), desc="activation statistics", unit="image") as bar:
+            path, size = arguments.out / file, arguments.training.group_size
+            batch_size = arguments.training.batch_size
+            self.profile = profile_activations(model, sample, batch_size, size, path, bar.update)
+        return {name: self.profile.statistics[name] for name in model.config.ffn_names}
+
+    def _embed(self, dataset: Dataset, batch_size: int, title: str) -> list[EmbeddedBatch]:
+        return list(embedded_batches(self.own, dataset, batch_size, title))
+
+    def train(
+        self,
+        model: DETR,
+        kinds: Mapping[str, GateKind],
+        training: GateTraining,
+        folder: str,
+        running: Mapping[str, Mapping[str, Thresholded]] | None = None,
+    ) -> dict[str, Gates]:
+        """Gates of some kinds on the embedded training images."""
+        passes = StoredPasses([batch.tokens for batch in self.training], training.seed)
+        total = training.epochs * len(passes)
+        with tqdm(total=total, desc=f"training {', '.join(kinds)}", unit="step") as bar:
+
+            def report(step: int, loss: jnp.ndarray) -> None:
+                bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
+                bar.update(step - bar.n)
+
+            path = self.arguments.out / folder
+            return train_gates(model, passes, kinds, training, path, report, running=running)
+
+    def row(self, section: str, selector: str, setting: str, *, model: DETR, selectors: Callable[[], Selectors]) -> Row:
+        """Measures a row unless an interrupted run has it already."""
+        key = f"{section}: {selector}, {setting}"
+        if key not in self.rows:
+            chosen = selectors()
+            about = {"section": section, "selector": selector, "setting": setting}
+            about |= {"group_size": self.arguments.training.group_size}
+            about |= {"order": "own" if model is self.own else self.arguments.order}
+            described = describe(next(iter(chosen.values()))) if chosen else {}
+            self.rows[key] = about | described | self.comparison.measure(model, chosen)
+            write_json(self._progress, self.rows)
+            row = self.rows[key]
+            low, high = row["AP_minus_dense_interval"]
+            tqdm.write(
+                f"{key:<58} AP {row['numbers']['AP']:.3f}, {100 * row['AP_minus_dense']:+6.2f} points "
+                f"[{100 * low:+6.2f}, {100 * high:+6.2f}], density {row['density']:.3f}, "
+                f"FFN work {row['flops_share']['ffns']:.3f}"
+            )
+        return self.rows[key]
+
+    def ingredients(self, gates: Mapping[str, Gates]) -> dict[str, Ingredients]:
+        """What the methods are made from, for each FFN."""
+        size = self.arguments.training.group_size
+        return {
+            name: Ingredients(weights, self.statistics[name], {kind: of[name] for kind, of in gates.items()}, size)
+            for name, weights in self.weights.items()
+        }
+
+    def frontier(self, method: str, ingredients: Mapping[str, Ingredients]) -> Frontier:
+        """A method at every density of the grid in each FFN."""
+        scores = {name: METHODS[method].score(of) for name, of in ingredients.items()}
+        histograms = measure_scores(self.ordered, self.held_out, scores)
+        settings = {name: METHODS[method].at_densities(of, histograms[name], GRID) for name, of in ingredients.items()}
+        return measure_frontier(self.change, GRID, settings)
+
+    def costs(self, frontier: Frontier) -> np.ndarray:
+        """(FFNs, settings) what the settings cost, all of them dense costing 1."""
+        if self.arguments.costs is None:
+            return np.broadcast_to(frontier.densities / len(frontier.names), frontier.losses.shape)
+        return cost_table(self.arguments.costs, frontier.names, frontier.densities)
+
+
+def compare_bounds(bench: Workbench) -> None:
+    """What knowing the activations would give."""
+    for title, size in (("neurons", 1), ("groups", bench.arguments.training.group_size)):
+        oracles = dict.fromkeys(bench.weights, Oracle(size))
+        bench.row("bounds", "oracle", title, model=bench.ordered, selectors=lambda oracles=oracles: oracles)
+
+
+def compare_methods(bench: Workbench, ingredients: Mapping[str, Ingredients]) -> None:
+    """Every selector with a threshold, at every density."""
+    arguments = bench.arguments
+    settings = {density: f"density {density:g}" for density in arguments.densities}
+    for method in tqdm(arguments.methods, desc="comparing", unit="selector"):
+        if all(f"methods: {method}, {setting}" in bench.rows for setting in settings.values()):
+            continue
+        frontier = bench.frontier(method, ingredients)
+        costs = bench.costs(frontier)
+        for density, setting in settings.items():
+            choice = greedy(frontier.losses, costs, density)
+            bench.row("methods", method, setting, model=bench.ordered, selectors=partial(frontier.selectors, choice))
+
+
+def compare_sibs(bench: Workbench) -> None:
+    """SIBS, whose sparsity is what its certainty makes of it; it decides about neurons, in any order of them."""
+
+    def find(tau: float, indicators: int) -> dict[str, Selector]:
+        return {name: find_indicators(s, tau=tau, indicators=indicators) for name, s in bench.statistics.items()}
+
+    row = partial(bench.row, "sibs", "sibs", model=bench.ordered)
+    row("no indicators: without neurons that never fire", selectors=partial(find, 1.0, 0))
+    for tau in bench.arguments.sibs_taus:
+        row(f"tau {tau:g}", selectors=partial(find, tau, bench.arguments.sibs_indicators))
+
+
+def compare_mgs(bench: Workbench, own: Gates, gates: Mapping[str, Gates]) -> dict[str, Thresholded]:
+    """What each ingredient does for MGS with all FFNs gated, beginning with the paper's recipe.
+
+    Returns:
+        the selectors of the last row: the paper's labels, all ingredients.
+    """
+    arguments, order = bench.arguments, bench.arguments.order
+    density = arguments.mgs_density
+    equal = partial(density_threshold, density=density)
+    found = partial(recall_threshold, recall=0.99)
+    for title, model, of in (("own", bench.own, own), (order, bench.ordered, gates["firing"])):
+        row = partial(bench.row, "mgs", f"mgs, {title} order", model=model)
+        row(f"threshold {PAPER_THRESHOLD}", selectors=partial(at_paper_threshold, of))
+        row("recall 0.99", selectors=partial(calibrate, model, bench.held_out, of, found))
+        row(f"density {density:g} in each FFN", selectors=partial(calibrate, model, bench.held_out, of, equal))
+
+    ingredients = bench.ingredients(gates)
+    kinds = {"firing": "mgs", "contribution": "mgs, contribution"}
+    shared, densities = {}, {}
+    for kind, method in kinds.items():
+        row = partial(bench.row, "mgs", f"{method}, {order} order", model=bench.ordered)
+        frontier = bench.frontier(method, ingredients)
+        costs = bench.costs(frontier)
+        choice = greedy(frontier.losses, costs, density)
+        shared[kind] = frontier.selectors(choice)
+        densities[kind] = dict(zip(frontier.names, frontier.densities[list(choice)], strict=True))
+        row(f"density {density:g} shared greedily", selectors=partial(frontier.selectors, choice))
+
+        def evolved(frontier: Frontier = frontier, costs: np.ndarray = costs, choice: Choice = choice) -> Selectors:
+            best = evolve(lambda c: bench.change(frontier.selectors(c)), costs, density, choice)
+            return frontier.selectors(best)
+
+        row(f"density {density:g} shared by evolution", selectors=evolved)
+        bound = arguments.mgs_change
+        row(
+            f"change of at most {bound:g} by each FFN",
+            selectors=partial(frontier.selectors, within_loss(frontier.losses, bound)),
+        )
+
+    training = dataclasses.replace(
+        arguments.training, epochs=arguments.tuning_epochs, learning_rate=arguments.training.learning_rate / 3
+    )
+    tuned = bench.train(bench.ordered, {kind: KINDS[kind] for kind in kinds}, training, "gates-tuned", running=shared)
+    for kind, method in reversed(kinds.items()):
+        histograms = measure_scores(bench.ordered, bench.held_out, tuned[kind], shared[kind])
+        selectors = {
+            name: Thresholded(gate, jnp.float32(density_threshold(histograms[name], densities[kind][name])))
+            for name, gate in tuned[kind].items()
+        }
+        setting = f"density {density:g} shared greedily, trained with the others on"
+        bench.row("mgs", f"{method}, {order} order", setting, model=bench.ordered, selectors=lambda s=selectors: s)
+    return selectors
+
+
+def at_paper_threshold(gates: Gates) -> dict[str, Thresholded]:
+    """Gates with the paper's threshold in all FFNs."""
+    return {name: Thresholded(gate, jnp.float32(log_odds(PAPER_THRESHOLD))) for name, gate in gates.items()}
+
+
+def compare_layers(bench: Workbench, gates: Gates) -> None:
+    """Which FFNs cost the accuracy, at the paper's threshold."""
+    for title, some in one_at_a_time(at_paper_threshold(gates)).items():
+        bench.row("layers", "mgs", title, model=bench.ordered, selectors=lambda some=some: some)
+
+
+def save_best(bench: Workbench, selectors: Mapping[str, Selector], results: dict, path: Path) -> None:
+    """Keeps MGS with all ingredients as a plan, which scripts/evaluate.py takes."""
+    row = next(r for r in reversed(results["rows"]) if r["section"] == "mgs")
+    measured = {key: value for key, value in row.items() if key not in ("section", "category_AP", "seconds")}
+    measured |= {"data": results["data"]["validation"], "images": results["images"]}
+    measured |= {"implementation": results["implementation"], "device": results["device"]}
+    training = {"recipe": results["arguments"]["training"], "data": results["data"], "order": bench.arguments.order}
+    plan = Plan("mgs", results["fingerprint"], dict(selectors), bench.orders, training, measured, results["versions"])
+    save_plan(plan, path)
+
+
+def main(arguments: Arguments) -> None:
+    started = time.perf_counter()
+    model = detr_jax.load(arguments.model, preset=arguments.preset)
+    check(arguments, model)
+    data = open_data(arguments)
+    before = detr_jax.fingerprint(model)
+    settings = cli.settings(arguments) | {"fingerprint of the detector": before}
+    open_run(arguments.out, settings, OUTPUTS, resume=arguments.resume, overwrite=arguments.overwrite)
+    bench = Workbench(arguments, model, *data)
+    own = bench.train(bench.own, {"firing": MGS}, arguments.training, "gates-own")["firing"]
+    gates = bench.train(bench.ordered, KINDS, arguments.training, "gates-ordered")
+
+    bench.row("dense", "dense", "", model=bench.own, selectors=dict)
+    compare_bounds(bench)
+    best = compare_mgs(bench, own, gates)
+    compare_layers(bench, gates["firing"])
+    compare_sibs(bench)
+    compare_methods(bench, bench.ingredients(gates))
+    half = at_paper_threshold(gates["firing"])
+    ladder = measure_ladder(bench.ordered, bench.validation, half, arguments.training.group_size)
+    if detr_jax.fingerprint(model) != before:
+        raise AssertionError("the frozen detector changed")
+
+    results = {
+        "model": arguments.model,
+        "fingerprint": before,
+        "data": bench.names,
+        "images": len(bench.comparison.image_ids),
+        "implementation": "masked reference",
+        "flops": dataclasses.asdict(bench.flops),
+        "statistics": describe_statistics(bench.profile),
+        "ladder": ladder,
+        "rows": list(bench.rows.values()),
+        "seconds": time.perf_counter() - started,
+        **cli.provenance(arguments),
+    }
+    markdown = comparison_markdown(results)
+    print(f"\n{markdown}")
+    with replacing(arguments.out / "comparison.md") as temporary:
+        temporary.write_text(markdown)
+    plot_comparison(results, arguments.out)
+    save_best(bench, best, results, arguments.out / "plan.safetensors")
+    write_json(arguments.out / RESULTS, results)
+    print(f"results.json, comparison.md and figures are in {arguments.out} after {math.ceil(results['seconds'])} s")
+
+
+if __name__ == "__main__":
+    cli.run(main, Arguments)
