@@ -1,0 +1,281 @@
+"""Studies what sparsity does to FFNs that are given as arrays with samples of their inputs."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from detr_jax import cli
+from detr_jax.evaluation.ffn_study import (
+    Densities,
+    Effect,
+    Effects,
+    MeasuredSelector,
+    image_batches,
+    measure_effects,
+    plot_errors,
+    plot_tiles,
+    read_ffns,
+    study_markdown,
+)
+from detr_jax.evaluation.ladder import TILE_SIZES, measure_tiles
+from detr_jax.files import refuse_existing, replacing, write_json
+from detr_jax.sparsity.activations import ActivationStatistics
+from detr_jax.sparsity.carrier import BareFFNs
+from detr_jax.sparsity.grouping import group_count
+from detr_jax.sparsity.methods import METHODS, Ingredients
+from detr_jax.sparsity.ordering import cofiring_order, kmeans_order, permute
+from detr_jax.sparsity.selectors import (
+    HiddenMagnitude,
+    Oracle,
+    Pooled,
+    Score,
+    TopK,
+    by_contribution,
+    find_indicators,
+)
+from detr_jax.training.activations import measure_activations
+from detr_jax.training.calibration import measure_scores
+from detr_jax.training.gates import KINDS, Gates, GateTraining, train_gates
+from detr_jax.training.passes import StoredPasses
+
+WINDOW = 32
+"""Consecutive tokens of the table of fixed and chosen neurons that share a decision."""
+
+Statistics = dict[str, ActivationStatistics]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Studies what sparsity does to FFNs that are given as arrays with samples of their inputs, each for itself.
+
+    The file is an .npz with layerL.w1 (F, d), layerL.b1 (F,), layerL.w2 (d, F), layerL.b2 (d,) and layerL.x (images,
+    tokens, d) for L = 0, 1, ... The first half of the images is for statistics, gates and thresholds, the other half is
+    measured: what a part of the neurons leaves of the output, how dense firing is for tiles of tokens, and the output's
+    error against the multiply-adds that every selector leaves.
+
+    For example `python scripts/study_ffns.py ffns.npz --out runs/ffns`. Writes results.json, tables.md, errors.png and
+    tiles.png into the output folder.
+    """
+
+    ffns: tyro.conf.Positional[Path]
+    """The .npz file."""
+    training: Annotated[GateTraining, tyro.conf.OmitArgPrefixes] = field(
+        default_factory=lambda: GateTraining(epochs=60, batch_size=2, learning_rate=6e-3)
+    )
+    wide_group_size: int = 64
+    """Hidden neurons per group of the second size that tiles are counted for."""
+    tile_sizes: tuple[int, ...] = TILE_SIZES
+    """Tokens per tile."""
+    densities: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.5)
+    """Shares of the groups, neurons or channels that thresholds are calibrated to."""
+    taus: tuple[float, ...] = (0.99, 0.95, 0.9, 0.8)
+    """Of SIBS: the least share of an indicator's firings in which a neuron that it silences is silent."""
+    indicators: int = 32
+    """Of SIBS: indicators per FFN."""
+    out: Path = Path("runs/study_ffns")
+    """Folder for the results."""
+    overwrite: bool = False
+    """Replace the results in the output folder."""
+
+
+@dataclass(frozen=True)
+class Halves:
+    """The inputs to calibrate on and those to measure."""
+
+    calibration: StoredPasses
+    test: StoredPasses
+
+
+def permuted(ffns: BareFFNs, orders: Mapping[str, np.ndarray]) -> BareFFNs:
+    """The same functions with their neurons in other orders."""
+    return BareFFNs({name: permute(weights, orders[name]) for name, weights in ffns.weights.items()})
+
+
+def cofiring(statistics: Statistics, group_size: int) -> dict[str, np.ndarray]:
+    """Of each FFN the order that brings neurons together that fire together."""
+    return {name: cofiring_order(s.cofired, group_size) for name, s in statistics.items()}
+
+
+def fixed_and_chosen(ffns: BareFFNs, halves: Halves) -> dict[str, dict[str, float]]:
+    """By what is measured, of each FFN: how much is zero, and the errors of keeping a part of the neurons."""
+    calibration = measure_activations(ffns, halves.calibration, 1)
+    test = measure_activations(ffns, halves.test, 1)
+    rows = {
+        "activations that are exactly zero": {
+            n: 1 - s.fired.sum() / (s.tokens.sum() * s.fired.size) for n, s in test.items()
+        },
+        "neurons that fire at all in an image": {n: s.images_fired.mean() / s.images for n, s in test.items()},
+    }
+    contributions = HiddenMagnitude(weighted=True)
+
+    def fixed(name: str) -> Score:
+        return by_contribution(calibration[name], ffns.weights[name], 1)
+
+    def pooled(window: int | None) -> Callable[[str], Score]:
+        return lambda name: Pooled(contributions, odds=False, window=window)
+
+    for title, share, score in (
+        ("error, one fixed set of 25 % of the neurons", 0.25, fixed),
+        ("error, best 25 % per image", 0.25, pooled(None)),
+        (f"error, best 25 % per {WINDOW} consecutive tokens", 0.25, pooled(WINDOW)),
+        ("error, one fixed set of 50 %", 0.5, fixed),
+    ):
+        selectors = {
+            name: TopK(score(name), jnp.int32(round(share * len(weights.w_in))))
+            for name, weights in ffns.weights.items()
+        }
+        effects = measure_effects(ffns, halves.test.batches(), selectors)
+        rows[title] = {name: effect.error for name, effect in effects.items()}
+    return {title: {name: float(value) for name, value in row.items()} for title, row in rows.items()}
+
+
+def tile_densities(
+    ffns: BareFFNs, statistics: Statistics, halves: Halves, arguments: Arguments
+) -> dict[str, dict[str, Densities]]:
+    """Of each FFN, by how its neurons are grouped."""
+    size, wide = arguments.training.group_size, arguments.wide_group_size
+    kmeans = {name: kmeans_order(np.asarray(weights.w_in), size) for name, weights in ffns.weights.items()}
+    groupings = {
+        f"groups of {size}, given order": (size, ffns),
+        f"groups of {size} by co-firing": (size, permuted(ffns, cofiring(statistics, size))),
+        f"groups of {size} by k-means": (size, permuted(ffns, kmeans)),
+        f"groups of {wide} by co-firing": (wide, permuted(ffns, cofiring(statistics, wide))),
+    }
+    measured = {
+        title: measure_tiles(
+            carrier,
+            halves.test.batches(),
+            dict.fromkeys(carrier.weights, Oracle(group_size)),
+            group_size,
+            arguments.tile_sizes,
+        )
+        for title, (group_size, carrier) in tqdm(groupings.items(), desc="counting tiles", unit="grouping")
+    }
+    return {name: {title: of_ffns[name] for title, of_ffns in measured.items()} for name in ffns.weights}
+
+
+def train(ffns: BareFFNs, passes: StoredPasses, training: GateTraining) -> dict[str, Gates]:
+    """Gates of every kind."""
+    with (
+        TemporaryDirectory() as folder,
+        tqdm(total=training.epochs * len(passes), desc="training gates", unit="step") as bar,
+    ):
+
+        def report(step: int, loss: jax.Array) -> None:
+            bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
+            bar.update(step - bar.n)
+
+        return train_gates(ffns, passes, KINDS, training, Path(folder), report)
+
+
+def compare_selectors(ffns: BareFFNs, gates: Mapping[str, Gates], halves: Halves, arguments: Arguments) -> Effects:
+    """What every selector does to each FFN."""
+    size = arguments.training.group_size
+    statistics = measure_activations(ffns, halves.calibration, size)
+    ingredients = {
+        name: Ingredients(weights, statistics[name], {kind: of_kind[name] for kind, of_kind in gates.items()}, size)
+        for name, weights in ffns.weights.items()
+    }
+
+    def same(selector: MeasuredSelector) -> dict[str, MeasuredSelector]:
+        return dict.fromkeys(ffns.weights, selector)
+
+    def indicated(tau: float) -> dict[str, MeasuredSelector]:
+        return {n: find_indicators(s, tau=tau, indicators=arguments.indicators) for n, s in statistics.items()}
+
+    settings = {
+        "oracle, neurons": {"exact": same(Oracle(1))},
+        "oracle, groups": {"exact": same(Oracle(size))},
+        "sibs": {f"tau {tau:g}": indicated(tau) for tau in arguments.taus},
+    }
+    for title, method in tqdm(METHODS.items(), desc="calibrating selectors", unit="method"):
+        scores = {name: method.score(made_from) for name, made_from in ingredients.items()}
+        histograms = measure_scores(ffns, halves.calibration, scores)
+        found = {n: method.at_densities(i, histograms[n], arguments.densities) for n, i in ingredients.items()}
+        settings[title] = {
+            f"{density:g}": {name: selectors[i] for name, selectors in found.items()}
+            for i, density in enumerate(arguments.densities)
+        }
+    with tqdm(total=sum(map(len, settings.values())), desc="measuring selectors", unit="setting") as bar:
+
+        def measure(selectors: Mapping[str, MeasuredSelector]) -> dict[str, Effect]:
+            effects = measure_effects(ffns, halves.test.batches(), selectors)
+            bar.update()
+            return effects
+
+        measured = {m: {setting: measure(chosen) for setting, chosen in of.items()} for m, of in settings.items()}
+    return {
+        name: {method: {setting: effects[name] for setting, effects in of.items()} for method, of in measured.items()}
+        for name in ffns.weights
+    }
+
+
+def main(arguments: Arguments) -> None:
+    started = time.perf_counter()
+    refuse_existing(arguments.out / "results.json", arguments.overwrite)
+    for option in ("densities", "taus", "tile_sizes"):
+        if not getattr(arguments, option):
+            raise ValueError(f"--{option.replace('_', '-')} needs at least one value")
+    for option in ("densities", "taus"):
+        if wrong := [share for share in getattr(arguments, option) if not 0 < share <= 1]:
+            raise ValueError(f"--{option} must be above 0 and at most 1, not {wrong[0]:g}")
+    if (least := min(arguments.tile_sizes)) < 1:
+        raise ValueError(f"--tile-sizes must be at least 1, not {least}")
+    ffns, inputs = read_ffns(arguments.ffns)
+    training = arguments.training
+    for weights in ffns.weights.values():
+        for group_size in (training.group_size, arguments.wide_group_size):
+            group_count(len(weights.w_in), group_size)
+    count = len(next(iter(inputs.x.values())))
+    if count < 2:
+        raise ValueError(
+            f"{arguments.ffns} has the inputs of {count} image; at least 2 are needed, one half to test on"
+        )
+    calibration = image_batches(inputs, range(count // 2), training.batch_size)
+    test = image_batches(inputs, range(count // 2, count), training.batch_size)
+    halves = Halves(StoredPasses(calibration), StoredPasses(test))
+    images = {"calibration": count // 2, "test": count - count // 2}
+
+    basics = fixed_and_chosen(ffns, halves)
+    statistics = measure_activations(ffns, halves.calibration, training.group_size)
+    tiles = tile_densities(ffns, statistics, halves, arguments)
+    ordered = permuted(ffns, cofiring(statistics, training.group_size))
+    gates = train(ordered, StoredPasses(calibration, training.seed), training)
+    effects = compare_selectors(ordered, gates, halves, arguments)
+
+    text = study_markdown(images, basics, tiles, effects)
+    print(text)
+    with replacing(arguments.out / "tables.md") as temporary:
+        temporary.write_text(text + "\n")
+    title = f"{arguments.ffns.stem}: {images['calibration']} images to calibrate on, {images['test']} to test on"
+    plot_errors(arguments.out / "errors.png", title, effects)
+    plot_tiles(arguments.out / "tiles.png", title, tiles)
+    seconds = time.perf_counter() - started
+    write_json(
+        arguments.out / "results.json",
+        {
+            "images": images,
+            "basics": basics,
+            "tiles": tiles,
+            "selectors": {
+                name: {method: {s: asdict(effect) for s, effect in of.items()} for method, of in methods.items()}
+                for name, methods in effects.items()
+            },
+            "seconds": seconds,
+            **cli.provenance(arguments),
+        },
+    )
+    print(f"\nresults.json, tables.md, errors.png and tiles.png are in {arguments.out} after {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    cli.run(main, Arguments)
