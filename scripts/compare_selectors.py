@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -78,7 +79,7 @@ class Arguments:
     transformer gets of all images is kept in memory."""
     calibration_images: int = 120
     """Held-out training images for thresholds."""
-    allocation_images: int = 60
+    allocation_images: int = 40
     """Of these, the images on which the change of the outputs is measured to share a density among the FFNs."""
     statistics_images: int = 512
     """Training images for activation statistics."""
@@ -172,10 +173,12 @@ class Workbench:
         self.flops = dense_flops(model, *size_of_median)
         self.comparison = Comparison(self.validation, validation.ground_truth(), self.flops, size, model)
         images = -(-arguments.allocation_images // arguments.eval_batch_size)
-        self.change = OutputChange(self.ordered, self.calibration[:images], size)
+        self.change = OutputChange(self.ordered, self.calibration[:images])
         self.held_out = StoredPasses([batch.tokens for batch in self.calibration])
         self._progress = arguments.out / "progress.json"
         self.rows: dict[str, Row] = json.loads(self._progress.read_text()) if self._progress.exists() else {}
+        self._scorer = ThreadPoolExecutor(1)
+        self._pending: tuple[str, Future[Row]] | None = None
 
     def _statistics(self, model: DETR, sample: Dataset, file: str) -> dict[str, ActivationStatistics]:
         arguments = self.arguments
@@ -208,25 +211,40 @@ class Workbench:
             path = self.arguments.out / folder
             return train_gates(model, passes, kinds, training, path, report, running=running)
 
-    def row(self, section: str, selector: str, setting: str, *, model: DETR, selectors: Callable[[], Selectors]) -> Row:
-        """Measures a row unless an interrupted run has it already."""
+    def row(
+        self, section: str, selector: str, setting: str, *, model: DETR, selectors: Callable[[], Selectors]
+    ) -> None:
+        """Measures a row unless an interrupted run has it already; it is scored while the next one is detected."""
         key = f"{section}: {selector}, {setting}"
-        if key not in self.rows:
-            chosen = selectors()
-            about = {"section": section, "selector": selector, "setting": setting}
-            about |= {"group_size": self.arguments.training.group_size}
-            about |= {"order": "own" if model is self.own else self.arguments.order}
-            described = describe(next(iter(chosen.values()))) if chosen else {}
-            self.rows[key] = about | described | self.comparison.measure(model, chosen)
-            write_json(self._progress, self.rows)
-            row = self.rows[key]
-            low, high = row["AP_minus_dense_interval"]
-            tqdm.write(
-                f"{key:<58} AP {row['numbers']['AP']:.3f}, {100 * row['AP_minus_dense']:+6.2f} points "
-                f"[{100 * low:+6.2f}, {100 * high:+6.2f}], density {row['density']:.3f}, "
-                f"FFN work {row['flops_share']['ffns']:.3f}"
-            )
-        return self.rows[key]
+        if key in self.rows:
+            return
+        chosen = selectors()
+        about = {"section": section, "selector": selector, "setting": setting}
+        about |= {"group_size": self.arguments.training.group_size}
+        about |= {"order": "own" if model is self.own else self.arguments.order}
+        about |= describe(next(iter(chosen.values()))) if chosen else {}
+        measured = self.comparison.detect(model, chosen)
+        self.finish_rows()
+
+        def complete() -> Row:
+            return about | self.comparison.row(model.config, chosen, measured)
+
+        self._pending = key, self._scorer.submit(complete)
+
+    def finish_rows(self) -> None:
+        """Waits for the row that is being scored, and keeps it."""
+        if self._pending is None:
+            return
+        key, future = self._pending
+        row = self.rows[key] = future.result()
+        self._pending = None
+        write_json(self._progress, self.rows)
+        low, high = row["AP_minus_dense_interval"]
+        tqdm.write(
+            f"{key:<58} AP {row['numbers']['AP']:.3f}, {100 * row['AP_minus_dense']:+6.2f} points "
+            f"[{100 * low:+6.2f}, {100 * high:+6.2f}], density {row['density']:.3f}, "
+            f"FFN work {row['flops_share']['ffns']:.3f}"
+        )
 
     def ingredients(self, gates: Mapping[str, Gates]) -> dict[str, Ingredients]:
         """What the methods are made from, for each FFN."""
@@ -351,7 +369,7 @@ def compare_layers(bench: Workbench, gates: Gates) -> None:
 def save_best(bench: Workbench, selectors: Mapping[str, Selector], results: dict, path: Path) -> None:
     """Keeps MGS with all ingredients as a plan, which scripts/evaluate.py takes."""
     row = next(r for r in reversed(results["rows"]) if r["section"] == "mgs")
-    measured = {key: value for key, value in row.items() if key not in ("section", "category_AP", "seconds")}
+    measured = {key: value for key, value in row.items() if key not in ("section", "category_AP")}
     measured |= {"data": results["data"]["validation"], "images": results["images"]}
     measured |= {"implementation": results["implementation"], "device": results["device"]}
     training = {"recipe": results["arguments"]["training"], "data": results["data"], "order": bench.arguments.order}
@@ -377,6 +395,7 @@ def main(arguments: Arguments) -> None:
     compare_layers(bench, gates["firing"])
     compare_sibs(bench)
     compare_methods(bench, bench.ingredients(gates))
+    bench.finish_rows()
     half = at_paper_threshold(gates["firing"])
     ladder = measure_ladder(bench.ordered, bench.validation, half, arguments.training.group_size)
     if detr_jax.fingerprint(model) != before:

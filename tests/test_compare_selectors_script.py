@@ -74,15 +74,15 @@ def test_it_keeps_the_best_gates_as_a_plan(finished):
 def test_interrupted_it_continues_where_it_was(inputs, finished, tmp_path, monkeypatch):
     from detr_jax.evaluation.comparison import Comparison
 
-    measure, seen = Comparison.measure, []
+    row, seen = Comparison.row, []
 
-    def interrupted(self, model, selectors):
+    def interrupted(self, config, selectors, measured):
         seen.append(selectors)
         if len(seen) == 12:
             raise OSError("interrupted")
-        return measure(self, model, selectors)
+        return row(self, config, selectors, measured)
 
-    monkeypatch.setattr(Comparison, "measure", interrupted)
+    monkeypatch.setattr(Comparison, "row", interrupted)
     with pytest.raises(SystemExit):
         run(SCRIPT, *inputs, "--out", tmp_path)
     assert len(json.loads((tmp_path / "progress.json").read_text())) == 11

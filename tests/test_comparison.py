@@ -74,14 +74,18 @@ def test_the_work_that_is_left(model):
 
 def test_rows_are_compared_with_the_dense_detector(model, dataset, embedded):
     comparison = Comparison(embedded, dataset.ground_truth(), dense_flops(model, 32, 40), 4, model)
-    dense = comparison.measure(model, {})
+
+    def measure(selectors):
+        return comparison.row(model.config, selectors, comparison.detect(model, selectors))
+
+    dense = measure({})
     assert dense["AP_minus_dense"] == 0 and dense["AP_minus_dense_interval"] == (0, 0)
     assert dense["density"] == dense["flops_share"]["ffns"] == dense["flops_share"]["detector"] == 1
-    oracle = comparison.measure(model, dict.fromkeys(TINY_CONFIG.ffn_names, Oracle(4)))
+    oracle = measure(dict.fromkeys(TINY_CONFIG.ffn_names, Oracle(4)))
     assert oracle["numbers"]["AP"] == pytest.approx(dense["numbers"]["AP"], abs=1e-9)
     assert oracle["recall"] == 1 and oracle["density"] < 1
     nothing = Thresholded(Lots(4), jnp.float32(jnp.inf))
-    empty = comparison.measure(model, dict.fromkeys(TINY_CONFIG.ffn_names, nothing))
+    empty = measure(dict.fromkeys(TINY_CONFIG.ffn_names, nothing))
     assert empty["density"] == empty["flops_share"]["ffns"] == 0 < empty["flops_share"]["transformer"]
 
 
@@ -95,7 +99,7 @@ def test_one_at_a_time_then_one_more_at_a_time():
 
 
 def test_a_frontier_measures_one_ffn_at_a_time(model, embedded):
-    change = OutputChange(model, embedded, 4)
+    change = OutputChange(model, embedded)
     lots = [Thresholded(Lots(4), jnp.float32(-density)) for density in (1, 0.5, 0.2)]
     settings = dict.fromkeys(TINY_CONFIG.ffn_names, lots)
     frontier = measure_frontier(change, (1, 0.5, 0.2), settings)

@@ -77,31 +77,43 @@ def score(ground_truth: dict, results: list[dict], image_ids: Sequence[int]) -> 
     names = {category["id"]: category["name"] for category in ground_truth["categories"]}
     matches = {names[c]: _matches(entries) for c, entries in zip(categories, per_category, strict=True)}
     matches = {name: m for name, m in matches.items() if m.objects.any()}
-    once = np.ones(len(images))
+    once = np.ones(len(images), np.int32)
     return CocoScores(
         numbers=dict(zip(METRICS, map(float, evaluation.stats), strict=True)),
-        category_ap={name: category_ap(m, once) for name, m in matches.items()},
+        category_ap={name: float(category_ap(m, once)) for name, m in matches.items()},
         image_ids=tuple(int(i) for i in images),
         matches=tuple(matches.values()),
     )
 
 
-def category_ap(matches: CategoryMatches, weights: np.ndarray) -> float:
-    """AP of one category when image i counts `weights[i]` times; NaN if no object is left.
+def category_ap(matches: CategoryMatches, weights: np.ndarray) -> np.ndarray:
+    """AP of one category when image i counts `weights[..., i]` times; NaN if no object is left.
 
     Equal to what `COCOeval.accumulate` computes from repeated images, but for the order among equal scores: the
     repetitions of one detection are consecutive, and the envelope of precision does not see points inside such a run.
+
+    Args:
+        matches: of the category.
+        weights: (..., images) whole numbers.
+
+    Returns:
+        (...,).
     """
-    objects = matches.objects @ weights
-    if objects == 0:
-        return float("nan")
-    repeated = weights[matches.image]
-    hits, misses = (np.cumsum(m * repeated, axis=1) for m in (matches.hit, matches.miss))
-    precision = hits / (hits + misses + np.spacing(1))
-    envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    envelope = np.pad(envelope, ((0, 0), (0, 1)))  # recalls that are never reached have precision 0
-    points = [np.searchsorted(recall, _RECALLS) for recall in hits / objects]
-    return float(np.take_along_axis(envelope, np.array(points), axis=1).mean())
+    objects = (weights @ matches.objects)[..., None]
+    repeated = weights[..., matches.image]
+    per_threshold = []
+    for hit, miss in zip(matches.hit, matches.miss, strict=True):
+        # Only at a hit recall rises, and precision is highest there.
+        at = np.flatnonzero(hit)
+        hits = np.cumsum(repeated[..., at], axis=-1, dtype=np.float64)
+        misses = np.cumsum(repeated * miss, axis=-1, dtype=np.float64)[..., at]
+        precision = hits / (hits + misses + np.spacing(1))
+        envelope = np.maximum.accumulate(precision[..., ::-1], axis=-1)[..., ::-1]
+        # How many of the recalls are first reached at each hit; those that are never reached have precision 0.
+        recall = np.divide(hits, objects, out=np.zeros_like(hits), where=objects > 0)
+        reached = np.searchsorted(_RECALLS, recall, side="right")
+        per_threshold.append((envelope * np.diff(reached, prepend=0, axis=-1)).sum(-1) / len(_RECALLS))
+    return np.where(objects[..., 0] > 0, np.mean(per_threshold, axis=0), np.nan)
 
 
 def bootstrap(scores: CocoScores, replicates: int = 200, seed: int = 0) -> np.ndarray:
@@ -117,9 +129,16 @@ def bootstrap(scores: CocoScores, replicates: int = 200, seed: int = 0) -> np.nd
         raise ValueError(f"a bootstrap needs at least one replicate, not {replicates}")
     images = len(scores.image_ids)
     draws = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), replicates)
-    samples = np.array([[category_ap(m, weights) for m in scores.matches] for weights in draws])
+    # A few at a time, because a replicate takes numbers for every detection.
+    parts = np.array_split(draws.astype(np.int32), -(-replicates // 25))
+    samples = np.concatenate([_per_category(scores.matches, part) for part in parts])
     defined = ~np.isnan(samples)
     return np.where(defined, samples, 0).sum(1) / np.where(defined.any(1), defined.sum(1), np.nan)
+
+
+def _per_category(matches: Sequence[CategoryMatches], weights: np.ndarray) -> np.ndarray:
+    """(replicates, categories) AP with weights (replicates, images)."""
+    return np.array([category_ap(m, weights) for m in matches]).reshape(-1, len(weights)).T
 
 
 def confidence_interval(samples: np.ndarray, level: float = 0.95) -> tuple[float, float]:

@@ -1,6 +1,5 @@
 """Selectors side by side on one frozen detector: every row is measured on the same images in the same way."""
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ from detr_jax.data.embedding import EmbeddedBatch
 from detr_jax.evaluation.coco_ap import CocoScores, bootstrap, confidence_interval, score
 from detr_jax.evaluation.detections import MeasuredDetections, measure_dataset
 from detr_jax.evaluation.flops import DenseFlops, remaining_share, sparse_flops
-from detr_jax.model import DETR, Selector
+from detr_jax.model import DETR, DetrConfig, Selector
 from detr_jax.sparsity.selectors import Thresholded, Traits
 
 Row = dict[str, Any]
@@ -38,25 +37,32 @@ class Comparison:
     ):
         self._embedded, self._ground_truth, self._flops, self._group_size = embedded, ground_truth, flops, group_size
         self.image_ids = [int(i) for batch in embedded for i in batch.image_ids[batch.valid]]
-        scores = self._score(self._measure(dense, {}))
+        scores = self._score(self.detect(dense, {}))
         self._dense_ap, self._dense_samples = scores.numbers["AP"], bootstrap(scores)
 
-    def measure(self, model: DETR, selectors: Mapping[str, Selector]) -> Row:
-        """Accuracy, density and work with some FFNs sparse.
+    def detect(self, model: DETR, selectors: Mapping[str, Selector]) -> MeasuredDetections:
+        """What the detector finds and computes with some FFNs sparse.
 
         Args:
             model: the detector, in whatever order of its hidden neurons.
             selectors: of the sparse FFNs by name.
+        """
+        return measure_dataset(model, self._embedded, selectors=dict(selectors), group_size=self._group_size)
+
+    def row(self, config: DetrConfig, selectors: Mapping[str, Selector], measured: MeasuredDetections) -> Row:
+        """Accuracy, density and work with some FFNs sparse; runs beside the detector, in numpy.
+
+        Args:
+            config: of the detector.
+            selectors: that were in effect.
+            measured: what `detect` returned.
 
         Returns:
             COCO's `numbers` and `category_AP`; `AP_interval` and `AP_minus_dense` with its paired
             `AP_minus_dense_interval`, 95 % over images; the means over all FFNs of `density` (of neurons),
             `group_sparsity` and `channel_density`; `flops` and `flops_share` of the `ffns`, the `transformer` and the
-            `detector`, the selectors' own work included; `ffns`, the same for each; `seconds`.
+            `detector`, the selectors' own work included; `ffns`, the same for each.
         """
-        started = time.perf_counter()
-        config = model.config
-        measured = self._measure(model, selectors)
         scores = self._score(measured)
         shares, ffns = {}, {}
         for name, counts in measured.counts.items():
@@ -87,12 +93,8 @@ class Comparison:
                 "flops": flops,
                 "flops_share": {part: flops[part] / whole[part] for part in flops},
                 "ffns": ffns,
-                "seconds": time.perf_counter() - started,
             }
         )
-
-    def _measure(self, model: DETR, selectors: Mapping[str, Selector]) -> MeasuredDetections:
-        return measure_dataset(model, self._embedded, selectors=dict(selectors), group_size=self._group_size)
 
     def _score(self, measured: MeasuredDetections) -> CocoScores:
         return score(self._ground_truth, measured.results, self.image_ids)

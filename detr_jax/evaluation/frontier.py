@@ -7,11 +7,15 @@ import jax
 import numpy as np
 
 from detr_jax.data.embedding import EmbeddedBatch
-from detr_jax.evaluation.detections import detect_and_count
-from detr_jax.model import DETR, DetrOutputs, Selector
+from detr_jax.model import DETR, DetrOutputs, ImageTokens, Selector, Selectors
 from detr_jax.model.output_change import output_change
 
 _change = jax.jit(output_change)
+
+
+@jax.jit
+def _outputs(model: DETR, tokens: ImageTokens, selectors: Selectors) -> DetrOutputs:
+    return model.transform(tokens, selectors=selectors)
 
 
 class OutputChange:
@@ -20,26 +24,19 @@ class OutputChange:
     Args:
         model: the detector.
         embedded: the images behind the backbone.
-        group_size: neurons per group, of the counts that are made beside it.
     """
 
-    def __init__(self, model: DETR, embedded: Sequence[EmbeddedBatch], group_size: int):
-        self._model, self._embedded, self._group_size = model, embedded, group_size
-        self._dense = [self._outputs(batch, {}) for batch in embedded]
+    def __init__(self, model: DETR, embedded: Sequence[EmbeddedBatch]):
+        self._model, self._embedded = model, embedded
+        self._dense = [_outputs(model, batch.tokens, {}) for batch in embedded]
 
     def __call__(self, selectors: Mapping[str, Selector]) -> float:
         """The mean over images of `output_change`."""
         changes = [
-            np.asarray(_change(dense, self._outputs(batch, selectors)))[batch.valid]
+            np.asarray(_change(dense, _outputs(self._model, batch.tokens, dict(selectors))))[batch.valid]
             for batch, dense in zip(self._embedded, self._dense, strict=True)
         ]
         return float(np.concatenate(changes).mean())
-
-    def _outputs(self, batch: EmbeddedBatch, selectors: Mapping[str, Selector]) -> DetrOutputs:
-        outputs, _, _ = detect_and_count(
-            self._model, batch.tokens, batch.sizes, dict(selectors), group_size=self._group_size
-        )
-        return outputs
 
 
 @dataclass(frozen=True)
