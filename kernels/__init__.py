@@ -1,5 +1,23 @@
 """The FFN operation. Knows arrays, not detectors."""
 
-from detr_jax.kernels.reference import expand_groups, ffn, hidden_activations
+from detr_jax.kernels.blocks import BlockLists, lists_of, map_of, tiles_needing
+from detr_jax.kernels.dispatch import IMPLEMENTATIONS
+from detr_jax.kernels.operation import Execution, block_sparse_ffn, sparse_ffn
+from detr_jax.kernels.ordering import signature_order
+from detr_jax.kernels.reference import FFNWeights, expand_groups, ffn, hidden_activations
 
-__all__ = ["expand_groups", "ffn", "hidden_activations"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "BlockLists",
+    "Execution",
+    "FFNWeights",
+    "block_sparse_ffn",
+    "expand_groups",
+    "ffn",
+    "hidden_activations",
+    "lists_of",
+    "map_of",
+    "signature_order",
+    "sparse_ffn",
+    "tiles_needing",
+]

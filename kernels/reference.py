@@ -6,8 +6,26 @@ Notation (d model features, F hidden neurons, g neurons in a group, G = F / g gr
     y = (h * active) W_out + b_out   W_out (F, d), neurons on rows
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+
+
+class FFNWeights(NamedTuple):
+    """An FFN as arrays: relu(x W_in^T + b_in) W_out + b_out.
+
+    Attributes:
+        w_in: (F, d), neurons on rows.
+        b_in: (F,).
+        w_out: (F, d), neurons on rows.
+        b_out: (d,).
+    """
+
+    w_in: jax.Array
+    b_in: jax.Array
+    w_out: jax.Array
+    b_out: jax.Array
 
 
 def hidden_activations(x: jax.Array, w_in: jax.Array, b_in: jax.Array) -> jax.Array:
@@ -61,3 +79,25 @@ def ffn(
     if active is not None:
         hidden = jnp.where(expand_groups(active, hidden.shape[-1]), hidden, 0)
     return hidden @ w_out + b_out
+
+
+def block_sparse_ffn(
+    x: jax.Array, weights: FFNWeights, needed: jax.Array, tile_size: int, active: jax.Array | None = None
+) -> jax.Array:
+    """The FFN where every tile of consecutive tokens computes, for all of its tokens, the blocks that it needs.
+
+    Args:
+        x: (..., tokens, d).
+        weights: of the FFN.
+        needed: (..., tiles, B) bool, blocks of F / B consecutive neurons.
+        tile_size: tokens per tile; the last tile may be shorter.
+        active: (..., tokens, G) bool, with G a multiple of B: of the blocks that are computed each token gets these
+            groups only (the exact mode); None gives it all of them.
+
+    Returns:
+        (..., tokens, d).
+    """
+    per_token = jnp.repeat(needed, tile_size, axis=-2)[..., : x.shape[-2], :]
+    if active is not None:
+        per_token = expand_groups(per_token, active.shape[-1]) & active
+    return ffn(x, *weights, per_token)

@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from detr_jax import cli
+from detr_jax.evaluation.timing import take_turns
 from detr_jax.files import refuse_existing, write_json
 from detr_jax.model import DETR, PRESETS, DetrConfig, preset_config
 from detr_jax.model.positions import sine_positions
@@ -134,20 +134,6 @@ def torch_forwards(config: DetrConfig, arguments: Arguments) -> tuple[dict[str, 
         return model.model.backbone(images, mask)
 
     return {"torch": whole, "torch, backbone": backbone}, torch.get_num_threads()
-
-
-def take_turns(forwards: dict[str, Forward], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each forward pass, by name; every turn begins with another one."""
-    names = list(forwards)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(-2, repeats):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            started = time.perf_counter()
-            forwards[name]()
-            if turn >= 0:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
 
 
 def table(medians: dict[str, float], seconds: dict[str, list[float]], sizes: dict[str, int]) -> str:

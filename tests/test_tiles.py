@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from detr_jax.sparsity.tiles import SIGNATURE_BITS, SIGNATURE_SHARE, count_tiles, signature_order
+from detr_jax.kernels.ordering import SIGNATURE_BITS, SIGNATURE_SHARE, signature_order
+from detr_jax.sparsity.tiles import count_tiles
 
 IMAGES, TOKENS = 4, 11
 

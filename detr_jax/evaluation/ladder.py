@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from detr_jax.data.embedding import EmbeddedBatch
+from detr_jax.kernels import signature_order
 from detr_jax.model import DETR, Selectors
 from detr_jax.sparsity.activations import ActivationProfile
 from detr_jax.sparsity.carrier import FFNCarrier
 from detr_jax.sparsity.grouping import group_count
 from detr_jax.sparsity.selectors import Oracle
 from detr_jax.sparsity.statistics import neurons_computed
-from detr_jax.sparsity.tiles import TileCounts, count_tiles, signature_order
+from detr_jax.sparsity.tiles import TileCounts, count_tiles
 
 TILE_SIZES = (1, 8, 16, 64, 128)
 """Tokens per tile; a tile of one token is the group itself."""
@@ -34,7 +35,7 @@ def measure_tiles(
 
     Returns:
         by FFN: `raster`, with the tokens in the order in which they come, and `signature`, in the order of
-        `sparsity.tiles.signature_order`, the share for each tile size.
+        `kernels.signature_order`, the share for each tile size.
 
     Raises:
         ValueError: if the group size does not divide the hidden neurons, or a tile would have no token.

@@ -48,6 +48,8 @@ def forward(weights: FFNWeights, x: jax.Array, selection: Selection) -> jax.Arra
     Returns:
         (..., d).
     """
+    if selection.execution is not None:
+        return kernels.sparse_ffn(x, weights, selection.active, selection.execution)
     if selection.channels is None and selection.factors is None:
         return kernels.ffn(x, *weights, selection.active)
     factors = selection.factors

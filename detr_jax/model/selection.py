@@ -1,26 +1,12 @@
 """The part of an FFN that is computed, and what decides it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import jax
 
-
-class FFNWeights(NamedTuple):
-    """An FFN as arrays: relu(x W_in^T + b_in) W_out + b_out.
-
-    Attributes:
-        w_in: (F, d), neurons on rows.
-        b_in: (F,).
-        w_out: (F, d), neurons on rows.
-        b_out: (d,).
-    """
-
-    w_in: jax.Array
-    b_in: jax.Array
-    w_out: jax.Array
-    b_out: jax.Array
+from detr_jax.kernels import Execution, FFNWeights
 
 
 class LowRankFactors(NamedTuple):
@@ -48,11 +34,13 @@ class Selection:
         active: (..., tokens, G) bool, the groups of F / G consecutive hidden neurons; None for all of them.
         channels: (..., tokens, d) bool, the channels of x that enter the first product; None for all of them.
         factors: what stands in for the rest; None leaves it out.
+        execution: how the FFN is computed without the rest; None for the masked reference.
     """
 
     active: jax.Array | None = None
     channels: jax.Array | None = None
     factors: LowRankFactors | None = None
+    execution: Execution | None = field(default=None, metadata={"static": True})
 
 
 class Selector(Protocol):

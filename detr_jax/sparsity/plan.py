@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from detr_jax.kernels import Execution
 from detr_jax.model import DETR, FFNWeights, LowRankFactors, Selection, Selector
 from detr_jax.model.ffn import forward
 from detr_jax.model.parameters import fingerprint
@@ -27,6 +28,7 @@ _CLASSES = {
     cls.__name__: cls
     for cls in (
         *(selectors.Thresholded, selectors.TopK, selectors.Compensated, LowRankFactors),
+        *(selectors.Executed, Execution),
         *(selectors.Oracle, selectors.Sibs),
         *(selectors.Lots, selectors.Importance, selectors.HiddenMagnitude, selectors.InputMagnitude),
         *(selectors.LinearGate, selectors.LowRankGate),
@@ -59,21 +61,22 @@ class Plan:
     versions: dict[str, str]
 
 
-def save_plan(plan: Plan, path: Path) -> None:
+def save_plan(plan: Plan, path: Path | str) -> None:
     """Writes a plan; the file appears under its name only once it is whole."""
     arrays = {f"{name}.order": np.asarray(order, np.int32) for name, order in plan.orders.items()}
     structure = {name: _take_apart(s, f"{name}.selector", arrays) for name, s in plan.selectors.items()}
     described = {key: getattr(plan, key) for key in _DESCRIBED} | {"selectors": structure}
-    described_arrays.write(path, FORMAT, described, arrays)
+    described_arrays.write(Path(path), FORMAT, described, arrays)
 
 
-def load_plan(path: Path, model: DETR) -> Plan:
+def load_plan(path: Path | str, model: DETR) -> Plan:
     """Reads the plan of a detector.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is damaged, no plan, of another version, or the plan of another detector.
     """
+    path = Path(path)
     described, arrays = described_arrays.read(path, FORMAT)
     expected = {*_DESCRIBED, "selectors"}
     if set(described) != expected:
@@ -105,7 +108,7 @@ def _take_apart(part: Any, name: str, arrays: dict[str, np.ndarray]) -> Any:
         return {"class": type(part).__name__} | {
             key: _take_apart(value, f"{name}.{key}", arrays) for key, value in fields.items()
         }
-    if part is None or isinstance(part, bool | int):
+    if part is None or isinstance(part, bool | int | str):
         return part
     arrays[name] = np.asarray(part)
     return {"array": name}

@@ -1,6 +1,7 @@
 """Every method's answer to one question: which part of an FFN is computed for which token."""
 
 from detr_jax.sparsity.selectors.derived import Pooled, ShareOfLargest, Standardised
+from detr_jax.sparsity.selectors.executed import Executed
 from detr_jax.sparsity.selectors.gates import Gate, LinearGate, LowRankGate, log_odds
 from detr_jax.sparsity.selectors.magnitude import HiddenMagnitude, InputMagnitude
 from detr_jax.sparsity.selectors.oracle import Oracle
@@ -13,6 +14,7 @@ from detr_jax.sparsity.selectors.topk import TopK
 
 __all__ = [
     "Compensated",
+    "Executed",
     "Gate",
     "HiddenMagnitude",
     "Importance",

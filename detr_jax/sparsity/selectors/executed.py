@@ -1,0 +1,49 @@
+"""A selector whose groups are really left out, by the sparse FFN operation instead of the masked reference."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+
+from detr_jax.kernels import Execution
+from detr_jax.model import FFNWeights, Selection, Selector
+from detr_jax.pytrees import pytree
+from detr_jax.sparsity.selectors.score import Traits
+
+
+@pytree
+@dataclass(frozen=True)
+class Executed:
+    """Another selector, and how the FFN computes what it selects.
+
+    Attributes:
+        selector: decides about groups or neurons.
+        execution: tiles, blocks and implementation.
+    """
+
+    selector: Selector
+    execution: Execution = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> Selection:
+        """Selects.
+
+        Raises:
+            ValueError: if the selector leaves out channels or compensates, which only the masked reference can.
+        """
+        selection = self.selector(ffn, x, tokens)
+        if selection.active is None or selection.channels is not None or selection.factors is not None:
+            raise ValueError(
+                f"{type(self.selector).__name__} does not choose groups of neurons alone, so it runs in the masked "
+                "reference only"
+            )
+        # Padding needs nothing, or it would make tiles denser.
+        active = selection.active & tokens[..., None]
+        return Selection(active=active, execution=self.execution)
+
+    @property
+    def traits(self) -> Traits:
+        return self.selector.traits
+
+    def cost(self, d_model: int, features: int) -> float:
+        """Multiply-adds per token of the decision."""
+        return self.selector.cost(d_model, features)

@@ -1,0 +1,208 @@
+"""One operation over all implementations: an FFN of which every tile of tokens computes the blocks that it needs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from detr_jax.kernels import reference
+from detr_jax.kernels.blocks import BlockLists, lists_of, map_of, pad_tokens, tiles_needing
+from detr_jax.kernels.dispatch import Choice, Problem, choose
+from detr_jax.kernels.ordering import signature_order
+from detr_jax.kernels.reference import FFNWeights
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How an FFN is computed when groups of its neurons are left out.
+
+    Attributes:
+        tile_size: tokens that share their blocks; None for all tokens of an image.
+        block_size: neurons of a block.
+        exact: whether a token gets only its own groups of the blocks that its tile computes. Otherwise it gets the
+            whole blocks, which is closer to the dense FFN and costs nothing.
+        ordered: whether tokens that need the same groups are brought together into tiles, and back afterwards.
+        implementation: name of one, see `dispatch.IMPLEMENTATIONS`; None for what pays on the device.
+    """
+
+    tile_size: int | None = None
+    block_size: int = 64
+    exact: bool = False
+    ordered: bool = False
+    implementation: str | None = None
+
+
+def sparse_ffn(x: jax.Array, weights: FFNWeights, active: jax.Array, execution: Execution) -> jax.Array:
+    """The FFN with the groups that its tokens need; jit it with what decides about `active`.
+
+    Args:
+        x: (batch, tokens, d).
+        weights: of the FFN.
+        active: (batch, tokens, G) bool, the groups of F / G consecutive neurons that each token needs; padding should
+            need nothing.
+        execution: how.
+
+    Returns:
+        (batch, tokens, d).
+
+    Raises:
+        ValueError: if blocks of that size do not divide the neurons or consist of whole groups, or as
+            `block_sparse_ffn`.
+    """
+    features = weights.w_in.shape[0]
+    if execution.block_size < 1 or features % execution.block_size:
+        raise ValueError(f"{features} hidden neurons cannot be divided into blocks of {execution.block_size}")
+    if execution.ordered:
+        order = signature_order(active, active.any(-1))[..., None]
+        x, active = (jnp.take_along_axis(array, order, axis=1) for array in (x, active))
+    tile_size = execution.tile_size or x.shape[-2]
+    needed = tiles_needing(active, tile_size, features // execution.block_size)
+    outputs = block_sparse_ffn(
+        x,
+        weights,
+        needed,
+        tile_size,
+        active=active if execution.exact else None,
+        implementation=execution.implementation,
+    )
+    if execution.ordered:
+        outputs = jnp.take_along_axis(outputs, jnp.argsort(order, axis=1), axis=1)
+    return outputs
+
+
+def block_sparse_ffn(
+    x: jax.Array,
+    weights: FFNWeights,
+    needed: jax.Array | BlockLists,
+    tile_size: int,
+    *,
+    blocks: int | None = None,
+    active: jax.Array | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """The FFN of which every tile of consecutive tokens computes, for all of its tokens, the blocks that it needs.
+
+    Same values as `reference.block_sparse_ffn`, whose gradients it has too. Maps over a batch with `jax.vmap` as it
+    does with leading axes, and runs inside `jax.shard_map(..., check_vma=False)` over tokens or images.
+
+    Args:
+        x: (..., tokens, d) float32 or bfloat16.
+        weights: of the FFN, of the same type.
+        needed: (..., tiles, B) bool; or lists of blocks, in any order and with repetitions, which need `blocks`.
+        tile_size: tokens per tile; the last tile may be shorter.
+        blocks: B, where `needed` is lists.
+        active: (..., tokens, G) bool, with G a multiple of B: the exact mode, see `reference.block_sparse_ffn`.
+        implementation: name of one; None for what pays on the device, which above the device's break-even density is
+            the dense FFN, decided on the device.
+
+    Returns:
+        (..., tokens, d) of x's type.
+
+    Raises:
+        ValueError: if shapes or types do not fit, or the implementation cannot compute this; it says why.
+    """
+    if isinstance(needed, BlockLists):
+        if blocks is None:
+            raise ValueError("lists of blocks do not say how many blocks there are: name `blocks`")
+        needed = map_of(needed, blocks)
+    _check(x, weights, needed, tile_size, active)
+    batch, (tokens, d), blocks = x.shape[:-2], x.shape[-2:], needed.shape[-1]
+    problem = Problem(
+        x.dtype, tile_size, d, weights.w_in.shape[0], blocks, None if active is None else active.shape[-1]
+    )
+    run = partial(_differentiable, choose(problem, implementation), tile_size)
+    flat = partial(jax.tree.map, lambda array: array.reshape(-1, *array.shape[len(batch) :]))
+    return run(flat(x), weights, flat(needed), flat(active)).reshape(*batch, tokens, d)
+
+
+def _check(x, weights, needed, tile_size, active):
+    d, features = x.shape[-1], weights.w_in.shape[0]
+    shapes = [array.shape for array in weights]
+    if shapes != [(features, d), (features,), (features, d), (d,)]:
+        raise ValueError(
+            f"weights of shapes {shapes} do not fit inputs of {d} features: (F, {d}), (F,), (F, {d}), ({d},) would"
+        )
+    if tile_size < 1:
+        raise ValueError(f"a tile must have at least 1 token, not {tile_size}")
+    blocks = needed.shape[-1]
+    tiles = (*x.shape[:-2], -(-x.shape[-2] // tile_size))
+    if needed.dtype != bool or needed.shape[:-1] != tiles:
+        raise ValueError(
+            f"inputs {x.shape} in tiles of {tile_size} tokens need a bool map {(*tiles, 'B')}, not {needed.dtype} "
+            f"{needed.shape}"
+        )
+    if features % blocks:
+        raise ValueError(f"{features} hidden neurons cannot be divided into {blocks} blocks of equal size")
+    if active is not None and (active.shape[:-1] != x.shape[:-1] or active.shape[-1] % blocks):
+        raise ValueError(
+            f"the groups of tokens must be {(*x.shape[:-1], 'G')} with G a multiple of {blocks} blocks, not "
+            f"{active.shape}"
+        )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _differentiable(choice, tile_size, x, weights, needed, active):
+    return _mapped(choice, tile_size)(x, weights, needed, active)
+
+
+def _forward(choice, tile_size, *arrays):
+    return _differentiable(choice, tile_size, *arrays), arrays
+
+
+def _backward(choice, tile_size, arrays, gradient):
+    x, weights, needed, active = arrays
+
+    def definition(x, weights):
+        return reference.block_sparse_ffn(x, weights, needed, tile_size, active)
+
+    return *jax.vjp(definition, x, weights)[1](gradient), None, None
+
+
+_differentiable.defvjp(_forward, _backward)
+
+
+def _mapped(choice: Choice, tile_size: int) -> Callable[..., jax.Array]:
+    """The computation with a rule for `jax.vmap`, which would turn a switch into all of its branches."""
+
+    @jax.custom_batching.custom_vmap
+    def run(*arrays):
+        return _compute(choice, tile_size, *arrays)
+
+    @run.def_vmap
+    def map_over(size, mapped, x, weights, needed, active):
+        def stacked(array, is_mapped):
+            return array if is_mapped else jnp.broadcast_to(array, (size, *array.shape))
+
+        arrays = jax.tree.map(stacked, (x, weights, needed, active), tuple(mapped))
+        if any(jax.tree.leaves(mapped[1])):  # other weights for each
+            return jax.lax.map(lambda one: run(*one), arrays), True
+        x, _, needed, active = jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), arrays)
+        return run(x, weights, needed, active).reshape(size, -1, *x.shape[1:]), True
+
+    return run
+
+
+def _compute(choice, tile_size, x, weights, needed, active):
+    """x (batch, tokens, d), needed (batch, tiles, B), active (batch, tokens, G) or None."""
+    batch, tokens, d = x.shape
+
+    def tiles(array):
+        return pad_tokens(array, tile_size).reshape(-1, tile_size, array.shape[-1])
+
+    def sparse():
+        lists = lists_of(needed.reshape(-1, needed.shape[-1]))
+        outputs = choice.run(tiles(x), weights, lists, None if active is None else tiles(active))
+        return outputs.reshape(batch, -1, d)[:, :tokens]
+
+    def masked():
+        return reference.block_sparse_ffn(x, weights, needed, tile_size, active)
+
+    def dense():
+        return reference.ffn(x, *weights, active)
+
+    if choice.break_even is None:
+        return sparse()
+    branch = jnp.where(needed.all(), 2, jnp.where(needed.mean() > choice.break_even, 1, 0))
+    return jax.lax.switch(branch, (sparse, masked, dense))

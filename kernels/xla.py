@@ -1,0 +1,83 @@
+"""The block-sparse FFN in XLA: gathers the blocks that a tile needs and multiplies densely.
+
+Shapes are static, so a tile computes one of a few capacities, the least that holds its blocks; `jax.lax.switch` chooses
+at run time and nothing recompiles with the data. This pays on a CPU: the gather moves whole blocks of rows, and a
+product of few neurons is as efficient as one of many.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from detr_jax.kernels.blocks import BlockLists
+from detr_jax.kernels.reference import FFNWeights, expand_groups, ffn
+
+SHARES = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
+"""Capacities, as shares of all blocks. A tile that needs more is computed without a gather."""
+
+
+def capacities(blocks: int) -> tuple[int, ...]:
+    """Numbers of blocks that tiles compute, ascending, less than all."""
+    return tuple(sorted({math.ceil(share * blocks) for share in SHARES} - {blocks}))
+
+
+def block_sparse_ffn(
+    x: jax.Array, weights: FFNWeights, lists: BlockLists, active: jax.Array | None = None
+) -> jax.Array:
+    """The FFN of tiles that each compute their own blocks; tiles one after the other.
+
+    Args:
+        x: (tiles, tile tokens, d).
+        weights: of the FFN.
+        lists: `indices` (tiles, B), rows that are permutations of the blocks; see `blocks.lists_of`.
+        active: (tiles, tile tokens, G) bool, groups that each token gets of its tile's blocks; None for all of them.
+
+    Returns:
+        (tiles, tile tokens, d).
+    """
+    blocks = lists.indices.shape[-1]
+    sizes = capacities(blocks)
+    branches = [partial(_nothing, weights), *(partial(_gathered, weights, capacity) for capacity in sizes)]
+    branches += [partial(_masked, weights), partial(_all, weights)]
+    least = jnp.array((0, *sizes, blocks - 1))  # of each branch the most blocks that it can compute
+
+    def compute(tile):
+        return jax.lax.switch(jnp.searchsorted(least, tile[2]), branches, *tile)
+
+    return jax.lax.map(compute, (x, *lists, active))
+
+
+# The branches compute one tile: x (tile tokens, d), indices (B,), count (), active (tile tokens, G) or None.
+
+
+def _nothing(weights, x, indices, count, active):
+    return jnp.broadcast_to(weights.b_out, x.shape)
+
+
+def _gathered(weights, capacity, x, indices, count, active):
+    """The first `capacity` blocks of the list, of which `count` are needed."""
+    blocks = len(indices)
+    listed = indices[:capacity]
+
+    def gather(array):
+        return array.reshape(blocks, -1, *array.shape[1:])[listed].reshape(-1, *array.shape[1:])
+
+    kept = jnp.broadcast_to(jnp.arange(capacity) < count, (len(x), capacity))
+    if active is not None:
+        listed_groups = active.reshape(len(x), blocks, -1)[:, listed]
+        kept = (listed_groups & kept[..., None]).reshape(len(x), -1)
+    return ffn(x, gather(weights.w_in), gather(weights.b_in), gather(weights.w_out), weights.b_out, kept)
+
+
+def _masked(weights, x, indices, count, active):
+    blocks = len(indices)
+    kept = jnp.broadcast_to(jnp.zeros(blocks, bool).at[indices].set(jnp.arange(blocks) < count), (len(x), blocks))
+    if active is not None:
+        kept = expand_groups(kept, active.shape[-1]) & active
+    return ffn(x, *weights, kept)
+
+
+def _all(weights, x, indices, count, active):
+    return ffn(x, *weights, active)

@@ -1,0 +1,237 @@
+"""Every implementation of the sparse FFN against the definition."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernel_cases import close, random_case
+
+from detr_jax import kernels
+from detr_jax.kernels import BlockLists, Execution
+from detr_jax.kernels.dispatch import Problem, break_even, choose, tuning_path
+from detr_jax.kernels.reference import block_sparse_ffn as definition
+from detr_jax.kernels.xla import capacities
+
+HERE = ("reference", "xla")
+"""Implementations that run on any device."""
+
+
+SHAPES = [
+    {},
+    {"tokens": 1, "tile": 8},
+    {"tokens": 16},
+    {"tokens": 5, "tile": 128},
+    {"batch": (2,), "tokens": 50, "tile": 7, "d": 10, "features": 30, "blocks": 5},
+    {"batch": (2, 3), "tokens": 9, "tile": 4},
+    {"share": 0.0},
+    {"share": 1.0},
+    {"blocks": 1},
+    {"features": 256, "blocks": 32, "share": 0.1},
+    {"features": 256, "blocks": 2},
+]
+
+
+@pytest.mark.parametrize("implementation", HERE)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_definition(implementation, dtype, shape):
+    x, weights, needed = random_case(1, dtype=dtype, **shape)
+    tile = shape.get("tile", 16)
+    ours = jax.jit(partial(kernels.block_sparse_ffn, tile_size=tile, implementation=implementation))(x, weights, needed)
+    assert ours.dtype == dtype
+    close(ours, definition(x, weights, needed, tile), dtype)
+
+
+@pytest.mark.parametrize("implementation", HERE)
+def test_exact_mode_masks_per_token(implementation):
+    x, weights, needed = random_case(2)
+    active = jnp.asarray(np.random.default_rng(3).random((37, 48)) < 0.5)
+    run = partial(kernels.block_sparse_ffn, tile_size=16, implementation=implementation)
+    ours = run(x, weights, needed, active=active)
+    close(ours, definition(x, weights, needed, 16, active))
+    assert np.abs(ours - run(x, weights, needed)).max() > 0.01
+
+
+@pytest.mark.parametrize("implementation", HERE)
+def test_what_is_not_needed_is_not_computed(implementation):
+    """Not multiplied by zero: a block of NaN that nobody needs does no harm."""
+    x, weights, needed = random_case(4)
+    needed = needed.at[:, 3].set(False)
+    poisoned = weights._replace(w_in=weights.w_in.at[24:32].set(jnp.nan))
+    ours = kernels.block_sparse_ffn(x, poisoned, needed, 16, implementation=implementation)
+    close(ours, definition(x, weights, needed, 16))
+
+
+@pytest.mark.parametrize("implementation", HERE)
+@pytest.mark.parametrize("count", range(13))
+def test_every_number_of_blocks(implementation, count):
+    x, weights, needed = random_case(5, tokens=40)
+    chosen = np.random.default_rng(count).permutation(12)[:count]
+    needed = needed.at[1].set(False).at[1, chosen].set(True)
+    close(
+        kernels.block_sparse_ffn(x, weights, needed, 16, implementation=implementation),
+        definition(x, weights, needed, 16),
+    )
+
+
+@pytest.mark.parametrize("implementation", HERE)
+def test_lists_in_any_order_with_repetitions(implementation):
+    x, weights, _ = random_case(6)
+    lists = BlockLists(
+        indices=jnp.array([[5, 2, 5, 0, 11, 2], [7, 7, 7, 7, 7, 7], [1, -3, 12, 99, 4, 6]]), counts=jnp.array([6, 2, 5])
+    )
+    needed = np.zeros((3, 12), bool)
+    needed[0, [0, 2, 5, 11]] = needed[1, 7] = needed[2, [1, 4]] = True  # what names no block is ignored
+    ours = kernels.block_sparse_ffn(x, weights, lists, 16, blocks=12, implementation=implementation)
+    close(ours, definition(x, weights, jnp.asarray(needed), 16))
+
+
+def test_a_map_as_lists_and_back():
+    needed = jnp.asarray(np.random.default_rng(7).random((4, 5, 9)) < 0.5)
+    lists = kernels.lists_of(needed)
+    assert (kernels.map_of(lists, 9) == needed).all()
+    for row, indices, count in zip(
+        needed.reshape(-1, 9), lists.indices.reshape(-1, 9), lists.counts.ravel(), strict=True
+    ):
+        assert indices[:count].tolist() == np.flatnonzero(row).tolist()
+        assert sorted(indices.tolist()) == list(range(9))
+
+
+def test_what_a_tile_needs_is_the_union_of_its_tokens():
+    active = np.random.default_rng(8).random((2, 11, 24)) < 0.1
+    needed = np.asarray(kernels.tiles_needing(jnp.asarray(active), 4, 6))
+    assert needed.shape == (2, 3, 6)
+    for image in range(2):
+        for tile in range(3):
+            for block in range(6):
+                part = active[image, 4 * tile : 4 * tile + 4, 4 * block : 4 * block + 4]
+                assert needed[image, tile, block] == part.any()
+    with pytest.raises(ValueError, match="24 groups of neurons cannot be united into 5 blocks"):
+        kernels.tiles_needing(jnp.asarray(active), 4, 5)
+
+
+@pytest.mark.parametrize("implementation", [*HERE, None])
+def test_gradients_are_those_of_the_definition(implementation):
+    x, weights, needed = random_case(9)
+
+    def loss(run, x, weights):
+        return (run(x, weights, needed, 16) ** 2).sum()
+
+    ours = jax.grad(partial(loss, partial(kernels.block_sparse_ffn, implementation=implementation)), (0, 1))(x, weights)
+    theirs = jax.grad(partial(loss, definition), (0, 1))(x, weights)
+    jax.tree.map(close, ours, theirs)
+
+
+@pytest.mark.parametrize("implementation", HERE)
+def test_vmap_is_a_batch(implementation):
+    x, weights, needed = random_case(10, batch=(3,))
+    run = partial(kernels.block_sparse_ffn, tile_size=16, implementation=implementation)
+    expected = definition(x, weights, needed, 16)
+    close(jax.vmap(run, (0, None, 0))(x, weights, needed), expected)
+    close(jax.jit(jax.vmap(run, (0, None, 0)))(x, weights, needed), expected)
+    close(jax.vmap(run, (None, None, 0))(x[0], weights, needed)[1], definition(x[0], weights, needed[1], 16))
+    several = jax.tree.map(lambda array: jnp.stack([array, 2 * array]), weights)
+    close(jax.vmap(run, (None, 0, None))(x[0], several, needed[0])[1], definition(x[0], _twice(weights), needed[0], 16))
+    nested = jax.vmap(jax.vmap(run, (0, None, None)), (None, None, 0))(x, weights, needed)
+    close(nested[2, 1], definition(x[1], weights, needed[2], 16))
+    gradient = jax.vmap(jax.grad(lambda x, needed: run(x, weights, needed).sum()))(x, needed)
+    close(gradient, jax.grad(lambda x: definition(x, weights, needed, 16).sum())(x))
+
+
+def _twice(weights):
+    return jax.tree.map(lambda array: 2 * array, weights)
+
+
+def test_a_batch_does_not_become_all_branches_of_a_switch():
+    x, weights, needed = random_case(11, batch=(3,), features=512, blocks=16)
+    run = jax.jit(jax.vmap(partial(kernels.block_sparse_ffn, tile_size=16, implementation="xla"), (0, None, 0)))
+    text = run.lower(x, weights, needed).as_text()
+    assert "stablehlo.case" in text or "stablehlo.if" in text
+
+
+def test_runs_over_a_mesh_of_devices():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x, weights, needed = random_case(12, batch=(8,))
+    batch, everywhere = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    for implementation in ("xla", None):
+        run = partial(kernels.block_sparse_ffn, tile_size=16, implementation=implementation)
+        sharded = jax.shard_map(run, mesh=mesh, in_specs=(batch, everywhere, batch), out_specs=batch, check_vma=False)
+        close(jax.jit(sharded)(x, weights, needed), definition(x, weights, needed, 16))
+
+
+def test_nothing_recompiles_with_the_data():
+    run = jax.jit(partial(kernels.block_sparse_ffn, tile_size=16))
+    for seed in range(6):
+        x, weights, needed = random_case(seed, share=seed / 5)
+        close(run(x, weights, needed), definition(x, weights, needed, 16))
+    assert run._cache_size() == 1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 1.0])
+def test_the_chosen_implementation_falls_back_to_dense_on_the_device(share):
+    """On either side of the break-even density the values are the same."""
+    x, weights, needed = random_case(13, share=share, batch=(2,))
+    active = jnp.asarray(np.random.default_rng(3).random((2, 37, 24)) < 0.5)
+    for exact in (None, active):
+        ours = jax.jit(partial(kernels.block_sparse_ffn, tile_size=16))(x, weights, needed, active=exact)
+        close(ours, definition(x, weights, needed, 16, exact))
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("tile", [None, 8])
+def test_from_the_groups_that_tokens_need(ordered, exact, tile):
+    x, weights, _ = random_case(14, batch=(2,), tokens=30)
+    rng = np.random.default_rng(14)
+    active = jnp.asarray(rng.random((2, 30, 48)) < 0.05)
+    active = active.at[1, 20:].set(False)  # padding
+    execution = Execution(tile, 8, exact=exact, ordered=ordered, implementation="xla")
+    ours = jax.jit(partial(kernels.sparse_ffn, execution=execution))(x, weights, active)
+    asked = kernels.ffn(x, *weights, active)
+    if exact:
+        close(ours[0], asked[0])
+        close(ours[1, :20], asked[1, :20])
+    elif not ordered:
+        needed = kernels.tiles_needing(active, tile or 30, 12)
+        close(ours, definition(x, weights, needed, tile or 30))
+    dense = kernels.ffn(x, *weights)
+    error, asked_error = (np.linalg.norm((y - dense)[0]) for y in (ours, asked))
+    assert error <= asked_error * 1.0001  # a superset of what is asked for
+
+
+def test_capacities_are_few_and_ascending():
+    assert capacities(32) == (2, 4, 6, 8, 12, 16, 24)
+    assert capacities(4) == (1, 2, 3)
+    assert capacities(1) == ()
+
+
+def test_bad_arguments_are_named():
+    x, weights, needed = random_case(15)
+    run = partial(kernels.block_sparse_ffn, x, weights)
+    for call, message in [
+        (lambda: run(needed, 16, implementation="triton"), "no implementation 'triton'.*reference, xla, mosaic_tpu"),
+        (lambda: run(needed, 0), "at least 1 token, not 0"),
+        (lambda: run(needed, 8), r"tiles of 8 tokens need a bool map \(5, 'B'\), not bool \(3, 12\)"),
+        (lambda: run(needed.astype(int), 16), "not int32"),
+        (lambda: run(needed[:, :7], 16), "96 hidden neurons cannot be divided into 7 blocks"),
+        (lambda: run(needed, 16, active=jnp.ones((37, 18), bool)), "multiple of 12 blocks"),
+        (lambda: run(kernels.lists_of(needed), 16), "name `blocks`"),
+        (lambda: kernels.block_sparse_ffn(x[:, :5], weights, needed, 16), "do not fit inputs of 5 features"),
+        (
+            lambda: kernels.sparse_ffn(x[None], weights, jnp.ones((1, 37, 12), bool), Execution(8, 7)),
+            "blocks of 7",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_the_choice_depends_on_the_device():
+    problem = Problem(jnp.dtype("float32"), 16, 256, 2048, 32, None)
+    assert choose(problem).name == "xla"
+    assert choose(problem).break_even == break_even("xla", "cpu")
+    assert choose(problem, "xla").break_even is None  # forced
+    assert tuning_path("NVIDIA H200").name == "nvidia-h200.json"
+    assert 0 < break_even("xla", "a device that nobody tuned") < 1
