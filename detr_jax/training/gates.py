@@ -111,8 +111,9 @@ def gate_loss(objective: Objective, gate: Gate, weights: FFNWeights, trace: FFNT
     fires = firing_groups(trace.hidden, scores.shape[-1])
     counted = trace.tokens[..., None]
     if objective in ("contribution", "norm"):
-        norms = output_norms(weights, trace.hidden, scores.shape[-1])
-        unit = jnp.where(counted, norms, 0).sum() / jnp.maximum((fires & counted).sum(), 1)
+        # Padding may add to the output; in a unit that is 0 without it, that would be infinitely much.
+        norms = jnp.where(counted, output_norms(weights, trace.hidden, scores.shape[-1]), 0)
+        unit = norms.sum() / jnp.maximum((fires & counted).sum(), 1)
         contributions = norms / jnp.maximum(unit, jnp.finfo(jnp.float32).tiny)
     if objective == "norm":
         losses = (jax.nn.softplus(scores) - contributions) ** 2
