@@ -141,7 +141,7 @@ def _kernel(block_size, exact, indices, counts, x, *refs):
     count = counts[tile]
     per_chunk = chunk_in.shape[0] // block_size
     # float32 means float32: the matrix unit would round to bfloat16 otherwise.
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     product = partial(jax.lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
 
     def add_chunk(step, _):

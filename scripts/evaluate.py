@@ -2,14 +2,16 @@
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax.numpy as jnp
+import tyro
 
 import detr_jax
 from detr_jax import cli
+from detr_jax.computation import Computation
 from detr_jax.data.sources import open_dataset
 from detr_jax.evaluation.coco_ap import CocoScores, bootstrap, confidence_interval, score
 from detr_jax.evaluation.detections import detect_dataset
@@ -32,6 +34,7 @@ class Arguments:
     """Architecture of a checkpoint that does not say which it is, e.g. detr-r50."""
     plan: Path | None = None
     """Plan of the detector, as scripts/train_gates.py writes it: evaluate it sparse instead of dense."""
+    computation: Annotated[Computation, tyro.conf.OmitArgPrefixes] = field(default_factory=Computation)
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the computation."""
     coco: Path | None = None
@@ -82,6 +85,10 @@ def warn_of_other_classes(labels: tuple[str, ...], categories: list[dict]) -> No
 
 def evaluate(arguments: Arguments) -> None:
     refuse_existing(arguments.out, arguments.overwrite)
+    if arguments.plan is None and arguments.computation.implementation != "masked":
+        raise ValueError(
+            f"--implementation {arguments.computation.implementation} needs a --plan: dense FFNs leave nothing out"
+        )
     dataset = open_dataset(arguments.coco, arguments.split, arguments.images)
     sample = None
     if arguments.padding_report is not None:
@@ -90,7 +97,7 @@ def evaluate(arguments: Arguments) -> None:
     selectors = {}
     if arguments.plan is not None:
         plan = load_plan(arguments.plan, model)
-        model, selectors = reorder(model, plan.orders), plan.selectors
+        model, selectors = reorder(model, plan.orders), arguments.computation.of(plan.selectors)
     ground_truth = dataset.ground_truth()
     warn_of_other_classes(model.config.labels, ground_truth["categories"])
 
@@ -107,6 +114,7 @@ def evaluate(arguments: Arguments) -> None:
         "numbers": scores.numbers,
         "AP_interval": interval,
         "category_AP": scores.category_ap,
+        "implementation": arguments.computation.title if selectors else "dense",
         "seconds": seconds,
     }
     if sample is not None:

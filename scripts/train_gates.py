@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import detr_jax
 from detr_jax import cli
+from detr_jax.computation import Computation
 from detr_jax.data.dataset import Dataset, Subset
 from detr_jax.data.embedding import embedded_batches
 from detr_jax.data.sources import open_dataset
@@ -71,6 +72,7 @@ class Arguments:
     """Uniform threshold that is reported beside the calibrated ones."""
     recall: float = 0.99
     """Share of the firing groups that each gate must find at its calibrated threshold."""
+    computation: Annotated[Computation, tyro.conf.OmitArgPrefixes] = field(default_factory=Computation)
     each_layer: bool = False
     """Also measure AP with each FFN alone gated at the uniform threshold."""
     out: Path = Path("runs/train_gates")
@@ -138,7 +140,8 @@ def measure(
 ) -> tuple[GatedRun, CocoScores]:
     """AP and firing counts with some FFNs gated."""
     batches = embedded_batches(model, dataset, arguments.training.batch_size, title)
-    measured = measure_dataset(model, batches, selectors=selectors, group_size=arguments.training.group_size)
+    computed = arguments.computation.of(selectors)
+    measured = measure_dataset(model, batches, selectors=computed, group_size=arguments.training.group_size)
     scores = score(ground_truth, measured.results, dataset.image_ids())
     interval = confidence_interval(bootstrap(scores))
     return GatedRun(title, scores.numbers["AP"], interval, measured.counts), scores
@@ -228,7 +231,7 @@ def main(arguments: Arguments) -> None:
     measured = {
         "data": validation.name,
         "images": len(validation),
-        "implementation": "masked reference",
+        "implementation": arguments.computation.title,
         "device": provenance["device"],
         "dense_AP": dense_run.ap,
         **{key: results[calibrated_title][key] for key in ("numbers", "AP_interval", "mean_group_sparsity", "ffns")},

@@ -1,0 +1,61 @@
+"""A detector whose groups are really left out gives what the masked reference gives."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import TINY_CONFIG, tiny_detector, tiny_ffn
+
+from detr_jax import fingerprint
+from detr_jax.computation import Computation
+from detr_jax.kernels import Execution
+from detr_jax.model.ffn import forward
+from detr_jax.sparsity import Plan, load_plan, save_plan
+from detr_jax.sparsity.selectors import Executed, InputMagnitude, Oracle, Thresholded
+
+
+def test_the_exact_mode_is_the_masked_reference():
+    weights, x, tokens = tiny_ffn()
+    selector = Oracle(4)
+    masked = forward(weights, x, selector(weights, x, tokens))
+    for execution in (Execution(None, 4, exact=True), Execution(2, 12, exact=True, ordered=True)):
+        run = jax.jit(
+            lambda x, execution=execution: forward(weights, x, Executed(selector, execution)(weights, x, tokens))
+        )
+        np.testing.assert_allclose(np.asarray(run(x))[tokens], np.asarray(masked)[tokens], atol=1e-5)
+
+
+def test_padding_needs_nothing():
+    weights, x, tokens = tiny_ffn()
+    selection = Executed(Oracle(4), Execution())(weights, x, tokens)
+    assert not selection.active[~tokens].any() and selection.active.any()
+
+
+def test_a_detector_gives_the_same_outputs():
+    model = tiny_detector()
+    rng = np.random.default_rng(0)
+    images, mask = jnp.asarray(rng.random((2, 32, 40, 3)), jnp.float32), jnp.ones((2, 32, 40), bool)
+    selectors = dict.fromkeys(TINY_CONFIG.ffn_names, Oracle(4))
+    dense = model(images, mask)
+    for computation in (Computation(), Computation("auto"), Computation("xla", tile_size=4, block_size=4, exact=True)):
+        sparse = model(images, mask, selectors=computation.of(selectors))
+        np.testing.assert_allclose(sparse.logits, dense.logits, atol=1e-4)
+    assert Computation("xla", 8, 16).title == "xla, tiles of 8 tokens, blocks of 16"
+
+
+def test_what_only_the_masked_reference_can():
+    weights, x, tokens = tiny_ffn()
+    with pytest.raises(ValueError, match="Thresholded does not choose groups of neurons alone"):
+        Executed(Thresholded(InputMagnitude(weighted=False), jnp.float32(0.1)), Execution())(weights, x, tokens)
+    with pytest.raises(ValueError, match="12 hidden neurons cannot be divided into blocks of 5"):
+        forward(weights, x, Executed(Oracle(4), Execution(block_size=5))(weights, x, tokens))
+    with pytest.raises(ValueError, match="3 groups of neurons cannot be united into 2 blocks"):
+        forward(weights, x, Executed(Oracle(4), Execution(block_size=6))(weights, x, tokens))
+
+
+def test_a_plan_keeps_how_it_is_executed(tmp_path):
+    model = tiny_detector()
+    execution = Execution(8, 16, exact=True, implementation="xla")
+    plan = Plan("oracle", fingerprint(model), {"encoder.0": Executed(Oracle(4), execution)}, {}, {}, {}, {})
+    save_plan(plan, tmp_path / "plan.safetensors")
+    assert load_plan(str(tmp_path / "plan.safetensors"), model).selectors["encoder.0"].execution == execution
