@@ -1,12 +1,15 @@
 """The block-sparse FFN for Hopper GPUs, in Pallas.
 
-A thread block computes one tile of tokens. One of its warpgroups only copies: it goes through the tile's list and brings
-the rows of the listed blocks into shared memory, in chunks of 64 neurons and a few chunks ahead. The others compute 64
-tokens each and share the chunks: the first product, bias, relu, and the second product, whose sum stays in registers
-until the list is done. Hidden activations pass through shared memory only.
+A thread block computes one tile of up to 128 tokens, each of its warpgroups 64 of them. They go through the tile's list
+in chunks of 64 neurons, which they share: the rows of the listed blocks are copied into shared memory two chunks ahead
+while both products of a chunk follow each other. Hidden activations pass through shared memory only, the sums of the
+second product stay in registers until the list is done.
 
-Neurons are on rows of both matrices, so that 8 neurons are one row of tiles of the 128-byte swizzle: any block of a
-multiple of 8 neurons can be copied on its own, and blocks copied below each other are an operand of the matrix unit.
+Neurons are on rows of both matrices, and 8 rows are one row of tiles of the 128-byte swizzle: a block of as few as 8
+neurons can be copied on its own, and blocks copied below each other are an operand of the matrix unit.
+
+No warpgroup is set aside for copying. Sums for 64 tokens need more registers than three warpgroups get by default, and
+JAX compiles kernels in a way that ignores requests to share registers out differently (ptxas says so).
 """
 
 from functools import partial
@@ -27,11 +30,11 @@ ROWS = 64
 TOKENS = 2 * ROWS
 """Tokens of a thread block; larger tiles are divided."""
 STAGES = 2
-"""Chunks in shared memory at once: one in use, the others on their way."""
+"""Chunks in shared memory at once: one in use, the next on its way."""
 MAX_FEATURES = 256
 """Model features whose sums for 64 tokens fit the registers of a warpgroup."""
-# 128 bytes of bfloat16, in tiles of 8 rows.
 SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+"""Layout of operands of the matrix unit in shared memory: tiles of 8 rows of 128 bytes, which is 64 bfloat16."""
 
 
 def refusal(problem: Problem) -> str | None:
@@ -92,9 +95,7 @@ def block_sparse_ffn(
     return outputs.reshape(tiles, -1, d)[:, :tile_size]
 
 
-def dense_ffn(
-    x: jax.Array, weights: FFNWeights, *, interpret: "bool | plgpu.InterpretGPUParams" = False
-) -> jax.Array:
+def dense_ffn(x: jax.Array, weights: FFNWeights, *, interpret: "bool | plgpu.InterpretGPUParams" = False) -> jax.Array:
     """The FFN with all of its neurons, by the same kernel without lists: what sparsity has to beat.
 
     Args:
@@ -115,16 +116,16 @@ def _call(block_size, interpret, x, weights, lists=None):
     parts, tokens, d = x.shape
     w_in, b_in, w_out, b_out = weights
     features, groups = len(w_in), tokens // ROWS
-    operands = [] if lists is None else [*lists]
+    copies = max(CHUNK // block_size, 1)
     if block_size < CHUNK:
-        # A few numbers are too little to copy: the bias of every list is brought into its order beforehand.
+        # Fewer numbers than can be copied at once: the biases are brought into the order of each list beforehand.
         b_in = b_in.reshape(-1, block_size)[lists.indices]
     run = plgpu.kernel(
         partial(_kernel, block_size, features, lists is not None),
         out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
         grid=(parts,),
         grid_names=("part",),
-        num_threads=groups + 1,
+        num_threads=groups,
         thread_name="group",
         scratch_types=[
             plgpu.SMEM((groups, ROWS, d), x.dtype, transforms=SWIZZLED),
@@ -134,96 +135,109 @@ def _call(block_size, interpret, x, weights, lists=None):
             plgpu.SMEM((STAGES, CHUNK), x.dtype),
             plgpu.SMEM((STAGES, CHUNK, d), x.dtype, transforms=SWIZZLED),
             plgpu.Barrier(num_arrivals=2, num_barriers=groups),
-            plgpu.Barrier(num_arrivals=2 * max(CHUNK // block_size, 1) + 1, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=copies + 1, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=groups, num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=groups, num_barriers=STAGES),
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
     )
-    return run(x, w_in, b_in.reshape(-1), w_out, b_out, *operands)
+    return run(x, w_in, b_in.reshape(-1), w_out, b_out, *([] if lists is None else lists))
 
 
 def _kernel(block_size, features, sparse, x, w_in, b_in, w_out, b_out, *refs):
     (indices, counts), refs = (refs[:2], refs[2:]) if sparse else ((None, None), refs)
-    out, x_tile, out_bias, hidden, chunk_in, chunk_bias, chunk_out, x_loaded, loaded, used = refs
+    out, x_rows, out_bias, hidden, chunk_in, chunk_bias, chunk_out, *barriers = refs
+    x_loaded, in_loaded, out_loaded, in_used, out_used = barriers
     part, group = jax.lax.axis_index("part"), jax.lax.axis_index("group")
-    groups, _, d = x_tile.shape
-    if sparse:
-        tile = part // (x.shape[0] // counts.shape[0])
-        neurons = counts[tile] * block_size
-    else:
-        neurons = features
+    tile = part // (x.shape[0] // counts.shape[0]) if sparse else 0
+    neurons = counts[tile] * block_size if sparse else features
     chunks = pl.cdiv(neurons, CHUNK)
+    size = min(block_size, CHUNK)
+    copies = CHUNK // size
 
-    def copy(chunk):
-        """Brings a chunk of the list into its place in shared memory."""
-        stage = chunk % STAGES
-        arrived = loaded.at[stage]
-        size = min(block_size, CHUNK)
-        for i in range(CHUNK // size):
-            first = chunk * CHUNK + i * size
-            if sparse:
-                first = indices[tile, first // block_size] * block_size + first % block_size
-            rows, place = pl.ds(pl.multiple_of(first, size), size), pl.ds(i * size, size)
-            plgpu.copy_gmem_to_smem(w_in.at[rows], chunk_in.at[stage, place], arrived)
-            plgpu.copy_gmem_to_smem(w_out.at[rows], chunk_out.at[stage, place], arrived)
-        bias = tile * features + chunk * CHUNK if size < CHUNK else first
-        plgpu.copy_gmem_to_smem(b_in.at[pl.ds(pl.multiple_of(bias, CHUNK), CHUNK)], chunk_bias.at[stage], arrived)
+    def first_neuron(chunk, i=0):
+        """Where the rows of the i-th copy of a chunk begin."""
+        first = chunk * CHUNK
+        if sparse and block_size <= CHUNK:
+            first = indices[tile, chunk * copies + i] * block_size
+        elif sparse:
+            chunks_of_block = block_size // CHUNK
+            first = indices[tile, chunk // chunks_of_block] * block_size + chunk % chunks_of_block * CHUNK
+        return pl.multiple_of(first, size)
 
-    @pl.when(group == groups)
+    def copy_rows(chunk, matrix, destination, loaded):
+        for i in range(copies):
+            source, place = pl.ds(first_neuron(chunk, i), size), pl.ds(i * size, size)
+            plgpu.copy_gmem_to_smem(matrix.at[source], destination.at[chunk % STAGES, place], loaded)
+
+    def copy_in(chunk):
+        loaded = in_loaded.at[chunk % STAGES]
+        copy_rows(chunk, w_in, chunk_in, loaded)
+        first = tile * features + chunk * CHUNK if size < CHUNK else first_neuron(chunk)
+        bias = b_in.at[pl.ds(pl.multiple_of(first, CHUNK), CHUNK)]
+        plgpu.copy_gmem_to_smem(bias, chunk_bias.at[chunk % STAGES], loaded)
+
+    def copy_out(chunk):
+        copy_rows(chunk, w_out, chunk_out, out_loaded.at[chunk % STAGES])
+
+    def replace(chunk, used, copy):
+        """Once all warpgroups have used a chunk, its place is given to the next that belongs there."""
+
+        @pl.when((group == 0) & (chunk >= 0) & (chunk + STAGES < chunks))
+        def _():
+            plgpu.barrier_wait(used.at[chunk % STAGES])
+            copy(chunk + STAGES)
+
+    @pl.when(group == 0)
     def _():
-        if groups == 2:
-            plgpu.set_max_registers(40, action="decrease")
-
-        @pl.loop(0, chunks)
+        @pl.loop(0, jnp.minimum(STAGES, chunks))
         def _(chunk):
-            @pl.when(chunk >= STAGES)
-            def _():
-                plgpu.barrier_wait(used.at[chunk % STAGES])
+            copy_in(chunk)
+            copy_out(chunk)
 
-            copy(chunk)
+    rows = pl.ds(group * ROWS, ROWS)
+    plgpu.copy_gmem_to_smem(x.at[part, rows], x_rows.at[group], x_loaded.at[group])
+    plgpu.copy_gmem_to_smem(b_out, out_bias.at[group], x_loaded.at[group])
+    plgpu.barrier_wait(x_loaded.at[group])
 
-    def compute(total):
+    def add_chunks(total):
         def add_chunk(chunk, _):
             stage = chunk % STAGES
-            plgpu.barrier_wait(loaded.at[stage])
 
             def first_product(sums):
-                plgpu.wgmma(sums, x_tile.at[group], transposed(chunk_in.at[stage]))
+                plgpu.barrier_wait(in_loaded.at[stage])
+                plgpu.wgmma(sums, x_rows.at[group], transposed(chunk_in.at[stage]))
+                replace(chunk - 1, out_used, copy_out)  # while it is computed
                 return sums[...]
 
             h = pl.run_scoped(first_product, plgpu.ACC((ROWS, CHUNK), jnp.float32))
-            h = jnp.maximum(h + along_columns(chunk_bias[stage], h.shape), 0)
-            if block_size < CHUNK:
+            h = jnp.maximum(h + along_rows(chunk_bias[stage], h.shape), 0)
+            if size < CHUNK:
                 neuron = plgpu.broadcasted_iota(jnp.int32, h.shape, 1, layout=plgpu.Layout.WGMMA)
                 h = jnp.where(neuron < neurons - chunk * CHUNK, h, 0)
             hidden[group] = h.astype(hidden.dtype)
             plgpu.commit_smem()
+            plgpu.barrier_arrive(in_used.at[stage])
+            plgpu.barrier_wait(out_loaded.at[stage])
             plgpu.wgmma(total, hidden.at[group], chunk_out.at[stage])
+            replace(chunk, in_used, copy_in)  # while it is computed
             plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(used.at[stage])
-            return None
+            plgpu.barrier_arrive(out_used.at[stage])
 
         jax.lax.fori_loop(0, chunks, add_chunk, None)
         return total[...]
 
-    @pl.when(group < groups)
-    def _():
-        if groups == 2:
-            plgpu.set_max_registers(232, action="increase")
-        rows = pl.ds(group * ROWS, ROWS)
-        plgpu.copy_gmem_to_smem(x.at[part, rows], x_tile.at[group], x_loaded.at[group])
-        plgpu.copy_gmem_to_smem(b_out, out_bias.at[group], x_loaded.at[group])
-        plgpu.barrier_wait(x_loaded.at[group])
-        y = pl.run_scoped(compute, plgpu.ACC((ROWS, d), jnp.float32))
-        x_tile[group] = (y + along_columns(out_bias[group], y.shape)).astype(x_tile.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(x_tile.at[group], out.at[part, rows])
-        plgpu.wait_smem_to_gmem(0)
+    y = pl.run_scoped(add_chunks, plgpu.ACC(x_rows.shape[1:], jnp.float32))
+    x_rows[group] = (y + along_rows(out_bias[group], y.shape)).astype(x_rows.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(x_rows.at[group], out.at[part, rows])
+    plgpu.wait_smem_to_gmem(0)
 
 
-def along_columns(row, shape):
-    """A row of numbers for every row of an accumulator, in float32."""
+def along_rows(row, shape):
+    """The same numbers for every row of an accumulator, in float32."""
     row = plgpu.layout_cast(row, plgpu.Layout.WGMMA.reduce(0)).astype(jnp.float32)
     return jax.lax.broadcast_in_dim(row, shape, [1])
 

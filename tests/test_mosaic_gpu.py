@@ -1,0 +1,134 @@
+"""The Hopper kernel: interpreted, with a check for races, lowered, and compiled for a GPU that is not here."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from kernel_cases import close, random_case
+
+from detr_jax.kernels import BlockLists, FFNWeights, ffn, lists_of
+from detr_jax.kernels.dispatch import Problem, choose
+from detr_jax.kernels.mosaic_gpu import block_sparse_ffn, dense_ffn, unsupported
+from detr_jax.kernels.reference import block_sparse_ffn as definition
+
+interpreted = pytest.mark.skipif(
+    not hasattr(plgpu, "InterpretGPUParams"), reason="running it without a GPU needs JAX 0.11 or later"
+)
+
+
+def params():
+    return plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"tokens": 150, "tile": 64, "d": 64, "features": 320, "blocks": 5, "share": 0.6},
+        {"tokens": 40, "tile": 16, "d": 128, "features": 192, "blocks": 24},
+        {"tokens": 100, "tile": 100, "d": 64, "features": 384, "blocks": 48, "share": 0.8},
+        {"tokens": 200, "tile": 200, "d": 64, "features": 512, "blocks": 4, "share": 0.7},
+        {"tokens": 128, "tile": 128, "d": 256, "features": 256, "blocks": 8},
+        {"tokens": 1, "tile": 8, "d": 64, "features": 64, "blocks": 1, "share": 1.0},
+        {"tokens": 80, "tile": 64, "d": 64, "features": 128, "blocks": 16, "share": 0.0},
+        {"tokens": 80, "tile": 64, "d": 64, "features": 256, "blocks": 32, "share": 1.0},
+    ],
+    ids=str,
+)
+def test_equals_the_definition(shape):
+    tile = shape["tile"]
+    x, weights, needed = random_case(30, dtype=jnp.bfloat16, **shape)
+    tiles = jnp.pad(x, ((0, -len(x) % tile), (0, 0))).reshape(-1, tile, x.shape[-1])
+    ours = block_sparse_ffn(tiles, weights, lists_of(needed), interpret=params())
+    assert ours.dtype == jnp.bfloat16
+    close(ours.reshape(-1, x.shape[-1])[: len(x)], definition(x, weights, needed, tile), jnp.bfloat16)
+
+
+@interpreted
+def test_dense_equals_the_definition():
+    x, weights, _ = random_case(31, tokens=140, d=64, features=320, dtype=jnp.bfloat16)
+    close(dense_ffn(x, weights, interpret=params()), ffn(x, *weights), jnp.bfloat16)
+
+
+def test_what_it_cannot_compute_has_a_reason():
+    def problem(dtype="bfloat16", d=256, features=2048, blocks=32, groups=None):
+        return Problem(jnp.dtype(dtype), 64, d, features, blocks, groups)
+
+    for blocks in (256, 128, 64, 32, 16, 1):
+        assert unsupported(problem(blocks=blocks)) is None
+    assert "not in float32" in unsupported(problem("float32"))
+    assert "no exact mode" in unsupported(problem(groups=256))
+    assert "200 features are not a multiple of 64" in unsupported(problem(d=200))
+    assert "512 features do not fit its registers" in unsupported(problem(d=512))
+    assert "2080 hidden neurons are not whole chunks" in unsupported(problem(features=2080, blocks=260))
+    assert "blocks of 4 neurons" in unsupported(problem(blocks=512))
+    assert "blocks of 96 neurons" in unsupported(problem(features=192, blocks=2))
+    if jax.default_backend() != "gpu":
+        with pytest.raises(ValueError, match="mosaic_gpu cannot compute this: it runs on Hopper GPUs, not on"):
+            choose(problem(), "mosaic_gpu")
+
+
+def operands(block_size, *, tiles=17, tile=64, d=256, features=2048, sharding=None):
+    """Shapes of x, weights and lists; dense without a block size."""
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    weights = FFNWeights(array(features, d), array(features), array(features, d), array(d))
+    if block_size is None:
+        return dense_ffn, (array(tiles * tile, d), weights)
+    lists = BlockLists(array(tiles, features // block_size, dtype=jnp.int32), array(tiles, dtype=jnp.int32))
+    return block_sparse_ffn, (array(tiles, tile, d), weights, lists)
+
+
+@pytest.mark.parametrize(
+    ("block_size", "tile"), [(8, 64), (32, 128), (64, 64), (64, 1050), (128, 128), (None, 64)], ids=str
+)
+def test_lowers_for_hopper(block_size, tile):
+    run, shapes = operands(block_size, tile=tile)
+    device = jax.sharding.AbstractDevice("NVIDIA H200", 132, "gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        lowered = jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+HOPPER = """
+    gpu_device_info {
+      cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
+      core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+      threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+      block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+      shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+      registers_per_core_limit: 65536 registers_per_block_limit: 65536
+      memory_bandwidth: 4800000000000 l2_cache_size: 52428800 device_memory_size: 150754820096
+    }
+    platform_name: "CUDA"
+    dnn_version_info { major: 9 minor: 1 }
+    runtime_version { major: 12 minor: 9 }
+    device_description_str: "NVIDIA H200"
+"""
+
+
+@pytest.mark.parametrize(
+    ("block_size", "tile"), [(8, 64), (8, 128), (64, 64), (64, 128), (128, 128), (None, 128)], ids=str
+)
+def test_compiles_for_hopper(block_size, tile, monkeypatch, capfd):
+    pytest.importorskip("jax_cuda12_plugin", reason="compiling for GPUs needs jax-cuda12-plugin[with-cuda]")
+    from jax.experimental import topologies
+
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    devices = topologies.get_topology_desc(
+        platform="cuda", topology_name="one", topology="1x1x1", target_config=HOPPER
+    ).devices
+    mesh = jax.sharding.Mesh(np.array(devices[:1]), ("one",))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    run, shapes = operands(block_size, tile=tile, sharding=everywhere)
+    jax.jit(run).lower(*shapes).compile()
+    report = capfd.readouterr()
+    report = report.out + report.err
+    assert re.search(r"Used \d+ registers", report)
+    assert "0 bytes spill stores, 0 bytes spill loads" in report
+    assert "serialized" not in report
