@@ -86,44 +86,40 @@ def block_sparse_ffn(
         (tiles, tile tokens, d).
     """
     assert active is None, "there is no exact mode"
-    tiles, tile_size, d = x.shape
-    features, blocks = len(weights.w_in), lists.indices.shape[-1]
-    # The parts of a tile share its list.
-    tokens = ROWS if tile_size <= ROWS else TOKENS
-    parts = pad_tokens(x, tokens).reshape(-1, tokens, d)
-    outputs = _call(features // blocks, interpret, parts, weights, lists)
-    return outputs.reshape(tiles, -1, d)[:, :tile_size]
+    return _call(x, weights, lists, interpret)
 
 
 def dense_ffn(x: jax.Array, weights: FFNWeights, *, interpret: "bool | plgpu.InterpretGPUParams" = False) -> jax.Array:
     """The FFN with all of its neurons, by the same kernel without lists: what sparsity has to beat.
 
     Args:
-        x: (tokens, d) bfloat16.
+        x: (tiles, tile tokens, d) bfloat16.
         weights: of the FFN.
         interpret: as for `block_sparse_ffn`.
 
     Returns:
-        (tokens, d).
+        (tiles, tile tokens, d).
     """
-    tokens, d = x.shape
-    parts = pad_tokens(x, TOKENS).reshape(-1, TOKENS, d)
-    return _call(CHUNK, interpret, parts, weights).reshape(-1, d)[:tokens]
+    return _call(x, weights, None, interpret)
 
 
-def _call(block_size, interpret, x, weights, lists=None):
-    """One launch: x (parts, tokens, d), lists of (tiles, B) and (tiles,) for as many parts each, or None for all."""
-    parts, tokens, d = x.shape
-    w_in, b_in, w_out, b_out = weights
-    features, groups = len(w_in), tokens // ROWS
+def _call(x, weights, lists, interpret):
+    """One launch; without lists for all neurons."""
+    tiles, tile_size, d = x.shape
+    tokens = ROWS if tile_size <= ROWS else TOKENS
+    # The parts of a tile share its list.
+    parts = pad_tokens(x, tokens).reshape(-1, tokens, d)
+    features, groups = len(weights.w_in), tokens // ROWS
+    block_size = CHUNK if lists is None else features // lists.indices.shape[-1]
     copies = max(CHUNK // block_size, 1)
+    b_in = weights.b_in
     if block_size < CHUNK:
         # Fewer numbers than can be copied at once: the biases are brought into the order of each list beforehand.
-        b_in = b_in.reshape(-1, block_size)[lists.indices]
+        b_in = b_in.reshape(-1, block_size)[lists.indices].reshape(-1)
     run = plgpu.kernel(
         partial(_kernel, block_size, features, lists is not None),
-        out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
-        grid=(parts,),
+        out_type=jax.ShapeDtypeStruct(parts.shape, x.dtype),
+        grid=(len(parts),),
         grid_names=("part",),
         num_threads=groups,
         thread_name="group",
@@ -143,7 +139,8 @@ def _call(block_size, interpret, x, weights, lists=None):
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
     )
-    return run(x, w_in, b_in.reshape(-1), w_out, b_out, *([] if lists is None else lists))
+    outputs = run(parts, weights.w_in, b_in, weights.w_out, weights.b_out, *(lists or ()))
+    return outputs.reshape(tiles, -1, d)[:, :tile_size]
 
 
 def _kernel(block_size, features, sparse, x, w_in, b_in, w_out, b_out, *refs):

@@ -49,7 +49,7 @@ def test_equals_the_definition(shape):
 
 @interpreted
 def test_dense_equals_the_definition():
-    x, weights, _ = random_case(31, tokens=140, d=64, features=320, dtype=jnp.bfloat16)
+    x, weights, _ = random_case(31, batch=(2,), tokens=70, d=64, features=320, dtype=jnp.bfloat16)
     close(dense_ffn(x, weights, interpret=params()), ffn(x, *weights), jnp.bfloat16)
 
 
@@ -79,7 +79,7 @@ def operands(block_size, *, tiles=17, tile=64, d=256, features=2048, sharding=No
 
     weights = FFNWeights(array(features, d), array(features), array(features, d), array(d))
     if block_size is None:
-        return dense_ffn, (array(tiles * tile, d), weights)
+        return dense_ffn, (array(tiles, tile, d), weights)
     lists = BlockLists(array(tiles, features // block_size, dtype=jnp.int32), array(tiles, dtype=jnp.int32))
     return block_sparse_ffn, (array(tiles, tile, d), weights, lists)
 
@@ -120,10 +120,11 @@ def test_compiles_for_hopper(block_size, tile, monkeypatch, capfd):
     from jax.experimental import topologies
 
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    devices = topologies.get_topology_desc(
-        platform="cuda", topology_name="one", topology="1x1x1", target_config=HOPPER
-    ).devices
-    mesh = jax.sharding.Mesh(np.array(devices[:1]), ("one",))
+    try:
+        topology = topologies.get_topology_desc("one", "cuda", topology="1x1x1", target_config=HOPPER)
+    except NotImplementedError:
+        pytest.skip("without a GPU its plugin answers only under JAX_PLATFORMS=cpu")
+    mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("one",))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     run, shapes = operands(block_size, tile=tile, sharding=everywhere)
     jax.jit(run).lower(*shapes).compile()
