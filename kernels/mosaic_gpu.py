@@ -8,8 +8,8 @@ second product stay in registers until the list is done.
 Neurons are on rows of both matrices, and 8 rows are one row of tiles of the 128-byte swizzle: a block of as few as 8
 neurons can be copied on its own, and blocks copied below each other are an operand of the matrix unit.
 
-No warpgroup is set aside for copying. Sums for 64 tokens need more registers than three warpgroups get by default, and
-JAX compiles kernels in a way that ignores requests to share registers out differently (ptxas says so).
+No warpgroup is set aside for copying. Sums for 64 tokens need more registers than each of three warpgroups gets, and
+with JAX 0.12 ptxas ignores requests to share registers out differently: such a kernel spilled.
 """
 
 from functools import partial
