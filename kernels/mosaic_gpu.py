@@ -124,15 +124,17 @@ def _call(x, weights, lists, interpret):
         num_threads=groups,
         thread_name="group",
         scratch_types=[
-            plgpu.SMEM((groups, ROWS, d), x.dtype, transforms=SWIZZLED),
-            plgpu.SMEM((groups, d), x.dtype),
-            plgpu.SMEM((groups, ROWS, CHUNK), x.dtype, transforms=SWIZZLED),
-            plgpu.SMEM((STAGES, CHUNK, d), x.dtype, transforms=SWIZZLED),
-            plgpu.SMEM((STAGES, CHUNK), x.dtype),
-            plgpu.SMEM((STAGES, CHUNK, d), x.dtype, transforms=SWIZZLED),
+            plgpu.SMEM((groups, ROWS, d), x.dtype, transforms=SWIZZLED),  # tokens, in the end their outputs
+            plgpu.SMEM((groups, d), x.dtype),  # b_out
+            plgpu.SMEM((groups, ROWS, CHUNK), x.dtype, transforms=SWIZZLED),  # hidden activations
+            plgpu.SMEM((STAGES, CHUNK, d), x.dtype, transforms=SWIZZLED),  # rows of w_in
+            plgpu.SMEM((STAGES, CHUNK), x.dtype),  # b_in
+            plgpu.SMEM((STAGES, CHUNK, d), x.dtype, transforms=SWIZZLED),  # rows of w_out
+            # What has arrived: tokens and b_out, w_in and b_in, w_out.
             plgpu.Barrier(num_arrivals=2, num_barriers=groups),
             plgpu.Barrier(num_arrivals=copies + 1, num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES),
+            # What all warpgroups have used: w_in and b_in, w_out.
             plgpu.Barrier(num_arrivals=groups, num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=groups, num_barriers=STAGES),
         ],
@@ -216,6 +218,7 @@ def _kernel(block_size, features, sparse, x, w_in, b_in, w_out, b_out, *refs):
                 h = jnp.where(neuron < neurons - chunk * CHUNK, h, 0)
             hidden[group] = h.astype(hidden.dtype)
             plgpu.commit_smem()
+            # Only now: the bias, too, must have been read before a copy may overwrite it.
             plgpu.barrier_arrive(in_used.at[stage])
             plgpu.barrier_wait(out_loaded.at[stage])
             plgpu.wgmma(total, hidden.at[group], chunk_out.at[stage])
