@@ -151,7 +151,30 @@ def test_benchmark(script, tmp_path, capsys):
     assert "exists" in refused(capsys)
 
 
-@pytest.mark.parametrize("name", ["evaluate.py", "detect.py", "benchmark.py"])
+def test_benchmark_kernels(script, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("detr_jax.kernels.dispatch.tuning_path", lambda kind: tmp_path / "tuning" / f"{kind}.json")
+    out = tmp_path / "kernels.json"
+    sizes = ("--tokens", 20, "--d-model", 16, "--hidden", 64, "--block-size", 8, "--tile-sizes", 0, 8, "--repeats", 1)
+    assert script("benchmark_kernels.py", *sizes, "--densities", 0, 0.3, 1, "--out", out, "--write-tuning") == 0
+    report = json.loads(out.read_text())
+    assert len(report["rows"]) == 2 * 2 * 3
+    for row in report["rows"]:
+        assert max(row["errors"].values()) < 1e-5
+        assert row["faster_than_dense"]["xla"] == row["medians"]["dense"] / row["medians"]["xla"]
+    assert {0.0, 1.0} <= {row["density"] for row in report["rows"]}
+    assert "break-even density: xla" in capsys.readouterr().out
+    (tuning,) = (tmp_path / "tuning").iterdir()
+    assert json.loads(tuning.read_text())["break_even"] == report["break_even"]
+    assert script("benchmark_kernels.py", *sizes, "--out", out) == 2
+    assert "exists" in refused(capsys)
+    new = tmp_path / "new.json"
+    assert script("benchmark_kernels.py", "--block-size", 60, "--out", new) == 2
+    assert "2048 hidden neurons cannot be divided into blocks of 60" in refused(capsys)
+    assert script("benchmark_kernels.py", "--densities", 1.5, "--out", new) == 2
+    assert "densities must be from 0 to 1, not 1.5" in refused(capsys)
+
+
+@pytest.mark.parametrize("name", ["evaluate.py", "detect.py", "benchmark.py", "benchmark_kernels.py"])
 def test_help(script, name, capsys):
     assert script(name, "--help") == 0
     assert "--overwrite" in capsys.readouterr().out
