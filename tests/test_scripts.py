@@ -9,6 +9,8 @@ from PIL import Image
 from tiny import annotation, tiny_detector, write_coco
 
 import detr_jax
+from detr_jax.sparsity import Plan, save_plan
+from detr_jax.sparsity.selectors import Oracle
 
 ROOT = Path(__file__).parent.parent
 
@@ -174,7 +176,26 @@ def test_benchmark_kernels(script, tmp_path, capsys, monkeypatch):
     assert "densities must be from 0 to 1, not 1.5" in refused(capsys)
 
 
-@pytest.mark.parametrize("name", ["evaluate.py", "detect.py", "benchmark.py", "benchmark_kernels.py"])
+def test_benchmark_plan(script, checkpoint, tmp_path, capsys):
+    model = detr_jax.load(checkpoint)
+    plan = tmp_path / "plan.safetensors"
+    selectors = dict.fromkeys(model.config.ffn_names, Oracle(8))
+    save_plan(Plan("oracle", detr_jax.fingerprint(model), selectors, {}, {}, {}, {}), plan)
+    arguments = ("--model", checkpoint, "--plan", plan, "--images", 2, "--repeats", 1, "--out", tmp_path / "times.json")
+    assert script("benchmark_plan.py", *arguments, "--block-sizes", 8, 16, "--tile-sizes", 0, 4) == 0
+    rows = json.loads((tmp_path / "times.json").read_text())["rows"]
+    assert len(rows) == 4 * len(selectors)
+    for row in rows:
+        assert 0 <= row["group_density"] <= row["density"] <= 1
+        assert row["faster_than_dense"] == row["seconds"]["dense"] / row["seconds"]["sparse"] > 0
+    assert "all FFNs, image x 8" in capsys.readouterr().out
+    assert script("benchmark_plan.py", *arguments, "--overwrite", "--block-sizes", 7) == 2
+    assert "hidden neurons cannot be divided into blocks of 7" in refused(capsys)
+
+
+@pytest.mark.parametrize(
+    "name", ["evaluate.py", "detect.py", "benchmark.py", "benchmark_kernels.py", "benchmark_plan.py"]
+)
 def test_help(script, name, capsys):
     assert script(name, "--help") == 0
     assert "--overwrite" in capsys.readouterr().out

@@ -1,0 +1,147 @@
+"""Times the FFNs of a detector with the gates of a plan beside the dense ones, on the inputs that images give them."""
+
+import statistics
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+import detr_jax
+from detr_jax import cli
+from detr_jax.data.embedding import embedded_batches
+from detr_jax.data.sources import open_dataset
+from detr_jax.evaluation.report import table
+from detr_jax.evaluation.timing import take_turns
+from detr_jax.files import refuse_existing, write_json
+from detr_jax.kernels import Execution, FFNWeights, tiles_needing
+from detr_jax.model import Selection, Selector
+from detr_jax.model.ffn import FFNTrace, forward
+from detr_jax.sparsity import load_plan
+from detr_jax.sparsity.ordering import reorder
+from detr_jax.sparsity.selectors import Executed
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Times each FFN of a detector with its selector of a plan beside the dense FFN, on real inputs.
+
+    The selector, the lists and the gather are part of the time; the contestants take turns, and what counts is the
+    ratio of their medians.
+
+    For example `python scripts/benchmark_plan.py --plan runs/train_gates/plan.safetensors`.
+    """
+
+    plan: Path
+    """Plan of the detector, as scripts/train_gates.py writes it."""
+    model: str = "detr-tiny"
+    """Name of a detector or path of a checkpoint."""
+    preset: str | None = None
+    """Architecture of a checkpoint that does not say which it is, e.g. detr-r50."""
+    coco: Path | None = None
+    """Folder with val2017/ and annotations/; without it, scenes are generated."""
+    images: int = 16
+    """Images of a batch."""
+    tile_sizes: tuple[int, ...] = (0, 16)
+    """Tokens per tile; 0 is one set of blocks for each image."""
+    block_sizes: tuple[int, ...] = (8, 32)
+    """Neurons per block."""
+    implementation: str | None = None
+    """Implementation of the sparse FFN; default what pays on this device."""
+    repeats: int = 15
+    """Measured turns, after two that warm up."""
+    out: Path = Path("runs/benchmark_plan.json")
+    """JSON file for the times, the ratios, the arguments and the versions."""
+    overwrite: bool = False
+    """Replace the output file if it exists."""
+
+
+def measure(weights: FFNWeights, trace: FFNTrace, selector: Selector, arguments: Arguments) -> list[dict[str, Any]]:
+    """One FFN at every size of tiles and blocks."""
+    x, tokens = trace.inputs, trace.tokens
+
+    def run(weights, x, selector):
+        return forward(weights, x, Selection() if selector is None else selector(weights, x, tokens))
+
+    run = jax.jit(run)
+    settings = {
+        (tile_size, block_size): Executed(
+            selector, Execution(tile_size or None, block_size, implementation=arguments.implementation)
+        )
+        for tile_size in arguments.tile_sizes
+        for block_size in arguments.block_sizes
+    }
+    contestants = {"dense": None, "masked": selector} | settings
+    calls = {name: partial(_wait, run, weights, x, chosen) for name, chosen in contestants.items()}
+    seconds = take_turns(calls, arguments.repeats)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    active = selector(weights, x, tokens).active & tokens[..., None]
+    features = len(weights.w_in)
+    return [
+        {
+            "tile_size": tile_size,
+            "block_size": block_size,
+            "group_density": float(active.sum() / (tokens.sum() * active.shape[-1])),
+            "density": float(tiles_needing(active, tile_size or x.shape[1], features // block_size).mean()),
+            "seconds": {
+                "dense": medians["dense"],
+                "masked": medians["masked"],
+                "sparse": medians[tile_size, block_size],
+            },
+            "faster_than_dense": medians["dense"] / medians[tile_size, block_size],
+        }
+        for tile_size, block_size in settings
+    ]
+
+
+def _wait(run, *operands) -> None:
+    jax.block_until_ready(run(*operands))
+
+
+def main(arguments: Arguments) -> None:
+    refuse_existing(arguments.out, arguments.overwrite)
+    model = detr_jax.load(arguments.model, preset=arguments.preset)
+    plan = load_plan(arguments.plan, model)
+    model = reorder(model, plan.orders)
+    for block_size in arguments.block_sizes:
+        if block_size < 1 or model.config.ffn_features % block_size:
+            raise ValueError(
+                f"{model.config.ffn_features} hidden neurons cannot be divided into blocks of {block_size}"
+            )
+    dataset = open_dataset(arguments.coco, "val", arguments.images)
+    (batch, *_) = embedded_batches(model, dataset, arguments.images, "embedding images")
+    traces, weights = jax.jit(type(model).traces)(model, batch.tokens, plan.selectors), model.ffn_weights()
+    rows = [
+        {"ffn": name} | row
+        for name, selector in tqdm(plan.selectors.items(), desc="benchmarking", unit="FFN")
+        for row in measure(weights[name], traces[name], selector, arguments)
+    ]
+    write_json(arguments.out, {"rows": rows, "data": dataset.name, **cli.provenance(arguments)})
+    header = ("FFN", "tokens", "tile", "block", "groups", "tiles x blocks", "dense ms", "sparse ms", "faster")
+    lines = [
+        (
+            *(row["ffn"], int(np.prod(traces[row["ffn"]].tokens.shape)), row["tile_size"] or "image"),
+            *(row["block_size"], row["group_density"], row["density"]),
+            *(1e3 * row["seconds"]["dense"], 1e3 * row["seconds"]["sparse"], row["faster_than_dense"]),
+        )
+        for row in rows
+    ]
+    print(
+        f"\nFFNs of {arguments.model} on {arguments.images} images, {jax.devices()[0].device_kind}, selector included"
+    )
+    print(table(header, lines))
+    for (tile_size, block_size), some in _by_setting(rows).items():
+        dense, sparse = (sum(row["seconds"][which] for row in some) for which in ("dense", "sparse"))
+        print(f"all FFNs, {tile_size or 'image'} x {block_size}: {dense / sparse:.2f} times as fast as dense")
+
+
+def _by_setting(rows: list[dict[str, Any]]) -> dict[tuple[int, int], list[dict[str, Any]]]:
+    settings = dict.fromkeys((row["tile_size"], row["block_size"]) for row in rows)
+    return {s: [row for row in rows if (row["tile_size"], row["block_size"]) == s] for s in settings}
+
+
+if __name__ == "__main__":
+    cli.run(main, Arguments)
