@@ -34,15 +34,18 @@ class Execution:
     implementation: str | None = None
 
 
-def sparse_ffn(x: jax.Array, weights: FFNWeights, active: jax.Array, execution: Execution) -> jax.Array:
+def sparse_ffn(
+    x: jax.Array, weights: FFNWeights, active: jax.Array, execution: Execution, shared_by: int | None = 1
+) -> jax.Array:
     """The FFN with the groups that its tokens need; jit it with what decides about `active`.
 
     Args:
         x: (batch, tokens, d).
         weights: of the FFN.
-        active: (batch, tokens, G) bool, the groups of F / G consecutive neurons that each token needs; padding should
+        active: (batch, decisions, G) bool, the groups of F / G consecutive neurons that are needed; padding should
             need nothing.
         execution: how.
+        shared_by: consecutive tokens that a decision is about; None for all of an image.
 
     Returns:
         (batch, tokens, d).
@@ -54,11 +57,15 @@ def sparse_ffn(x: jax.Array, weights: FFNWeights, active: jax.Array, execution: 
     features = weights.w_in.shape[0]
     if execution.block_size < 1 or features % execution.block_size:
         raise ValueError(f"{features} hidden neurons cannot be divided into blocks of {execution.block_size}")
+    tokens = x.shape[-2]
+    shared_by, tile_size = shared_by or tokens, execution.tile_size or tokens
+    at_once = shared_by == tile_size and not (execution.exact or execution.ordered)
+    if not at_once and shared_by != 1:
+        active = jnp.repeat(active, shared_by, axis=-2)[..., :tokens, :]
     if execution.ordered:
         order = signature_order(active, active.any(-1))[..., None]
         x, active = (jnp.take_along_axis(array, order, axis=1) for array in (x, active))
-    tile_size = execution.tile_size or x.shape[-2]
-    needed = tiles_needing(active, tile_size, features // execution.block_size)
+    needed = tiles_needing(active, 1 if at_once else tile_size, features // execution.block_size)
     outputs = block_sparse_ffn(
         x,
         weights,

@@ -10,11 +10,13 @@ import pytest
 from tiny import TINY_CONFIG, every_selector, tiny_detector, tiny_ffn
 
 from detr_jax import kernels
-from detr_jax.model import FFNWeights, Selection
+from detr_jax.kernels import Execution
+from detr_jax.model import FFNWeights, Sections, Selection
 from detr_jax.model.ffn import forward, trace
 from detr_jax.sparsity.activations import ActivationStatistics, measure
 from detr_jax.sparsity.selectors import (
     Compensated,
+    Executed,
     HiddenMagnitude,
     Importance,
     InputMagnitude,
@@ -22,6 +24,8 @@ from detr_jax.sparsity.selectors import (
     Lots,
     Oracle,
     Pooled,
+    PooledGate,
+    Sectioned,
     ShareOfLargest,
     Sibs,
     Standardised,
@@ -33,7 +37,9 @@ from detr_jax.sparsity.selectors import (
     find_indicators,
     log_odds,
     low_rank_factors,
+    sketch,
 )
+from detr_jax.sparsity.tiles import of_tiles
 
 F, D, SIZE = 12, 6, 4
 WEIGHTS, X, TOKENS = tiny_ffn(F, D)
@@ -50,7 +56,8 @@ def at(score, threshold) -> Thresholded:
 def kept(selector, x=X, tokens=TOKENS) -> np.ndarray:
     """The groups, neurons or channels that a selector keeps."""
     selection = selector(WEIGHTS, x, tokens)
-    return np.asarray(selection.channels if selection.active is None else selection.active)
+    active = selection.per_token(TOKENS.shape, F)
+    return np.asarray(selection.channels if active is None else active)
 
 
 def random_images(seed=0) -> np.ndarray:
@@ -265,9 +272,81 @@ def test_pooled_scores_are_means_over_the_tokens_of_a_window(window, odds):
             if members:
                 expected[i, start : start + length] = sum(values[i, t] for t in members) / len(members)
     pooled = Pooled(GATE, odds, window)
-    np.testing.assert_allclose(pooled(WEIGHTS, X, TOKENS), expected, rtol=1e-4, atol=1e-6)
+    assert pooled(WEIGHTS, X, TOKENS).shape == (images, -(-count // length), GROUPS)
+    np.testing.assert_allclose(of_tiles(pooled(WEIGHTS, X, TOKENS), count, window), expected, rtol=1e-4, atol=1e-6)
     disturbed = jnp.where(TOKENS[..., None], X, 1e3)
     np.testing.assert_array_equal(pooled(WEIGHTS, disturbed, TOKENS), pooled(WEIGHTS, X, TOKENS))
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_pooled_gate_decides_from_the_mean_features_of_its_window(window):
+    rng = np.random.default_rng(3)
+    down, shift, up, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((D, 2), 2, (2, 5), 5))
+    scores = np.asarray(PooledGate(*map(jnp.asarray, (down, shift, up, bias)), window)(WEIGHTS, X, TOKENS))
+    length = window or X.shape[1]
+    for i, tile in np.ndindex(scores.shape[:2]):
+        members = [t for t in range(tile * length, min((tile + 1) * length, X.shape[1])) if TOKENS[i, t]]
+        features = [np.maximum(X[i, t] @ down + shift, 0) for t in members] or [np.zeros(2)]
+        np.testing.assert_allclose(scores[i, tile], np.mean(features, 0) @ up + bias, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sketch_of_full_rank_knows_what_neurons_contribute():
+    rng = np.random.default_rng(0)
+    mean, root = rng.standard_normal(D), rng.standard_normal((D, D))
+    contributions = HIDDEN * np.linalg.norm(WEIGHTS.w_out, axis=1)
+    for size in (1, SIZE):
+        exact = contributions.reshape(*TOKENS.shape, -1, size).sum(-1)
+        scores = sketch(WEIGHTS, mean, root @ root.T, D, size)(WEIGHTS, X, TOKENS)
+        np.testing.assert_allclose(scores, exact, rtol=1e-3, atol=1e-3)
+
+
+def test_a_sketch_spends_its_rank_on_what_the_inputs_do():
+    # Inputs vary in two directions around a mean, so a sketch of rank 2 is exact for them.
+    rng = np.random.default_rng(1)
+    mean, axes = rng.standard_normal(D), rng.standard_normal((2, D))
+    x = jnp.asarray(mean + rng.standard_normal((1, 30, 2)) @ axes, jnp.float32)
+    exact = np.maximum(x @ WEIGHTS.w_in.T + WEIGHTS.b_in, 0) * np.linalg.norm(WEIGHTS.w_out, axis=1)
+    scores = sketch(WEIGHTS, mean, axes.T @ axes, 2, 1)(WEIGHTS, x, jnp.ones((1, 30), bool))
+    np.testing.assert_allclose(scores, exact, atol=0.05)
+    worse = sketch(WEIGHTS, mean, np.eye(D), 2, 1)(WEIGHTS, x, jnp.ones((1, 30), bool))
+    assert np.abs(worse - exact).max() > 0.5
+
+
+def test_sketches_that_cannot_be_made_are_refused():
+    with pytest.raises(ValueError, match=f"the rank must be from 1 to {D}, not {D + 1}"):
+        sketch(WEIGHTS, np.zeros(D), np.eye(D), D + 1, 1)
+    with pytest.raises(ValueError, match=f"an FFN of {D} channels does not fit a covariance of shape \\(4, 4\\)"):
+        sketch(WEIGHTS, np.zeros(4), np.eye(4), 1, 1)
+
+
+@pytest.mark.parametrize("name", ["fixed", "sections", "sections for images"])
+def test_sections_compute_always_what_the_gate_wants_or_never(name):
+    selector = SELECTORS[name]
+    _, gated = Sections(selector.always, selector.gated).parts(WEIGHTS)
+    which = kept(selector)
+    assert which[..., : selector.always].all() and not which[..., selector.always + selector.gated :].any()
+    if selector.gate is not None:
+        wanted = selector.gate(gated, X, TOKENS)
+        middle = which[..., selector.always : selector.always + selector.gated]
+        assert 0 < middle.mean() < 1
+        np.testing.assert_array_equal(middle, kernels.expand_groups(wanted.per_token(TOKENS.shape, 0), selector.gated))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@pytest.mark.parametrize("name", ["fixed", "sections", "sections for images", "pooled", "pooled windows"])
+def test_decisions_for_many_tokens_and_sections_are_executed(name, implementation):
+    selector = SELECTORS[name]
+    masked = forward(WEIGHTS, X, selector(WEIGHTS, X, TOKENS))
+    block = {"sections": 3, "sections for images": 1}.get(name, SIZE)
+    for execution in (Execution(None, block, implementation=implementation), Execution(4, block, exact=True)):
+        if execution.exact or selector.traits.tile_size == execution.tile_size or name == "fixed":
+            left_out = jax.jit(lambda x, e=execution: forward(WEIGHTS, x, Executed(selector, e)(WEIGHTS, x, TOKENS)))
+            np.testing.assert_allclose(np.asarray(left_out(X))[TOKENS], np.asarray(masked)[TOKENS], atol=1e-4)
+
+
+def test_sections_must_fit():
+    with pytest.raises(ValueError, match="sections of 10 and 4 neurons do not fit an FFN of 12"):
+        Sectioned(GATE, 10, 4)(WEIGHTS, X, TOKENS)
 
 
 def firing_matrix(tokens=300, seed=0) -> np.ndarray:
@@ -414,8 +493,14 @@ EXPECTED_TRAITS_AND_COST = {
     "top k": (Traits("training", "group", "both"), D * GROUPS),
     "standardised": (Traits("training", "group", "both"), D * GROUPS),
     "share of largest": (Traits("training", "group", "both"), D * GROUPS),
-    "pooled": (Traits("training", "image", "both"), D * GROUPS),
-    "pooled windows": (Traits("training", "image", "both"), D * GROUPS),
+    "pooled": (Traits("training", "image", "both", tile_size=None), D * GROUPS),
+    "pooled windows": (Traits("training", "image", "both", tile_size=4), D * GROUPS),
+    "pooled gate": (Traits("training", "image", "both", tile_size=None), 2 * D),
+    "gate of windows": (Traits("training", "image", "both", tile_size=4), 2 * D + 2 * 3 / 4),
+    "sketch": (Traits("statistics", "group", "both"), 3 * (D + F)),
+    "fixed": (Traits("statistics", "neuron", "both", dynamic=False), 0),
+    "sections": (Traits("training", "group", "both"), 2 * D),
+    "sections for images": (Traits("training", "image", "both", tile_size=None), 2 * D),
     "oracle": (Traits("nothing", "group", "both"), 0),
     "sibs": (Traits("statistics", "neuron", "both"), 2 * F / 32),
     "compensated channels": (Traits("statistics", "channel", "first"), 2 * (D + F)),
@@ -437,7 +522,9 @@ def test_a_selection_is_of_what_the_traits_say(name):
         assert selection.active is None and selection.channels.shape == X.shape
     else:
         count = F if SELECTORS[name].traits.granularity == "neuron" else GROUPS
-        assert selection.channels is None and selection.active.shape == (*TOKENS.shape, count)
+        if selection.sections is not None:
+            count = F  # sections are of neurons, whatever the gate decides about
+        assert selection.channels is None and kept(SELECTORS[name]).shape == (*TOKENS.shape, count)
     if not SELECTORS[name].traits.dynamic:
         jax.tree.map(np.testing.assert_array_equal, selection, SELECTORS[name](WEIGHTS, X + 1, TOKENS))
     assert isinstance(selection, Selection)

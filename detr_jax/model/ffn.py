@@ -48,23 +48,37 @@ def forward(weights: FFNWeights, x: jax.Array, selection: Selection) -> jax.Arra
     Returns:
         (..., d).
     """
+    if selection.bias is not None:
+        weights = weights._replace(b_out=weights.b_out + selection.bias.astype(x.dtype))
     if selection.execution is not None:
-        return kernels.sparse_ffn(x, weights, selection.active, selection.execution)
+        return _execute(weights, x, selection)
+    active = selection.per_token(x.shape[:-1], weights.w_in.shape[0])
     if selection.channels is None and selection.factors is None:
-        return kernels.ffn(x, *weights, selection.active)
+        return kernels.ffn(x, *weights, active)
     factors = selection.factors
     kept = x if selection.channels is None else jnp.where(selection.channels, x, 0)
     before = kept @ weights.w_in.T + weights.b_in
     if selection.channels is not None and factors is not None:
         before += (x - kept) @ factors.in_model.T @ factors.in_neurons.T
     hidden = jax.nn.relu(before)
-    if selection.active is None:
+    if active is None:
         return hidden @ weights.w_out + weights.b_out
-    active = kernels.expand_groups(selection.active, hidden.shape[-1])
+    active = kernels.expand_groups(active, hidden.shape[-1])
     outputs = jnp.where(active, hidden, 0) @ weights.w_out + weights.b_out
     if factors is not None:
         about = jax.nn.relu(x @ factors.in_model.T @ factors.in_neurons.T + weights.b_in)
         outputs += jnp.where(active, 0, about) @ factors.out_neurons @ factors.out_model
+    return outputs
+
+
+def _execute(weights: FFNWeights, x: jax.Array, selection: Selection) -> jax.Array:
+    """The selected part alone."""
+    if selection.sections is None:
+        return kernels.sparse_ffn(x, weights, selection.active, selection.execution, selection.tile_size)
+    of_always, of_gated = selection.sections.parts(weights)
+    outputs = kernels.ffn(x, *of_always)
+    if selection.sections.gated:
+        outputs += kernels.sparse_ffn(x, of_gated, selection.active, selection.execution, selection.tile_size)
     return outputs
 
 

@@ -1,12 +1,14 @@
 """The part of an FFN that is computed, and what decides it."""
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 
-from detr_jax.kernels import Execution, FFNWeights
+from detr_jax.kernels import Execution, FFNWeights, expand_groups
 
 
 class LowRankFactors(NamedTuple):
@@ -25,13 +27,38 @@ class LowRankFactors(NamedTuple):
     out_model: jax.Array
 
 
+class Sections(NamedTuple):
+    """The hidden neurons of an FFN in three parts, in this order; the rest is never computed.
+
+    Attributes:
+        always: number of neurons that are computed for every token.
+        gated: number of neurons that something decides about.
+    """
+
+    always: int
+    gated: int
+
+    def parts(self, weights: FFNWeights) -> tuple[FFNWeights, FFNWeights]:
+        """The FFN of the neurons that are always computed, and that of the gated ones, which has no bias."""
+        ends = (0, self.always, self.always + self.gated)
+        of_always, of_gated = (
+            FFNWeights(*(array[start:end] for array in weights[:3]), weights.b_out)
+            for start, end in itertools.pairwise(ends)
+        )
+        return of_always, of_gated._replace(b_out=jnp.zeros_like(weights.b_out))
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Selection:
     """The part of an FFN that is computed exactly.
 
     Attributes:
-        active: (..., tokens, G) bool, the groups of F / G consecutive hidden neurons; None for all of them.
+        active: (..., decisions, G) bool, the groups of consecutive hidden neurons, all of them or the gated section's;
+            None for all of them.
+        tile_size: consecutive tokens that a decision is about; None for all tokens of an image.
+        sections: of the neurons, if not all of them are gated.
+        bias: (d,) what stands in for neurons that are never computed; None for nothing.
         channels: (..., tokens, d) bool, the channels of x that enter the first product; None for all of them.
         factors: what stands in for the rest; None leaves it out.
         execution: how the FFN is computed without the rest; None for the masked reference.
@@ -40,7 +67,32 @@ class Selection:
     active: jax.Array | None = None
     channels: jax.Array | None = None
     factors: LowRankFactors | None = None
+    bias: jax.Array | None = None
+    tile_size: int | None = field(default=1, metadata={"static": True})
+    sections: Sections | None = field(default=None, metadata={"static": True})
     execution: Execution | None = field(default=None, metadata={"static": True})
+
+    def per_token(self, shape: tuple[int, ...], features: int) -> jax.Array | None:
+        """(*shape, G) bool, or (*shape, F) with sections: what each token gets; None for everything.
+
+        Args:
+            shape: (..., tokens) of the FFN's inputs.
+            features: F.
+        """
+        active = self.active
+        if active is not None and self.tile_size != 1:
+            active = jnp.repeat(active, self.tile_size or shape[-1], axis=-2)[..., : shape[-1], :]
+        if self.sections is None:
+            return active
+        always, gated = self.sections
+        if active is None:
+            active = jnp.ones((*shape, 1), bool)
+        parts = (
+            jnp.ones((*shape, always), bool),
+            expand_groups(active, gated),
+            jnp.zeros((*shape, features - always - gated), bool),
+        )
+        return jnp.concatenate(parts, axis=-1)
 
 
 class Selector(Protocol):

@@ -14,6 +14,7 @@ import numpy as np
 from detr_jax.model import FFNTrace, FFNWeights
 from detr_jax.sparsity.grouping import firing_groups
 from detr_jax.sparsity.selectors.score import Score, ordered_bits
+from detr_jax.sparsity.tiles import of_tiles
 
 _DROPPED_BITS = 14
 _BINS = 2 ** (32 - _DROPPED_BITS)
@@ -45,7 +46,7 @@ def score_histogram(score: Score, weights: FFNWeights, trace: FFNTrace) -> Score
         weights: of the FFN.
         trace: what went through it.
     """
-    scores = score(weights, trace.inputs, trace.tokens)
+    scores = of_tiles(score(weights, trace.inputs, trace.tokens), trace.tokens.shape[-1], score.traits.tile_size)
     counted = jnp.broadcast_to(trace.tokens[..., None], scores.shape)
     if score.traits.granularity == "channel":
         fires = jnp.zeros_like(counted)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from detr_jax.kernels import Execution
-from detr_jax.model import DETR, FFNWeights, LowRankFactors, Selection, Selector
+from detr_jax.model import DETR, FFNWeights, LowRankFactors, Selector
 from detr_jax.model.ffn import forward
 from detr_jax.model.parameters import fingerprint
 from detr_jax.sparsity import described_arrays, selectors
@@ -31,7 +31,7 @@ _CLASSES = {
         *(selectors.Executed, Execution),
         *(selectors.Oracle, selectors.Sibs),
         *(selectors.Lots, selectors.Importance, selectors.HiddenMagnitude, selectors.InputMagnitude),
-        *(selectors.LinearGate, selectors.LowRankGate),
+        *(selectors.LinearGate, selectors.LowRankGate, selectors.PooledGate, selectors.Sketch, selectors.Sectioned),
         *(selectors.Standardised, selectors.ShareOfLargest, selectors.Pooled),
     )
 }
@@ -149,9 +149,8 @@ def _selectors(
     tokens = jax.ShapeDtypeStruct((1, 2), bool)
     for name, selector in found.items():
         try:
-            selection, _ = jax.eval_shape(partial(_run, selector), weights[name], x, tokens)
-            kept = [which for which in (selection.active, selection.channels) if which is not None]
-            if any(which.shape[:-1] != tokens.shape for which in kept):
+            kept, _ = jax.eval_shape(partial(_run, selector), weights[name], x, tokens)
+            if any(which is not None and which.shape[:-1] != tokens.shape for which in kept):
                 raise ValueError("it does not decide token by token")
         except (AttributeError, TypeError, ValueError) as error:
             leaves = jax.tree_util.tree_leaves_with_path(selector)
@@ -160,7 +159,10 @@ def _selectors(
     return found
 
 
-def _run(selector: Selector, weights: FFNWeights, x: jax.Array, tokens: jax.Array) -> tuple[Selection, jax.Array]:
-    """What a selector selects, and what the FFN makes of that."""
+def _run(
+    selector: Selector, weights: FFNWeights, x: jax.Array, tokens: jax.Array
+) -> tuple[tuple[jax.Array | None, jax.Array | None], jax.Array]:
+    """The groups and channels that a selector selects for each token, and what the FFN makes of that."""
     selection = selector(weights, x, tokens)
-    return selection, forward(weights, x, selection)
+    kept = selection.per_token(tokens.shape, len(weights.w_in)), selection.channels
+    return kept, forward(weights, x, selection)

@@ -112,9 +112,9 @@ def count_firing(trace: FFNTrace, group_size: int) -> FiringCounts:
 
 def neurons_computed(trace: FFNTrace) -> jax.Array:
     """(batch, tokens, F) bool, the hidden neurons that the selection of a trace keeps, padding or not."""
-    if trace.selection.active is None:
-        return jnp.ones(trace.hidden.shape, bool)
-    return expand_groups(trace.selection.active, trace.hidden.shape[-1])
+    features = trace.hidden.shape[-1]
+    active = trace.selection.per_token(trace.tokens.shape, features)
+    return jnp.ones(trace.hidden.shape, bool) if active is None else expand_groups(active, features)
 
 
 def total_counts(batches: Iterable[Mapping[str, FiringCounts]]) -> dict[str, FiringCounts]:

@@ -52,3 +52,34 @@ def count_tiles(active: jax.Array, tokens: jax.Array, tile_size: int) -> TileCou
     exists = jnp.pad(tokens, ((0, 0), (0, missing)))
     tiles = needed.reshape(images, -1, tile_size, groups).any(2)
     return TileCounts(pairs=exists.reshape(images, -1, tile_size).any(2).sum() * groups, active=tiles.sum())
+
+
+def mean_of_tokens(values: jax.Array, tokens: jax.Array, tile_size: int | None) -> jax.Array:
+    """The mean over the tokens of each tile; 0 for a tile of padding alone.
+
+    Args:
+        values: (..., tokens, n).
+        tokens: (..., tokens) bool, false for padding.
+        tile_size: consecutive tokens per tile, the last of which may be shorter; None for all tokens in one.
+
+    Returns:
+        (..., tiles, n).
+    """
+    weights = tokens[..., None].astype(values.dtype)
+    values = values * weights
+    if tile_size is None:
+        return values.sum(-2, keepdims=True) / jnp.maximum(weights.sum(-2, keepdims=True), 1)
+    total, members = (_tiles(array, tile_size).sum(-2) for array in (values, weights))
+    return total / jnp.maximum(members, 1)
+
+
+def of_tiles(decisions: jax.Array, tokens: int, tile_size: int | None) -> jax.Array:
+    """(..., tiles, n) -> (..., tokens, n), each token's tile; arguments as of `mean_of_tokens`."""
+    return jnp.repeat(decisions, tile_size or tokens, axis=-2)[..., :tokens, :]
+
+
+def _tiles(array: jax.Array, tile_size: int) -> jax.Array:
+    """(..., tokens, n) -> (..., tiles, tile tokens, n), zeros where the last tile is shorter."""
+    missing = -array.shape[-2] % tile_size
+    padded = jnp.pad(array, [(0, 0)] * (array.ndim - 2) + [(0, missing), (0, 0)])
+    return padded.reshape(*array.shape[:-2], -1, tile_size, array.shape[-1])

@@ -12,7 +12,9 @@ import optax
 from detr_jax.model import FFNTrace, FFNWeights
 from detr_jax.sparsity.carrier import FFNCarrier
 from detr_jax.sparsity.grouping import firing_groups, group_count
-from detr_jax.sparsity.selectors import Gate, LinearGate, LowRankGate, Thresholded
+from detr_jax.sparsity.selectors import Gate, LinearGate, LowRankGate, PooledGate, Thresholded
+from detr_jax.sparsity.selectors.score import group_sums
+from detr_jax.sparsity.tiles import mean_of_tokens
 from detr_jax.training.checkpoints import Checkpoints
 from detr_jax.training.passes import Passes
 
@@ -21,7 +23,7 @@ PAPER_THRESHOLD = 0.5
 
 Gates = dict[str, Gate]
 """Gate of each FFN by name."""
-Objective = Literal["firing", "balanced", "contribution", "norm"]
+Objective = Literal["firing", "balanced", "contribution", "norm", "share"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,14 @@ class GateKind:
     """What a gate learns, see `gate_loss`."""
     rank: int | None = None
     """Of a gate of two layers (Deja Vu); None for one linear layer (MGS)."""
+    pooled: bool = False
+    """Whether a gate of two layers decides once for many tokens; it learns shares."""
+    window: int | None = None
+    """Consecutive tokens that a pooled gate decides for; None for all of an image."""
+
+    def __post_init__(self):
+        if self.pooled != (self.objective == "share") or (self.pooled and self.rank is None):
+            raise ValueError(f"gates that learn shares are pooled and have a rank, and no others are pooled: {self}")
 
 
 MGS = GateKind()
@@ -40,8 +50,9 @@ KINDS = {
     "contribution": GateKind("contribution"),
     "balanced": GateKind("balanced", rank=16),
     "norm": GateKind("norm"),
+    "share": GateKind("share", rank=64, pooled=True),
 }
-"""What the methods of `sparsity.methods` are made from: MGS, MGS with weighted labels, Deja Vu, D2DMoE."""
+"""What the methods of `sparsity.methods` are made from: MGS, MGS with weighted labels, Deja Vu, D2DMoE, pooled."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,8 @@ def initial_gate(kind: GateKind, d_model: int, groups: int, key: jax.Array) -> G
     if kind.rank < 1:
         raise ValueError(f"the rank of a gate must be at least 1, not {kind.rank}")
     down = jax.nn.initializers.lecun_normal()(key, (d_model, kind.rank))
+    if kind.pooled:
+        return PooledGate(down, jnp.zeros(kind.rank), jnp.zeros((kind.rank, groups)), jnp.zeros(groups), kind.window)
     return LowRankGate(down, jnp.zeros((kind.rank, groups)), jnp.zeros(groups))
 
 
@@ -100,6 +113,9 @@ def gate_loss(objective: Objective, gate: Gate, weights: FFNWeights, trace: FFNT
     - `contribution`: the same, where a firing group weighs as much as it adds to the output, in units of the mean.
     - `norm`: squared error between the softplus of the score and what the group adds to the output, in the same units
       (Szatkowski et al. 2024, "D2DMoE").
+    - `share`: of a pooled gate, cross-entropy between the softmax of the scores and the shares that groups have in the
+      sum over the window's tokens and the neurons of h_j ||W_out[j]||. A budget of the largest scores then leaves out
+      least (ours).
 
     Args:
         objective: which of them.
@@ -108,6 +124,8 @@ def gate_loss(objective: Objective, gate: Gate, weights: FFNWeights, trace: FFNT
         trace: what went through it.
     """
     scores = gate(weights, trace.inputs, trace.tokens)
+    if objective == "share":
+        return _share_loss(scores, weights, trace, gate.traits.tile_size)
     fires = firing_groups(trace.hidden, scores.shape[-1])
     counted = trace.tokens[..., None]
     if objective in ("contribution", "norm"):
@@ -125,6 +143,15 @@ def gate_loss(objective: Objective, gate: Gate, weights: FFNWeights, trace: FFNT
     if objective == "contribution":
         losses = jnp.where(fires, losses * contributions, losses)
     return jnp.where(counted, losses, 0).sum() / jnp.maximum(counted.sum() * scores.shape[-1], 1)
+
+
+def _share_loss(scores: jax.Array, weights: FFNWeights, trace: FFNTrace, window: int | None) -> jax.Array:
+    norms = jnp.linalg.norm(weights.w_out.astype(jnp.float32), axis=1)
+    per_token = group_sums(trace.hidden.astype(jnp.float32) * norms, scores.shape[-1])
+    contributions = mean_of_tokens(per_token, trace.tokens, window)
+    total = contributions.sum(-1, keepdims=True)
+    shares = contributions / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)  # none where nothing fires
+    return -(shares * jax.nn.log_softmax(scores)).sum() / jnp.maximum((total > 0).sum(), 1)
 
 
 def train_gates(

@@ -5,10 +5,13 @@ from detr_jax.sparsity.selectors.executed import Executed
 from detr_jax.sparsity.selectors.gates import Gate, LinearGate, LowRankGate, log_odds
 from detr_jax.sparsity.selectors.magnitude import HiddenMagnitude, InputMagnitude
 from detr_jax.sparsity.selectors.oracle import Oracle
+from detr_jax.sparsity.selectors.pooled_gate import PooledGate
 from detr_jax.sparsity.selectors.random import Lots
 from detr_jax.sparsity.selectors.rsparse import Compensated, low_rank_factors
 from detr_jax.sparsity.selectors.score import Score, Thresholded, Traits
+from detr_jax.sparsity.selectors.sectioned import Sectioned
 from detr_jax.sparsity.selectors.sibs import Sibs, find_indicators
+from detr_jax.sparsity.selectors.sketch import Sketch, sketch
 from detr_jax.sparsity.selectors.static import Importance, by_contribution, by_firing
 from detr_jax.sparsity.selectors.topk import TopK
 
@@ -24,9 +27,12 @@ __all__ = [
     "LowRankGate",
     "Oracle",
     "Pooled",
+    "PooledGate",
     "Score",
+    "Sectioned",
     "ShareOfLargest",
     "Sibs",
+    "Sketch",
     "Standardised",
     "Thresholded",
     "TopK",
@@ -36,4 +42,5 @@ __all__ = [
     "find_indicators",
     "log_odds",
     "low_rank_factors",
+    "sketch",
 ]

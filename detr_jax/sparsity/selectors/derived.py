@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from detr_jax.model import FFNWeights
 from detr_jax.pytrees import pytree
 from detr_jax.sparsity.selectors.score import Score, Traits
+from detr_jax.sparsity.tiles import mean_of_tokens
 
 
 class _Derived:
@@ -78,23 +79,8 @@ class Pooled(_Derived):
 
     @property
     def traits(self) -> Traits:
-        return self.of.traits._replace(granularity="image")
+        return self.of.traits._replace(granularity="image", tile_size=self.window)
 
     def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> jax.Array:
         scores = self.of(ffn, x, tokens)
-        values = jax.nn.sigmoid(scores) if self.odds else scores
-        count = tokens.shape[-1]
-        window = self.window or count
-        missing = -count % window  # the last window may be shorter
-        weights = _pad(tokens[..., None].astype(values.dtype), missing)
-        values = _pad(values, missing) * weights
-        in_windows = (*values.shape[:-2], (count + missing) // window, window, values.shape[-1])
-        total = values.reshape(in_windows).sum(-2, keepdims=True)
-        members = weights.reshape(*in_windows[:-1], 1).sum(-2, keepdims=True)
-        mean = jnp.broadcast_to(total / jnp.maximum(members, 1), in_windows)
-        return mean.reshape(values.shape)[..., :count, :]
-
-
-def _pad(array: jax.Array, missing: int) -> jax.Array:
-    """Zeros after the last token of (..., tokens, n)."""
-    return jnp.pad(array, [(0, 0)] * (array.ndim - 2) + [(0, missing), (0, 0)])
+        return mean_of_tokens(jax.nn.sigmoid(scores) if self.odds else scores, tokens, self.window)

@@ -31,14 +31,17 @@ class Executed:
             ValueError: if the selector leaves out channels or compensates, which only the masked reference can.
         """
         selection = self.selector(ffn, x, tokens)
-        if selection.active is None or selection.channels is not None or selection.factors is not None:
+        fixed = selection.sections is not None and not selection.sections.gated
+        groups = selection.active is not None or fixed
+        if not groups or selection.channels is not None or selection.factors is not None:
             raise ValueError(
                 f"{type(self.selector).__name__} does not choose groups of neurons alone, so it runs in the masked "
                 "reference only"
             )
-        # Padding needs nothing, or it would make tiles denser.
-        active = selection.active & tokens[..., None]
-        return Selection(active=active, execution=self.execution)
+        if selection.tile_size == 1 and not fixed:
+            # Padding needs nothing, or it would make tiles denser.
+            selection = dataclasses.replace(selection, active=selection.active & tokens[..., None])
+        return dataclasses.replace(selection, execution=self.execution)
 
     @property
     def traits(self) -> Traits:

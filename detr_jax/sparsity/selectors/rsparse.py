@@ -1,5 +1,6 @@
 """R-Sparse: low-rank factors for what a selector leaves out."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -33,7 +34,7 @@ class Compensated:
 
     def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> Selection:
         selection = self.of(ffn, x, tokens)
-        return Selection(selection.active, selection.channels, self.factors)
+        return dataclasses.replace(selection, factors=self.factors)
 
     def cost(self, d_model: int, features: int) -> float:
         matrices = 1 if self.traits.granularity == "channel" else 2

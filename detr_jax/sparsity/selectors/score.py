@@ -20,12 +20,14 @@ class Traits(NamedTuple):
             all tokens of an image or window at once.
         saves: which of the two matrix products become smaller.
         dynamic: whether it depends on the input.
+        tile_size: consecutive tokens that one decision is about; None for all tokens of an image.
     """
 
     needs: Literal["nothing", "statistics", "training"]
     granularity: Literal["neuron", "group", "channel", "image"]
     saves: Literal["both", "first", "second"]
     dynamic: bool = True
+    tile_size: int | None = 1
 
 
 class Score(Protocol):
@@ -35,7 +37,7 @@ class Score(Protocol):
     def traits(self) -> Traits: ...
 
     def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> jax.Array:
-        """(..., tokens, G) float32, of channels (..., tokens, d); arguments as of a selector."""
+        """(..., decisions, G) float32, of channels (..., tokens, d); arguments as of a selector."""
 
     def cost(self, d_model: int, features: int) -> float:
         """Multiply-adds per token that the score itself takes, beyond the parts of the FFN that it makes use of."""
@@ -78,7 +80,9 @@ class Thresholded:
 
 def selection_of(score: Score, kept: jax.Array) -> Selection:
     """The selection of what a score decides about."""
-    return Selection(channels=kept) if score.traits.granularity == "channel" else Selection(active=kept)
+    if score.traits.granularity == "channel":
+        return Selection(channels=kept)
+    return Selection(active=kept, tile_size=score.traits.tile_size)
 
 
 def ordered_bits(numbers: jax.Array) -> jax.Array:

@@ -1,0 +1,46 @@
+"""A trained score that looks at many tokens at once and decides for all of them."""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+
+from detr_jax.model import FFNWeights
+from detr_jax.pytrees import pytree
+from detr_jax.sparsity.selectors.score import Traits
+from detr_jax.sparsity.tiles import mean_of_tokens
+
+
+@pytree
+@dataclass(frozen=True)
+class PooledGate:
+    """mean over tokens of relu(x D + c), then one linear layer: how much each group is needed by an image or window.
+
+    Ours, after the pooled gates of Gao et al. 2024, "SeerAttention". The second layer runs once for all tokens, so
+    that groups may be single neurons.
+
+    Attributes:
+        down: (d, r) float32.
+        shift: (r,) float32.
+        up: (r, G) float32.
+        bias: (G,) float32.
+        window: consecutive tokens of a decision; None for all of an image.
+    """
+
+    down: jax.Array
+    shift: jax.Array
+    up: jax.Array
+    bias: jax.Array
+    window: int | None = field(default=None, metadata={"static": True})
+
+    @property
+    def traits(self) -> Traits:
+        return Traits("training", "image", "both", tile_size=self.window)
+
+    def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> jax.Array:
+        features = jax.nn.relu(x.astype(jnp.float32) @ self.down + self.shift)
+        return mean_of_tokens(features, tokens, self.window) @ self.up + self.bias
+
+    def cost(self, d_model: int, features: int) -> float:
+        # The second layer is shared by the tokens of an image, whose number is not known here, and not counted there.
+        return float(self.down.size + (self.up.size / self.window if self.window else 0))
