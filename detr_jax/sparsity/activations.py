@@ -61,6 +61,21 @@ class ActivationStatistics:
         """The sum of two in 64 bits; a sum may be added to as often as one likes."""
         return jax.tree.map(lambda a, b: _wide(a) + _wide(b), self, other)
 
+    def of_neurons(self, order: np.ndarray) -> "ActivationStatistics":
+        """The same neurons in another order, (F,) as of `sparsity.ordering`.
+
+        Raises:
+            ValueError: if groups are of more than one neuron, whose statistics do not tell what other groups would do.
+        """
+        if self.group_norms.shape[-1] != self.fired.shape[-1]:
+            raise ValueError("statistics of groups cannot be put into another order; measure those of single neurons")
+        return dataclasses.replace(
+            self,
+            cofired=self.cofired[order][:, order],
+            images_fired=self.images_fired[order],
+            **{key: getattr(self, key)[:, order] for key in ("fired", "hidden", "group_norms", "output_norms")},
+        )
+
 
 def _wide(array: jax.Array | np.ndarray) -> np.ndarray:
     array = np.asarray(array)

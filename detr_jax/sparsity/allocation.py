@@ -25,6 +25,25 @@ def within_loss(losses: np.ndarray, bound: float) -> Choice:
     return tuple(int(np.flatnonzero(np.append(True, row[1:] <= bound))[-1]) for row in losses)
 
 
+def undominated(losses: np.ndarray, costs: np.ndarray) -> np.ndarray:
+    """The settings of one FFN that no other one beats or equals in both loss and cost, from the dearest to the cheapest.
+
+    Args:
+        losses: (settings,).
+        costs: (settings,).
+
+    Returns:
+        (kept,) indices.
+    """
+    by_cost = np.lexsort((losses, costs))
+    kept, least = [], np.inf
+    for index in by_cost:
+        if losses[index] < least:
+            kept.append(index)
+            least = losses[index]
+    return np.array(kept[::-1])
+
+
 def greedy(losses: np.ndarray, costs: np.ndarray, budget: float) -> Choice:
     """Starts dense and takes, again and again, the step that loses least for what it saves, until the budget is met.
 

@@ -18,6 +18,7 @@ from detr_jax.model.parameters import fingerprint
 from detr_jax.sparsity.activations import ActivationProfile, ActivationStatistics, load_profile, measure, save_profile
 from detr_jax.sparsity.carrier import FFNCarrier
 from detr_jax.sparsity.grouping import group_count
+from detr_jax.sparsity.moments import InputMoments, moments_of
 from detr_jax.training.losses import Targets
 from detr_jax.training.matching import match
 from detr_jax.training.passes import Passes
@@ -137,6 +138,22 @@ def _measure_carrier(carrier, batch, *, group_size):
         name: measure(weights[name], trace, jnp.zeros_like(trace.tokens, int), kinds_count=1, group_size=group_size)
         for name, trace in carrier.traces(batch, {}).items()
     }
+
+
+def measure_inputs(carrier: FFNCarrier, passes: Passes) -> dict[str, InputMoments]:
+    """Mean and covariance of every FFN's inputs while all run dense; arguments and errors as `measure_activations`."""
+    totals: dict[str, InputMoments] = {}
+    for batch in passes.batches():
+        for name, moments in jax.device_get(_measure_inputs(carrier, batch)).items():
+            totals[name] = totals[name] + moments if name in totals else moments
+    if not totals:
+        raise ValueError("there are no images to measure inputs on")
+    return totals
+
+
+@jax.jit
+def _measure_inputs(carrier, batch):
+    return {name: moments_of(trace) for name, trace in carrier.traces(batch, {}).items()}
 
 
 def object_tokens(batch: Batch, model: DETR) -> np.ndarray:

@@ -4,11 +4,14 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from detr_jax.model import Selectors
 from detr_jax.sparsity.calibration import ScoreHistogram, score_histogram, total_histograms
 from detr_jax.sparsity.carrier import FFNCarrier
 from detr_jax.sparsity.selectors import Score, Thresholded
+from detr_jax.sparsity.selectors.score import SharedScore
+from detr_jax.sparsity.tiles import mean_of_tokens
 from detr_jax.training.passes import Passes
 
 
@@ -35,6 +38,42 @@ def measure_scores(
     """
     scores, running = dict(scores), dict(running or {})
     return total_histograms(jax.device_get(_histograms(carrier, b, scores, running)) for b in passes.batches())
+
+
+def collect_scores(carrier: FFNCarrier, passes: Passes, scores: Mapping[str, SharedScore]) -> dict[str, np.ndarray]:
+    """All scores of decisions that many tokens share.
+
+    Args:
+        carrier: of the FFNs, which run dense.
+        passes: data; one pass is made.
+        scores: of each FFN by name.
+
+    Returns:
+        by name (decisions, G), those of padding alone left out.
+
+    Raises:
+        ValueError: if there are no images.
+    """
+    batches = [jax.device_get(_scores(carrier, batch, dict(scores))) for batch in passes.batches()]
+    if not batches:
+        raise ValueError("there are no images to calibrate thresholds on")
+    return {name: np.concatenate([batch[name][0][batch[name][1]] for batch in batches]) for name in scores}
+
+
+@jax.jit
+def _scores(carrier, batch, scores):
+    """Scores (images, decisions, G), and which decisions are about any token."""
+    weights = carrier.ffn_weights()
+
+    def of_ffn(score, weights, trace):
+        counted = mean_of_tokens(trace.tokens[..., None].astype(float), trace.tokens, score.traits.tile_size)[..., 0]
+        return score(weights, trace.inputs, trace.tokens), counted > 0
+
+    return {
+        name: of_ffn(scores[name], weights[name], trace)
+        for name, trace in carrier.traces(batch, {}).items()
+        if name in scores
+    }
 
 
 def calibrate(

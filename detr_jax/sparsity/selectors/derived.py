@@ -1,9 +1,11 @@
 """Scores made from other scores: statistical top-k, shares of the largest, one decision for many tokens."""
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from detr_jax.model import FFNWeights
 from detr_jax.pytrees import pytree
@@ -84,3 +86,7 @@ class Pooled(_Derived):
     def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> jax.Array:
         scores = self.of(ffn, x, tokens)
         return mean_of_tokens(jax.nn.sigmoid(scores) if self.odds else scores, tokens, self.window)
+
+    def of_groups(self, groups: np.ndarray) -> "Pooled":
+        """See `SharedScore`; of scores that can be taken apart."""
+        return dataclasses.replace(self, of=self.of.of_groups(groups))

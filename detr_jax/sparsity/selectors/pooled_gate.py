@@ -1,9 +1,11 @@
 """A trained score that looks at many tokens at once and decides for all of them."""
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from detr_jax.model import FFNWeights
 from detr_jax.pytrees import pytree
@@ -40,6 +42,10 @@ class PooledGate:
     def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> jax.Array:
         features = jax.nn.relu(x.astype(jnp.float32) @ self.down + self.shift)
         return mean_of_tokens(features, tokens, self.window) @ self.up + self.bias
+
+    def of_groups(self, groups: np.ndarray) -> "PooledGate":
+        """See `SharedScore`."""
+        return dataclasses.replace(self, up=self.up[:, groups], bias=self.bias[groups])
 
     def cost(self, d_model: int, features: int) -> float:
         # The second layer is shared by the tokens of an image, whose number is not known here, and not counted there.

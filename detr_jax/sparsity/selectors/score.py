@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from detr_jax.model import FFNWeights, Selection
 from detr_jax.pytrees import pytree
@@ -41,6 +42,13 @@ class Score(Protocol):
 
     def cost(self, d_model: int, features: int) -> float:
         """Multiply-adds per token that the score itself takes, beyond the parts of the FFN that it makes use of."""
+
+
+class SharedScore(Score, Protocol):
+    """A score that decides for many tokens at once, and of which a part can be taken."""
+
+    def of_groups(self, groups: np.ndarray) -> "SharedScore":
+        """The score of some groups, (k,) indices, as of an FFN that has no others."""
 
 
 @pytree

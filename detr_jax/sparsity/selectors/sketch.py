@@ -43,6 +43,12 @@ class Sketch:
     def cost(self, d_model: int, features: int) -> float:
         return float(self.down.size + self.up.size)
 
+    def of_groups(self, groups: np.ndarray) -> "Sketch":
+        """The score of some groups, (k,) indices, as of an FFN that has no others."""
+        neurons = (groups[:, None] * self.group_size + np.arange(self.group_size)).ravel()
+        part = (self.up[:, neurons], self.bias[neurons], self.norms[neurons])
+        return Sketch(self.down, *part, self.group_size)
+
 
 def sketch(ffn: FFNWeights, mean: np.ndarray, covariance: np.ndarray, rank: int, group_size: int) -> Sketch:
     """The sketch of rank r whose first product is closest to the FFN's on inputs of a mean and covariance.

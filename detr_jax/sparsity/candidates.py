@@ -1,0 +1,157 @@
+"""The ways to compute one FFN that a search for a plan chooses from: dense, fixed neurons, or neurons that a score picks.
+
+What a candidate does is tried in the masked reference, where candidates differ in numbers only, so that one program
+serves all of them. What it costs is measured with the selector that a plan would hold, whose neurons are in sections:
+those that (nearly) every decision wants are always computed, those that (nearly) none wants never, and the score
+decides about the others alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from detr_jax.kernels import Execution, FFNWeights
+from detr_jax.model import Selection, Selector
+from detr_jax.pytrees import pytree
+from detr_jax.sparsity.activations import ActivationStatistics
+from detr_jax.sparsity.grouping import group_count
+from detr_jax.sparsity.selectors import Executed, Sectioned, Thresholded, by_contribution, mean_output
+from detr_jax.sparsity.selectors.score import SharedScore, Traits
+
+ALWAYS = 0.95
+"""Share of the decisions from which on a group is always computed."""
+NEVER = 0.005
+"""Share of the decisions up to which it never is."""
+
+
+@pytree
+@dataclass(frozen=True)
+class Trial:
+    """What a candidate computes, whatever its kind; for the masked reference.
+
+    Attributes:
+        score: decides about the groups that are neither always nor never computed.
+        threshold: () float32.
+        always: (G,) bool.
+        never: (G,) bool.
+        bias: (d,) mean of what groups that are never computed would add.
+    """
+
+    score: SharedScore
+    threshold: jax.Array
+    always: jax.Array
+    never: jax.Array
+    bias: jax.Array
+
+    def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> Selection:
+        wanted = (self.score(ffn, x, tokens) >= self.threshold) & ~self.never
+        return Selection(active=wanted | self.always, bias=self.bias, tile_size=self.traits.tile_size)
+
+    @property
+    def traits(self) -> Traits:
+        return self.score.traits
+
+    def cost(self, d_model: int, features: int) -> float:
+        """Multiply-adds per token of the decision."""
+        return self.score.cost(d_model, features)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute one FFN.
+
+    Attributes:
+        kind: "dense", "fixed" or "dynamic".
+        density: share of the neurons that it computes on the calibration images.
+        always: share of the neurons that it always computes.
+        trial: what it computes, about the detector's neurons in the order in which the candidates were made.
+        order: (F,) of those neurons, for the selector.
+        selector: what a plan holds; None for the dense FFN.
+    """
+
+    kind: str
+    density: float
+    always: float
+    trial: Trial
+    order: np.ndarray
+    selector: Selector | None
+
+
+@dataclass(frozen=True)
+class Material:
+    """What the candidates of one FFN are made from.
+
+    Attributes:
+        weights: of the FFN.
+        statistics: of its activations on training images.
+        score: of groups of its neurons, for many tokens at once.
+        decisions: (decisions, G) scores on calibration images.
+        execution: how groups are left out; tiles of as many tokens as a decision is about, blocks of whole groups.
+    """
+
+    weights: FFNWeights
+    statistics: ActivationStatistics
+    score: SharedScore
+    decisions: np.ndarray
+    execution: Execution
+
+
+def candidates_of(material: Material, fixed: Sequence[float], dynamic: Sequence[float]) -> list[Candidate]:
+    """The dense FFN, fixed sets of groups by their contribution, and sets that the score chooses.
+
+    Args:
+        material: of the FFN.
+        fixed: densities of fixed sets.
+        dynamic: mean densities of chosen ones; those are left out where the score has nothing to decide about.
+
+    Raises:
+        ValueError: if the decisions do not fit the FFN, or a density is not between 0 and 1.
+    """
+    features = len(material.weights.w_in)
+    groups = material.decisions.shape[-1]
+    size = features // group_count(features, features // groups)
+    if wrong := [density for density in (*fixed, *dynamic) if not 0 < density < 1]:
+        raise ValueError(f"densities of candidates must be above 0 and below 1, not {wrong[0]}")
+    everything, nothing = np.ones(groups, bool), np.zeros(groups, bool)
+    found = [_candidate(material, "dense", np.inf, everything, nothing)]
+    ranked = np.argsort(-np.asarray(by_contribution(material.statistics, material.weights, size).importance))
+    for density in fixed:
+        kept = nothing.copy()
+        kept[ranked[: max(round(density * groups), 1)]] = True
+        found.append(_candidate(material, "fixed", np.inf, kept, ~kept))
+    for density in dynamic:
+        threshold = np.quantile(material.decisions, 1 - density, method="higher").astype(np.float32)
+        share = (material.decisions >= threshold).mean(0)
+        always, never = share >= ALWAYS, share <= NEVER
+        if (always | never).all():
+            continue
+        found.append(_candidate(material, "dynamic", threshold, always, never))
+    return found
+
+
+def _candidate(material: Material, kind: str, threshold: float, always: np.ndarray, never: np.ndarray) -> Candidate:
+    weights, execution = material.weights, material.execution
+    features, groups = len(weights.w_in), len(always)
+    size = features // groups
+    share = (material.decisions >= threshold).mean(0)
+    if kind == "dynamic":
+        # Blocks are whole in the section that is decided about.
+        missing = -int((~always & ~never).sum()) % max(execution.block_size // size, 1)
+        never = never.copy()
+        never[np.flatnonzero(never)[np.argsort(-share[never], kind="stable")][:missing]] = False
+    section = np.where(always, 0, np.where(never, 2, 1))
+    in_order = np.lexsort((-share, section))
+    gated = in_order[section[in_order] == 1]
+    order = (in_order[:, None] * size + np.arange(size)).ravel()
+    left_out = np.repeat(never, size)
+    bias = mean_output(material.statistics, weights, left_out)
+    trial = Trial(material.score, jnp.float32(threshold), jnp.asarray(always), jnp.asarray(never), bias)
+    selector = None
+    if kind != "dense":
+        gate = Thresholded(material.score.of_groups(gated), jnp.float32(threshold)) if len(gated) else None
+        selector = Executed(Sectioned(gate, int(always.sum()) * size, len(gated) * size, bias), execution)
+    density = float(np.where(always, 1, np.where(never, 0, share)).mean())
+    return Candidate(kind, density, float(always.mean()), trial, order, selector)
