@@ -26,11 +26,12 @@ from detr_jax.files import write_json
 from detr_jax.kernels import Execution
 from detr_jax.run_folder import RESULTS, open_run
 from detr_jax.sparsity import Plan, save_plan
+from detr_jax.sparsity.activations import ActivationStatistics
 from detr_jax.sparsity.allocation import Choice, greedy, undominated
-from detr_jax.sparsity.candidates import Candidate, Material, candidates_of
+from detr_jax.sparsity.candidates import KINDS, Candidate, Material, candidates_of
 from detr_jax.sparsity.ordering import cofiring_order, reorder
 from detr_jax.sparsity.selectors import Pooled, sketch
-from detr_jax.training.activations import measure_inputs, profile_activations
+from detr_jax.training.activations import measure_moments, profile_activations
 from detr_jax.training.calibration import collect_scores
 from detr_jax.training.passes import StoredPasses
 
@@ -147,30 +148,32 @@ class Search:
         timed = Subset(calibration, 0, min(arguments.latency_images, len(calibration)))
         (self._timed,) = embedded_batches(model, timed, len(timed), "embedding the batch that is timed")
         self.change = OutputChange(self.model, self.held_out)
-        self.candidates = self._candidates(statistics)
+        self.candidates = self._candidates(statistics, self.embed(sample, "embedding images for statistics"))
         self.losses = self._losses()
         self.seconds = self.times(self.candidates, "timing candidates")
 
     def embed(self, dataset: Dataset, title: str) -> list[EmbeddedBatch]:
         return list(embedded_batches(self.own, dataset, self.arguments.batch_size, title))
 
-    def _candidates(self, statistics) -> dict[str, list[Candidate]]:
+    def _candidates(
+        self, statistics: dict[str, ActivationStatistics], sample: list[EmbeddedBatch]
+    ) -> dict[str, list[Candidate]]:
         arguments, weights = self.arguments, self.model.ffn_weights()
         passes = StoredPasses([batch.tokens for batch in self.held_out])
-        moments = measure_inputs(self.model, passes)
+        inputs, hidden = measure_moments(self.model, StoredPasses([batch.tokens for batch in sample]))
         scores = {
             name: Pooled(
                 sketch(weights[name], m.mean, m.covariance, arguments.rank, arguments.group_size),
                 odds=False,
                 window=arguments.window,
             )
-            for name, m in moments.items()
+            for name, m in inputs.items()
         }
         decisions = collect_scores(self.model, passes, scores)
         execution = Execution(arguments.window, arguments.block_size or arguments.group_size)
         return {
             name: candidates_of(
-                Material(weights[name], statistics[name], scores[name], decisions[name], execution),
+                Material(weights[name], statistics[name], hidden[name], scores[name], decisions[name], execution),
                 arguments.fixed,
                 arguments.dynamic,
             )
@@ -297,7 +300,12 @@ class Judge:
         return self._comparison.row(model.config, trials, self._comparison.detect(model, trials))
 
 
-ALL, FIXED = ("dense", "fixed", "dynamic"), ("dense", "fixed")
+CHOICES = {
+    "any": KINDS,
+    "fixed or dynamic sets": ("dense", "fixed", "dynamic"),
+    "fixed sets": ("dense", "fixed"),
+}
+"""What is compared: the search, and what it would find without some of the candidates."""
 CURVE = (0.6, 0.5, 0.4, 0.33, 0.27, 0.22, 0.18, 0.14)
 """Shares of the dense FFNs' time whose accuracy is measured for the figure."""
 
@@ -314,7 +322,7 @@ def main(arguments: Arguments) -> None:
     budget = read_budget(arguments.budget)
     open_run(arguments.out, cli.settings(arguments), OUTPUTS, resume=False, overwrite=arguments.overwrite)
     search = Search(arguments)
-    choices = {"the plan": search.within(budget, ALL), "fixed sets alone": search.within(budget, FIXED)}
+    choices = {title: search.within(budget, kinds) for title, kinds in CHOICES.items()}
 
     # Measured again, beside each other: what was chosen because it seemed fast is not quite as fast.
     contestants = {
@@ -328,13 +336,13 @@ def main(arguments: Arguments) -> None:
     judge = Judge(search, search.validation, "embedding validation images")
     measured = {title: point(judge, choice, shares[title]) for title, choice in choices.items()}
     curves = {}
-    for title, kinds in (("fixed or dynamic", ALL), ("fixed sets alone", FIXED)):
+    for title, kinds in CHOICES.items():
         costs = search.costs("latency")
         curves[title] = [
             point(judge, choice, float(sum(costs[name][i] for name, i in choice.items())))
             for choice in tqdm(search.ladder(CURVE, kinds), desc=f"measuring {title}", unit="plan")
         ]
-    plan = search.plan(choices["the plan"], measured["the plan"])
+    plan = search.plan(choices["any"], measured["any"])
     save_plan(plan, arguments.out / "plan.safetensors")
     ffns = {
         name: {
@@ -344,12 +352,12 @@ def main(arguments: Arguments) -> None:
             "dense_seconds": float(seconds[name][0]),
             "seconds": float(seconds[name][1]),
         }
-        for name, candidate in search.chosen(choices["the plan"]).items()
+        for name, candidate in search.chosen(choices["any"]).items()
     }
     report(measured, ffns)
     device = jax.devices()[0].device_kind
     title = f"{arguments.model}, {arguments.budget}, {search.validation.name}, {device}"
-    plot_search(arguments.out / "search.png", title, curves, measured["the plan"], ffns)
+    plot_search(arguments.out / "search.png", title, curves, measured["any"], ffns)
     candidates = {
         name: [
             {"kind": c.kind, "density": c.density, "always": c.always, "loss": float(loss), "seconds": float(time)}

@@ -10,7 +10,7 @@ from flax import nnx
 from PIL import Image
 
 from detr_jax import DETR, DetrConfig
-from detr_jax.model import BackboneConfig, FFNWeights, Selector
+from detr_jax.model import BackboneConfig, FFNWeights, SecondLayer, Selector
 from detr_jax.sparsity import selectors
 from detr_jax.sparsity.selectors import Compensated, Thresholded, low_rank_factors
 
@@ -86,7 +86,8 @@ def every_selector(weights: FFNWeights, group_size: int, seed: int = 1) -> dict[
     few = features // 3
     pooled = selectors.PooledGate(random(d_model, 2), random(2), random(2, few), random(few))
     return found | {
-        "fixed": selectors.Sectioned(None, few, bias=random(d_model)),
+        "fixed set": selectors.Fixed(jnp.arange(groups) != 0, SecondLayer(random(features, d_model), random(d_model))),
+        "fixed": selectors.Sectioned(None, few, second=SecondLayer(random(few, d_model), random(d_model))),
         "sections": selectors.Sectioned(of_part, few, features // 2),
         "sections for images": selectors.Sectioned(Thresholded(pooled, jnp.float32(0)), 0, few),
         "oracle": selectors.Oracle(group_size),

@@ -10,7 +10,7 @@ from detr_jax.files import replacing
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-COLOURS = {"dense": "0.6", "fixed": "tab:orange", "dynamic": "tab:blue"}
+COLOURS = {"dense": "0.6", "fixed": "tab:orange", "refitted": "tab:green", "dynamic": "tab:blue"}
 
 
 def plot_search(
@@ -31,7 +31,7 @@ def plot_search(
         (by_time, "time", "measured time of all FFNs, dense = 1"),
         (by_density, "density", "share of the neurons that is computed"),
     ):
-        for (name, points), colour in zip(curves.items(), ("tab:blue", "tab:orange"), strict=False):
+        for (name, points), colour in zip(curves.items(), ("tab:green", "tab:blue", "tab:orange"), strict=False):
             points = sorted(points, key=lambda point: point[key])
             x, y = ([point[k] for point in points] for k in (key, "AP_minus_dense"))
             low, high = zip(*(point["AP_minus_dense_interval"] for point in points), strict=True)

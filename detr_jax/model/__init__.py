@@ -3,7 +3,7 @@
 from detr_jax.model.config import PRESETS, BackboneConfig, DetrConfig, preset_config
 from detr_jax.model.detr import DETR, DetrOutputs, ImageTokens
 from detr_jax.model.ffn import FFNTrace
-from detr_jax.model.selection import FFNWeights, LowRankFactors, Sections, Selection, Selector, Selectors
+from detr_jax.model.selection import FFNWeights, LowRankFactors, SecondLayer, Sections, Selection, Selector, Selectors
 
 __all__ = [
     "DETR",
@@ -15,6 +15,7 @@ __all__ = [
     "FFNWeights",
     "ImageTokens",
     "LowRankFactors",
+    "SecondLayer",
     "Sections",
     "Selection",
     "Selector",

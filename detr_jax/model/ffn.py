@@ -48,8 +48,10 @@ def forward(weights: FFNWeights, x: jax.Array, selection: Selection) -> jax.Arra
     Returns:
         (..., d).
     """
-    if selection.bias is not None:
-        weights = weights._replace(b_out=weights.b_out + selection.bias.astype(x.dtype))
+    if selection.second is not None:
+        w_out, b_out = selection.second
+        never = jnp.zeros((len(weights.w_out) - len(w_out), w_out.shape[-1]), x.dtype)
+        weights = weights._replace(w_out=jnp.concatenate([w_out.astype(x.dtype), never]), b_out=b_out.astype(x.dtype))
     if selection.execution is not None:
         return _execute(weights, x, selection)
     active = selection.per_token(x.shape[:-1], weights.w_in.shape[0])

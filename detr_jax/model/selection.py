@@ -27,6 +27,18 @@ class LowRankFactors(NamedTuple):
     out_model: jax.Array
 
 
+class SecondLayer(NamedTuple):
+    """A second layer in place of an FFN's own, fitted to what is left of the hidden neurons.
+
+    Attributes:
+        w_out: (n, d) rows of the neurons that may be computed, all F of them or those of the first two sections.
+        b_out: (d,).
+    """
+
+    w_out: jax.Array
+    b_out: jax.Array
+
+
 class Sections(NamedTuple):
     """The hidden neurons of an FFN in three parts, in this order; the rest is never computed.
 
@@ -58,7 +70,7 @@ class Selection:
             None for all of them.
         tile_size: consecutive tokens that a decision is about; None for all tokens of an image.
         sections: of the neurons, if not all of them are gated.
-        bias: (d,) what stands in for neurons that are never computed; None for nothing.
+        second: a second layer that makes up for what is left out; None for the FFN's own.
         channels: (..., tokens, d) bool, the channels of x that enter the first product; None for all of them.
         factors: what stands in for the rest; None leaves it out.
         execution: how the FFN is computed without the rest; None for the masked reference.
@@ -67,7 +79,7 @@ class Selection:
     active: jax.Array | None = None
     channels: jax.Array | None = None
     factors: LowRankFactors | None = None
-    bias: jax.Array | None = None
+    second: SecondLayer | None = None
     tile_size: int | None = field(default=1, metadata={"static": True})
     sections: Sections | None = field(default=None, metadata={"static": True})
     execution: Execution | None = field(default=None, metadata={"static": True})

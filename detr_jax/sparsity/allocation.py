@@ -26,7 +26,7 @@ def within_loss(losses: np.ndarray, bound: float) -> Choice:
 
 
 def undominated(losses: np.ndarray, costs: np.ndarray) -> np.ndarray:
-    """The settings of one FFN that no other one beats or equals in both loss and cost, from the dearest to the cheapest.
+    """The settings of one FFN that no other one equals or beats in both loss and cost, the dearest first.
 
     Args:
         losses: (settings,).

@@ -1,4 +1,4 @@
-"""The ways to compute one FFN that a search for a plan chooses from: dense, fixed neurons, or neurons that a score picks.
+"""The ways to compute one FFN that a search for a plan chooses from: dense, fixed sets of neurons, or sets by a score.
 
 What a candidate does is tried in the masked reference, where candidates differ in numbers only, so that one program
 serves all of them. What it costs is measured with the selector that a plan would hold, whose neurons are in sections:
@@ -13,14 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from detr_jax.kernels import Execution, FFNWeights
-from detr_jax.model import Selection, Selector
+from detr_jax.kernels import Execution, FFNWeights, expand_groups
+from detr_jax.model import SecondLayer, Selection, Selector
 from detr_jax.pytrees import pytree
 from detr_jax.sparsity.activations import ActivationStatistics
 from detr_jax.sparsity.grouping import group_count
-from detr_jax.sparsity.selectors import Executed, Sectioned, Thresholded, by_contribution, mean_output
+from detr_jax.sparsity.moments import Moments
+from detr_jax.sparsity.refit import elimination_order, refit
+from detr_jax.sparsity.selectors import Executed, Sectioned, Thresholded, by_contribution
 from detr_jax.sparsity.selectors.score import SharedScore, Traits
 
+KINDS = ("dense", "fixed", "refitted", "dynamic")
 ALWAYS = 0.95
 """Share of the decisions from which on a group is always computed."""
 NEVER = 0.005
@@ -35,20 +38,20 @@ class Trial:
     Attributes:
         score: decides about the groups that are neither always nor never computed.
         threshold: () float32.
-        always: (G,) bool.
-        never: (G,) bool.
-        bias: (d,) mean of what groups that are never computed would add.
+        always: (F,) bool.
+        never: (F,) bool.
+        second: of all neurons, the FFN's own where nothing was fitted.
     """
 
     score: SharedScore
     threshold: jax.Array
     always: jax.Array
     never: jax.Array
-    bias: jax.Array
+    second: SecondLayer
 
     def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> Selection:
-        wanted = (self.score(ffn, x, tokens) >= self.threshold) & ~self.never
-        return Selection(active=wanted | self.always, bias=self.bias, tile_size=self.traits.tile_size)
+        wanted = expand_groups(self.score(ffn, x, tokens) >= self.threshold, len(self.never)) & ~self.never
+        return Selection(active=wanted | self.always, second=self.second, tile_size=self.traits.tile_size)
 
     @property
     def traits(self) -> Traits:
@@ -64,7 +67,7 @@ class Candidate:
     """One way to compute one FFN.
 
     Attributes:
-        kind: "dense", "fixed" or "dynamic".
+        kind: one of `KINDS`.
         density: share of the neurons that it computes on the calibration images.
         always: share of the neurons that it always computes.
         trial: what it computes, about the detector's neurons in the order in which the candidates were made.
@@ -87,6 +90,7 @@ class Material:
     Attributes:
         weights: of the FFN.
         statistics: of its activations on training images.
+        hidden: moments of its hidden activations on training images.
         score: of groups of its neurons, for many tokens at once.
         decisions: (decisions, G) scores on calibration images.
         execution: how groups are left out; tiles of as many tokens as a decision is about, blocks of whole groups.
@@ -94,13 +98,15 @@ class Material:
 
     weights: FFNWeights
     statistics: ActivationStatistics
+    hidden: Moments
     score: SharedScore
     decisions: np.ndarray
     execution: Execution
 
 
 def candidates_of(material: Material, fixed: Sequence[float], dynamic: Sequence[float]) -> list[Candidate]:
-    """The dense FFN, fixed sets of groups by their contribution, and sets that the score chooses.
+    """The dense FFN; fixed sets of groups by their contribution; fixed sets of neurons by elimination, with a second
+    layer fitted to them; and sets of groups that the score chooses.
 
     Args:
         material: of the FFN.
@@ -110,48 +116,58 @@ def candidates_of(material: Material, fixed: Sequence[float], dynamic: Sequence[
     Raises:
         ValueError: if the decisions do not fit the FFN, or a density is not between 0 and 1.
     """
-    features = len(material.weights.w_in)
-    groups = material.decisions.shape[-1]
+    weights = material.weights
+    features, groups = len(weights.w_in), material.decisions.shape[-1]
     size = features // group_count(features, features // groups)
     if wrong := [density for density in (*fixed, *dynamic) if not 0 < density < 1]:
         raise ValueError(f"densities of candidates must be above 0 and below 1, not {wrong[0]}")
-    everything, nothing = np.ones(groups, bool), np.zeros(groups, bool)
-    found = [_candidate(material, "dense", np.inf, everything, nothing)]
-    ranked = np.argsort(-np.asarray(by_contribution(material.statistics, material.weights, size).importance))
+    nothing = np.zeros(groups, bool)
+    found = [_candidate(material, "dense", np.inf, ~nothing, nothing)]
+    ranked = np.argsort(-np.asarray(by_contribution(material.statistics, weights, size).importance), kind="stable")
+    survivors = elimination_order(weights, material.hidden)
     for density in fixed:
-        kept = nothing.copy()
-        kept[ranked[: max(round(density * groups), 1)]] = True
+        kept = np.isin(np.arange(groups), ranked[: max(round(density * groups), 1)])
         found.append(_candidate(material, "fixed", np.inf, kept, ~kept))
+        kept = np.isin(np.arange(features), survivors[: max(round(density * features), 1)])
+        found.append(_candidate(material, "refitted", np.inf, kept, ~kept, refit(weights, material.hidden, kept)))
     for density in dynamic:
         threshold = np.quantile(material.decisions, 1 - density, method="higher").astype(np.float32)
         share = (material.decisions >= threshold).mean(0)
         always, never = share >= ALWAYS, share <= NEVER
-        if (always | never).all():
-            continue
-        found.append(_candidate(material, "dynamic", threshold, always, never))
+        if not (always | never).all():
+            found.append(_candidate(material, "dynamic", threshold, always, never))
     return found
 
 
-def _candidate(material: Material, kind: str, threshold: float, always: np.ndarray, never: np.ndarray) -> Candidate:
-    weights, execution = material.weights, material.execution
-    features, groups = len(weights.w_in), len(always)
-    size = features // groups
+def _candidate(
+    material: Material,
+    kind: str,
+    threshold: float,
+    always: np.ndarray,
+    never: np.ndarray,
+    second: SecondLayer | None = None,
+) -> Candidate:
+    """`always` and `never` are about groups; of a refitted set, which has no gated section, about neurons."""
+    features, groups = len(material.weights.w_in), material.decisions.shape[-1]
+    size = features // len(always)
     share = (material.decisions >= threshold).mean(0)
     if kind == "dynamic":
-        # Blocks are whole in the section that is decided about.
-        missing = -int((~always & ~never).sum()) % max(execution.block_size // size, 1)
-        never = never.copy()
-        never[np.flatnonzero(never)[np.argsort(-share[never], kind="stable")][:missing]] = False
-    section = np.where(always, 0, np.where(never, 2, 1))
-    in_order = np.lexsort((-share, section))
-    gated = in_order[section[in_order] == 1]
+        # Blocks are whole in the section that is decided about: the groups that come closest are taken in.
+        missing = -int((~always & ~never).sum()) % max(material.execution.block_size // size, 1)
+        out = np.flatnonzero(never)
+        never = never & ~np.isin(np.arange(groups), out[np.argsort(-share[out], kind="stable")][:missing])
+        in_order = np.lexsort((-share, np.where(always, 0, np.where(never, 2, 1))))
+    else:
+        in_order = np.argsort(never, kind="stable")
+    gated = in_order[int(always.sum()) : len(always) - int(never.sum())]
     order = (in_order[:, None] * size + np.arange(size)).ravel()
-    left_out = np.repeat(never, size)
-    bias = mean_output(material.statistics, weights, left_out)
-    trial = Trial(material.score, jnp.float32(threshold), jnp.asarray(always), jnp.asarray(never), bias)
+    per_neuron = [jnp.asarray(np.repeat(section, size)) for section in (always, never)]
+    own = SecondLayer(material.weights.w_out, material.weights.b_out)
+    trial = Trial(material.score, jnp.float32(threshold), *per_neuron, own if second is None else second)
     selector = None
     if kind != "dense":
         gate = Thresholded(material.score.of_groups(gated), jnp.float32(threshold)) if len(gated) else None
-        selector = Executed(Sectioned(gate, int(always.sum()) * size, len(gated) * size, bias), execution)
-    density = float(np.where(always, 1, np.where(never, 0, share)).mean())
+        rows = None if second is None else SecondLayer(second.w_out[order[: int(always.sum())]], second.b_out)
+        selector = Executed(Sectioned(gate, int(always.sum()) * size, len(gated) * size, rows), material.execution)
+    density = float(always.mean() + (share[gated].sum() / len(always) if len(gated) else 0))
     return Candidate(kind, density, float(always.mean()), trial, order, selector)

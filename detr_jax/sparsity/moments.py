@@ -1,4 +1,4 @@
-"""Mean and covariance of the inputs of an FFN: all that a sketch needs to know about the data."""
+"""Means and covariances of activations: what closed-form fits need to know about the data."""
 
 from dataclasses import dataclass
 
@@ -6,40 +6,43 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from detr_jax.model import FFNTrace
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class InputMoments:
-    """Sums over the tokens of an FFN; of one batch in float32, of many in 64 bits.
+class Moments:
+    """Sums over tokens; of one batch in float32, of many in 64 bits.
 
     Attributes:
         tokens: () number of tokens.
-        sums: (d,) of the inputs.
-        products: (d, d) of the inputs' outer products.
+        sums: (n,) of the activations.
+        products: (n, n) of the activations' outer products.
     """
 
     tokens: jax.Array
     sums: jax.Array
     products: jax.Array
 
-    def __add__(self, other: "InputMoments") -> "InputMoments":
+    def __add__(self, other: "Moments") -> "Moments":
         """The sum of two, in 64 bits."""
         return jax.tree.map(lambda a, b: np.asarray(a, np.float64) + np.asarray(b, np.float64), self, other)
 
     @property
     def mean(self) -> np.ndarray:
-        """(d,)."""
+        """(n,)."""
         return np.asarray(self.sums, np.float64) / max(float(self.tokens), 1)
 
     @property
     def covariance(self) -> np.ndarray:
-        """(d, d)."""
+        """(n, n)."""
         return np.asarray(self.products, np.float64) / max(float(self.tokens), 1) - np.outer(self.mean, self.mean)
 
 
-def moments_of(trace: FFNTrace) -> InputMoments:
-    """The moments of one batch; jittable."""
-    x = jnp.where(trace.tokens[..., None], trace.inputs, 0).astype(jnp.float32).reshape(-1, trace.inputs.shape[-1])
-    return InputMoments(trace.tokens.sum(), x.sum(0), jnp.matmul(x.T, x, precision="highest"))
+def moments_of(activations: jax.Array, tokens: jax.Array) -> Moments:
+    """The moments of one batch; jittable.
+
+    Args:
+        activations: (batch, tokens, n).
+        tokens: (batch, tokens) bool, false for padding.
+    """
+    kept = jnp.where(tokens[..., None], activations, 0).astype(jnp.float32).reshape(-1, activations.shape[-1])
+    return Moments(tokens.sum(), kept.sum(0), jnp.matmul(kept.T, kept, precision="highest"))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from detr_jax.kernels import Execution
-from detr_jax.model import DETR, FFNWeights, LowRankFactors, Selector
+from detr_jax.model import DETR, FFNWeights, LowRankFactors, SecondLayer, Selector
 from detr_jax.model.ffn import forward
 from detr_jax.model.parameters import fingerprint
 from detr_jax.sparsity import described_arrays, selectors
@@ -27,7 +27,7 @@ _DESCRIBED = ("method", "fingerprint", "training", "measured", "versions")
 _CLASSES = {
     cls.__name__: cls
     for cls in (
-        *(selectors.Thresholded, selectors.TopK, selectors.Compensated, LowRankFactors),
+        *(selectors.Thresholded, selectors.TopK, selectors.Compensated, LowRankFactors, SecondLayer),
         *(selectors.Executed, Execution),
         *(selectors.Oracle, selectors.Sibs),
         *(selectors.Lots, selectors.Importance, selectors.HiddenMagnitude, selectors.InputMagnitude),

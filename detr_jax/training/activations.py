@@ -18,7 +18,7 @@ from detr_jax.model.parameters import fingerprint
 from detr_jax.sparsity.activations import ActivationProfile, ActivationStatistics, load_profile, measure, save_profile
 from detr_jax.sparsity.carrier import FFNCarrier
 from detr_jax.sparsity.grouping import group_count
-from detr_jax.sparsity.moments import InputMoments, moments_of
+from detr_jax.sparsity.moments import Moments, moments_of
 from detr_jax.training.losses import Targets
 from detr_jax.training.matching import match
 from detr_jax.training.passes import Passes
@@ -140,20 +140,31 @@ def _measure_carrier(carrier, batch, *, group_size):
     }
 
 
-def measure_inputs(carrier: FFNCarrier, passes: Passes) -> dict[str, InputMoments]:
-    """Mean and covariance of every FFN's inputs while all run dense; arguments and errors as `measure_activations`."""
-    totals: dict[str, InputMoments] = {}
+def measure_moments(carrier: FFNCarrier, passes: Passes) -> tuple[dict[str, Moments], dict[str, Moments]]:
+    """Means and covariances of every FFN's inputs and hidden activations while all run dense.
+
+    Args:
+        carrier: of the FFNs.
+        passes: data; one pass is made.
+
+    Raises:
+        ValueError: if there are no images.
+    """
+    totals: tuple[dict[str, Moments], dict[str, Moments]] = ({}, {})
     for batch in passes.batches():
-        for name, moments in jax.device_get(_measure_inputs(carrier, batch)).items():
-            totals[name] = totals[name] + moments if name in totals else moments
-    if not totals:
-        raise ValueError("there are no images to measure inputs on")
+        for total, measured in zip(totals, jax.device_get(_measure_moments(carrier, batch)), strict=True):
+            for name, moments in measured.items():
+                total[name] = total[name] + moments if name in total else moments
+    if not totals[0]:
+        raise ValueError("there are no images to measure moments on")
     return totals
 
 
 @jax.jit
-def _measure_inputs(carrier, batch):
-    return {name: moments_of(trace) for name, trace in carrier.traces(batch, {}).items()}
+def _measure_moments(carrier, batch):
+    traces = carrier.traces(batch, {})
+    inputs = {name: moments_of(trace.inputs, trace.tokens) for name, trace in traces.items()}
+    return inputs, {name: moments_of(trace.hidden, trace.tokens) for name, trace in traces.items()}
 
 
 def object_tokens(batch: Batch, model: DETR) -> np.ndarray:

@@ -12,7 +12,7 @@ from detr_jax.sparsity.selectors.score import Score, Thresholded, Traits
 from detr_jax.sparsity.selectors.sectioned import Sectioned
 from detr_jax.sparsity.selectors.sibs import Sibs, find_indicators
 from detr_jax.sparsity.selectors.sketch import Sketch, sketch
-from detr_jax.sparsity.selectors.static import Fixed, Importance, by_contribution, by_firing, mean_output
+from detr_jax.sparsity.selectors.static import Fixed, Importance, by_contribution, by_firing
 from detr_jax.sparsity.selectors.topk import TopK
 
 __all__ = [
@@ -43,6 +43,5 @@ __all__ = [
     "find_indicators",
     "log_odds",
     "low_rank_factors",
-    "mean_output",
     "sketch",
 ]

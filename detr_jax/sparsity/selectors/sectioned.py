@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import jax
 
-from detr_jax.model import FFNWeights, Sections, Selection, Selector
+from detr_jax.model import FFNWeights, SecondLayer, Sections, Selection, Selector
 from detr_jax.pytrees import pytree
 from detr_jax.sparsity.selectors.score import Traits
 
@@ -21,13 +21,13 @@ class Sectioned:
         gate: selector of the gated neurons, as of an FFN that has no others; None where there are none.
         always: number of neurons that are always computed.
         gated: number of neurons that the gate decides about.
-        bias: (d,) mean of what the neurons that are never computed would add; None to leave it out.
+        second: a second layer, of the first two sections, that makes up for the third; None for the FFN's own.
     """
 
     gate: Selector | None
     always: int = field(metadata={"static": True})
     gated: int = field(default=0, metadata={"static": True})
-    bias: jax.Array | None = None
+    second: SecondLayer | None = None
 
     def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> Selection:
         """Selects.
@@ -40,7 +40,7 @@ class Sectioned:
             raise ValueError(f"sections of {self.always} and {self.gated} neurons do not fit an FFN of {len(ffn.w_in)}")
         _, gated = sections.parts(ffn)
         selection = Selection() if self.gate is None else self.gate(gated, x, tokens)
-        return dataclasses.replace(selection, sections=sections, bias=self.bias)
+        return dataclasses.replace(selection, sections=sections, second=self.second)
 
     @property
     def traits(self) -> Traits:

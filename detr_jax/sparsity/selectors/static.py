@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from detr_jax.model import FFNWeights, Selection
+from detr_jax.model import FFNWeights, SecondLayer, Selection
 from detr_jax.pytrees import pytree
 from detr_jax.sparsity.activations import ActivationStatistics
 from detr_jax.sparsity.grouping import group_count
@@ -41,26 +41,20 @@ class Fixed:
 
     Attributes:
         kept: (G,) bool.
-        bias: (d,) mean of what the other groups would add; None to leave it out.
+        second: a second layer, of all neurons, that makes up for the other groups; None for the FFN's own.
     """
 
     traits: ClassVar = Traits("statistics", "group", "both", dynamic=False, tile_size=None)
 
     kept: jax.Array
-    bias: jax.Array | None = None
+    second: SecondLayer | None = None
 
     def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> Selection:
         kept = jnp.broadcast_to(self.kept, (*x.shape[:-2], 1, *self.kept.shape))
-        return Selection(active=kept, bias=self.bias, tile_size=None)
+        return Selection(active=kept, second=self.second, tile_size=None)
 
     def cost(self, d_model: int, features: int) -> float:
         return 0.0
-
-
-def mean_output(statistics: ActivationStatistics, ffn: FFNWeights, neurons: np.ndarray) -> jax.Array:
-    """(d,) what some neurons (a mask or indices) add to the output on average over tokens, the best constant for it."""
-    mean = statistics.hidden.sum(0) / max(int(statistics.tokens.sum()), 1)
-    return jnp.asarray(mean[neurons] @ np.asarray(ffn.w_out, np.float64)[neurons], jnp.float32)
 
 
 def by_firing(statistics: ActivationStatistics, group_size: int) -> Importance:

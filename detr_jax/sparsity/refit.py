@@ -1,0 +1,80 @@
+"""Fixed sets of neurons whose second layer makes up, as well as it can, for the neurons that are left out.
+
+With h the hidden activations and K the neurons that are kept, W' and b' minimise the mean of ||h_K W' + b' - y||^2,
+where y = h W_out + b_out: least squares, in closed form from the mean and covariance of h. Which neurons to keep is
+decided by eliminating, one by one, the neuron whose loss costs least once the others have made up for it (the optimal
+brain surgeon of Hassibi and Stork 1992, for whole neurons under the squared error of the FFN's output). Nothing is
+trained, and at run time it is an ordinary narrower FFN.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+from detr_jax.model import FFNWeights, SecondLayer
+from detr_jax.sparsity.moments import Moments
+
+RIDGE = 1e-3
+"""Of the mean variance, added to each: neurons that hardly ever fire are not relied on."""
+
+
+def elimination_order(weights: FFNWeights, moments: Moments) -> np.ndarray:
+    """(F,) the neurons by how long they are kept, the last one that is left first.
+
+    Args:
+        weights: of the FFN.
+        moments: of its hidden activations.
+    """
+    _check(weights, moments)
+    covariance = moments.covariance
+    varies = np.diag(covariance) > 0
+    neurons = np.flatnonzero(varies)
+    inverse = np.linalg.inv(_ridged(covariance[np.ix_(neurons, neurons)]))
+    rows = np.asarray(weights.w_out, np.float64)[neurons]
+    left, order = np.ones(len(neurons), bool), []
+    for _ in neurons:
+        costs = np.where(left, (rows**2).sum(1) / np.maximum(np.diag(inverse), np.finfo(np.float64).tiny), np.inf)
+        out = int(costs.argmin())
+        order.append(neurons[out])
+        left[out] = False
+        column, pivot = inverse[:, out].copy(), inverse[out, out]
+        rows -= np.outer(column, rows[out] / pivot)
+        inverse -= np.outer(column, column / pivot)
+    return np.concatenate([np.array(order[::-1], int), np.flatnonzero(~varies)])
+
+
+def refit(weights: FFNWeights, moments: Moments, kept: np.ndarray) -> SecondLayer:
+    """The second layer of an FFN of which some neurons are left.
+
+    Args:
+        weights: of the FFN.
+        moments: of its hidden activations.
+        kept: (F,) bool.
+
+    Returns:
+        `w_out` (F, d) with zeros for the neurons that are left out.
+
+    Raises:
+        ValueError: if the moments or `kept` do not fit the FFN.
+    """
+    _check(weights, moments)
+    if kept.shape != (len(weights.w_in),) or kept.dtype != bool:
+        raise ValueError(f"{len(weights.w_in)} neurons are kept or not: a bool for each, not {kept.dtype} {kept.shape}")
+    own = np.asarray(weights.w_out, np.float64)
+    fitted = np.zeros_like(own)
+    if kept.any():
+        covariance = moments.covariance
+        among, to_others = covariance[np.ix_(kept, kept)], covariance[np.ix_(kept, ~kept)]
+        fitted[kept] = own[kept] + np.linalg.solve(_ridged(among), to_others @ own[~kept])
+    bias = np.asarray(weights.b_out, np.float64) + moments.mean @ (own - fitted)
+    return SecondLayer(jnp.asarray(fitted, jnp.float32), jnp.asarray(bias, jnp.float32))
+
+
+def _ridged(covariance: np.ndarray) -> np.ndarray:
+    size = len(covariance)
+    variance = np.trace(covariance) / max(size, 1)
+    return covariance + max(RIDGE * variance, np.finfo(np.float32).tiny) * np.eye(size)
+
+
+def _check(weights: FFNWeights, moments: Moments) -> None:
+    if np.shape(moments.sums) != (len(weights.w_in),):
+        raise ValueError(f"moments of {np.shape(moments.sums)} activations do not fit {len(weights.w_in)} neurons")

@@ -1,0 +1,95 @@
+"""What a search chooses from: what is tried is what a plan then computes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny_ffn
+
+from detr_jax.kernels import Execution, ffn
+from detr_jax.model.ffn import forward, trace
+from detr_jax.sparsity.activations import measure
+from detr_jax.sparsity.allocation import undominated
+from detr_jax.sparsity.candidates import KINDS, Material, candidates_of
+from detr_jax.sparsity.carrier import BareFFNs, FFNInputs
+from detr_jax.sparsity.moments import moments_of
+from detr_jax.sparsity.ordering import permute
+from detr_jax.sparsity.selectors import Pooled, sketch
+from detr_jax.sparsity.statistics import count_firing
+from detr_jax.training.calibration import collect_scores
+from detr_jax.training.passes import StoredPasses
+
+F, SIZE = 24, 2
+WEIGHTS, X, TOKENS = tiny_ffn(F, 6, images=40)
+
+
+def material(window: int | None, block_size: int) -> Material:
+    of = trace(WEIGHTS, X, TOKENS)
+    inputs = moments_of(X, TOKENS)
+    score = Pooled(sketch(WEIGHTS, inputs.mean, inputs.covariance, 6, SIZE), odds=False, window=window)
+    passes = StoredPasses([FFNInputs({"f": X[i : i + 8]}, {"f": TOKENS[i : i + 8]}) for i in range(0, 40, 8)])
+    decisions = collect_scores(BareFFNs({"f": WEIGHTS}), passes, {"f": score})["f"]
+    statistics = measure(WEIGHTS, of, jnp.zeros(TOKENS.shape, int), kinds_count=1, group_size=SIZE)
+    return Material(
+        *(WEIGHTS, statistics, moments_of(of.hidden, TOKENS), score, decisions), Execution(window, block_size)
+    )
+
+
+@pytest.mark.parametrize(("window", "block_size"), [(None, SIZE), (4, 2 * SIZE)])
+def test_a_plan_computes_what_was_tried(window, block_size):
+    found = candidates_of(material(window, block_size), (0.6, 0.25), (0.5, 0.2))
+    assert [c.kind for c in found] == ["dense", "fixed", "refitted", "fixed", "refitted", "dynamic", "dynamic"]
+    assert set(KINDS) == {c.kind for c in found}
+    dense = np.asarray(ffn(X, *WEIGHTS))
+    for candidate in found:
+        tried = np.asarray(forward(WEIGHTS, X, candidate.trial(WEIGHTS, X, TOKENS)))
+        ordered = permute(WEIGHTS, candidate.order)
+        assert sorted(candidate.order) == list(range(F))
+        if candidate.selector is None:
+            np.testing.assert_allclose(tried, dense, atol=1e-5)
+            continue
+        planned = np.asarray(forward(ordered, X, candidate.selector(ordered, X, TOKENS)))
+        assert np.abs(tried - dense).max() > 0.01
+        if block_size == SIZE or candidate.kind != "dynamic":
+            np.testing.assert_allclose(planned[np.asarray(TOKENS)], tried[np.asarray(TOKENS)], atol=1e-4)
+        else:  # whole blocks are computed where one of their groups is wanted
+            assert np.linalg.norm(planned - dense) <= np.linalg.norm(tried - dense) + 1e-3
+            assert candidate.selector.selector.gated % block_size == 0
+
+
+def test_densities_are_what_is_computed():
+    for candidate, density in zip(candidates_of(material(None, SIZE), (0.5,), (0.3,)), (1, 0.5, 0.5, 0.3), strict=True):
+        counts = jax.device_get(count_firing(trace(WEIGHTS, X, TOKENS, candidate.trial), 1))
+        # Images weigh by their tokens there, and as decisions here.
+        assert candidate.density == pytest.approx(counts.density, abs=0.02)
+        assert candidate.density == pytest.approx(density, abs=0.05)
+        assert candidate.always <= candidate.density
+
+
+def test_refitted_sets_are_better_than_fixed_ones():
+    errors = {}
+    for candidate in candidates_of(material(None, SIZE), (0.5,), ()):
+        rest = forward(WEIGHTS, X, candidate.trial(WEIGHTS, X, TOKENS)) - ffn(X, *WEIGHTS)
+        errors[candidate.kind] = float((np.asarray(rest)[np.asarray(TOKENS)] ** 2).sum())
+    assert errors["dense"] < 1e-6 and errors["refitted"] < 0.7 * errors["fixed"]
+
+
+def test_scores_of_padding_alone_decide_nothing():
+    tokens = TOKENS.at[:, 4:].set(False)
+    score = Pooled(sketch(WEIGHTS, np.zeros(6), np.eye(6), 2, SIZE), odds=False, window=4)
+    found = collect_scores(BareFFNs({"f": WEIGHTS}), StoredPasses([FFNInputs({"f": X}, {"f": tokens})]), {"f": score})
+    assert found["f"].shape == (len(X), F // SIZE)
+    np.testing.assert_allclose(found["f"], score(WEIGHTS, X, tokens)[:, 0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("density", [0, 1, -0.5, 1.5])
+def test_densities_must_leave_something(density):
+    with pytest.raises(ValueError, match="densities of candidates must be above 0 and below 1"):
+        candidates_of(material(None, SIZE), (density,), ())
+
+
+def test_only_settings_that_nothing_beats_are_kept():
+    losses = np.array([0.0, 5.0, 1.0, 2.0, 2.0, 9.0])
+    costs = np.array([9.0, 3.0, 5.0, 3.0, 4.0, 1.0])
+    assert undominated(losses, costs).tolist() == [0, 2, 3, 5]
+    assert undominated(np.array([1.0]), np.array([1.0])).tolist() == [0]
