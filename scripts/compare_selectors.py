@@ -39,7 +39,7 @@ from detr_jax.sparsity.grouping import group_count
 from detr_jax.sparsity.methods import METHODS, Ingredients
 from detr_jax.sparsity.ordering import cofiring_order, kmeans_order, reorder
 from detr_jax.sparsity.selectors import Oracle, Thresholded, find_indicators, log_odds
-from detr_jax.training.activations import profile_activations
+from detr_jax.training.activations import measure_moments, profile_activations
 from detr_jax.training.calibration import calibrate, measure_scores
 from detr_jax.training.gates import KINDS, MGS, PAPER_THRESHOLD, GateKind, Gates, GateTraining, train_gates
 from detr_jax.training.passes import StoredPasses
@@ -165,6 +165,9 @@ class Workbench:
         self.weights = self.ordered.ffn_weights()
 
         self.training = self._embed(training, arguments.training.batch_size, "embedding training images")
+        sampled = -(-len(sample) // arguments.training.batch_size)
+        sample_passes = StoredPasses([batch.tokens for batch in self.training[:sampled]])
+        self.inputs, self.hidden = measure_moments(self.ordered, sample_passes)
         self.calibration = self._embed(calibration, arguments.eval_batch_size, "embedding calibration images")
         self.validation = self._embed(validation, arguments.eval_batch_size, "embedding validation images")
         sizes = validation.image_sizes()
@@ -250,7 +253,11 @@ class Workbench:
         """What the methods are made from, for each FFN."""
         size = self.arguments.training.group_size
         return {
-            name: Ingredients(weights, self.statistics[name], {kind: of[name] for kind, of in gates.items()}, size)
+            name: Ingredients(
+                *(weights, self.statistics[name], self.inputs[name], self.hidden[name]),
+                {kind: of[name] for kind, of in gates.items()},
+                size,
+            )
             for name, weights in self.weights.items()
         }
 

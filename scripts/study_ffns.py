@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -31,9 +31,11 @@ from detr_jax.files import refuse_existing, replacing, write_json
 from detr_jax.sparsity.activations import ActivationStatistics
 from detr_jax.sparsity.carrier import BareFFNs
 from detr_jax.sparsity.grouping import group_count
-from detr_jax.sparsity.methods import METHODS, Ingredients
+from detr_jax.sparsity.methods import METHODS, SKETCH_RANK, Ingredients
 from detr_jax.sparsity.ordering import cofiring_order, kmeans_order, permute
+from detr_jax.sparsity.refit import elimination_order, refit
 from detr_jax.sparsity.selectors import (
+    Fixed,
     HiddenMagnitude,
     Oracle,
     Pooled,
@@ -41,10 +43,11 @@ from detr_jax.sparsity.selectors import (
     TopK,
     by_contribution,
     find_indicators,
+    sketch,
 )
-from detr_jax.training.activations import measure_activations
+from detr_jax.training.activations import measure_activations, measure_moments
 from detr_jax.training.calibration import measure_scores
-from detr_jax.training.gates import KINDS, Gates, GateTraining, train_gates
+from detr_jax.training.gates import KINDS, GateKind, Gates, GateTraining, train_gates
 from detr_jax.training.passes import StoredPasses
 
 WINDOW = 32
@@ -163,8 +166,54 @@ def tile_densities(
     return {name: {title: of_ffns[name] for title, of_ffns in measured.items()} for name in ffns.weights}
 
 
-def train(ffns: BareFFNs, passes: StoredPasses, training: GateTraining) -> dict[str, Gates]:
-    """Gates of every kind."""
+SHARES = (0.25, 0.125)
+"""Of the neurons, for the table of sets that are decided for many tokens at once."""
+
+
+def shared_sets(ffns: BareFFNs, halves: Halves, training: GateTraining) -> dict[str, dict[str, dict[str, float]]]:
+    """By share of the neurons and how they are chosen, of each FFN the error of its output.
+
+    Fixed sets, then for whole images and for windows what a sketch chooses, what a trained gate chooses, and the best.
+    """
+    statistics = measure_activations(ffns, halves.calibration, 1)
+    inputs, hidden = measure_moments(ffns, halves.calibration)
+    kinds = {"contributions": KINDS["contributions"]}
+    gates = train(ffns, halves.calibration, replace(training, group_size=1), kinds)["contributions"]
+    contributions = HiddenMagnitude(weighted=True)
+    errors: dict[str, dict[str, dict[str, float]]] = {}
+    for share in SHARES:
+        count = {name: round(share * len(weights.w_in)) for name, weights in ffns.weights.items()}
+
+        def measure(score_of: Callable[[str], Score], count: dict[str, int] = count) -> dict[str, float]:
+            selectors = {name: TopK(score_of(name), jnp.int32(k)) for name, k in count.items()}
+            return {n: e.error for n, e in measure_effects(ffns, halves.test.batches(), selectors).items()}
+
+        def refitted(name: str, count: dict[str, int] = count) -> Fixed:
+            order = elimination_order(ffns.weights[name], hidden[name])
+            kept = np.isin(np.arange(len(order)), order[: count[name]])
+            return Fixed(jnp.asarray(kept), refit(ffns.weights[name], hidden[name], kept))
+
+        of_share = {"fixed": measure(lambda name: by_contribution(statistics[name], ffns.weights[name], 1))}
+        effects = measure_effects(ffns, halves.test.batches(), {name: refitted(name) for name in ffns.weights})
+        of_share["fixed, refitted"] = {name: effect.error for name, effect in effects.items()}
+        for title, window in (("per image", None), (f"per {WINDOW} tokens", WINDOW)):
+            sketched = {
+                name: Pooled(sketch(ffns.weights[name], m.mean, m.covariance, SKETCH_RANK, 1), False, window)
+                for name, m in inputs.items()
+            }
+            of_share |= {
+                f"sketch, {title}": measure(sketched.get),
+                f"trained gate, {title}": measure(lambda name, window=window: replace(gates[name], window=window)),
+                f"best, {title}": measure(lambda name, window=window: Pooled(contributions, False, window)),
+            }
+        errors[f"{share:g}"] = of_share
+    return errors
+
+
+def train(
+    ffns: BareFFNs, passes: StoredPasses, training: GateTraining, kinds: Mapping[str, GateKind] = KINDS
+) -> dict[str, Gates]:
+    """Gates of some kinds."""
     with (
         TemporaryDirectory() as folder,
         tqdm(total=training.epochs * len(passes), desc="training gates", unit="step") as bar,
@@ -174,15 +223,20 @@ def train(ffns: BareFFNs, passes: StoredPasses, training: GateTraining) -> dict[
             bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
             bar.update(step - bar.n)
 
-        return train_gates(ffns, passes, KINDS, training, Path(folder), report)
+        return train_gates(ffns, passes, kinds, training, Path(folder), report)
 
 
 def compare_selectors(ffns: BareFFNs, gates: Mapping[str, Gates], halves: Halves, arguments: Arguments) -> Effects:
     """What every selector does to each FFN."""
     size = arguments.training.group_size
     statistics = measure_activations(ffns, halves.calibration, size)
+    inputs, hidden = measure_moments(ffns, halves.calibration)
     ingredients = {
-        name: Ingredients(weights, statistics[name], {kind: of_kind[name] for kind, of_kind in gates.items()}, size)
+        name: Ingredients(
+            *(weights, statistics[name], inputs[name], hidden[name]),
+            {kind: of_kind[name] for kind, of_kind in gates.items()},
+            size,
+        )
         for name, weights in ffns.weights.items()
     }
 
@@ -251,8 +305,9 @@ def main(arguments: Arguments) -> None:
     ordered = permuted(ffns, cofiring(statistics, training.group_size))
     gates = train(ordered, StoredPasses(calibration, training.seed), training)
     effects = compare_selectors(ordered, gates, halves, arguments)
+    sets = shared_sets(ffns, halves, training)
 
-    text = study_markdown(images, basics, tiles, effects)
+    text = study_markdown(images, basics, sets, tiles, effects)
     print(text)
     with replacing(arguments.out / "tables.md") as temporary:
         temporary.write_text(text + "\n")
@@ -265,6 +320,7 @@ def main(arguments: Arguments) -> None:
         {
             "images": images,
             "basics": basics,
+            "sets": sets,
             "tiles": tiles,
             "selectors": {
                 name: {method: {s: asdict(effect) for s, effect in of.items()} for method, of in methods.items()}

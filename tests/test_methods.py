@@ -10,7 +10,8 @@ from detr_jax.model.ffn import trace
 from detr_jax.sparsity.activations import measure
 from detr_jax.sparsity.calibration import score_histogram
 from detr_jax.sparsity.methods import METHODS, Ingredients
-from detr_jax.sparsity.selectors import LinearGate, LowRankGate
+from detr_jax.sparsity.moments import moments_of
+from detr_jax.sparsity.selectors import ContributionGate, LinearGate, LowRankGate, PooledGate
 
 SIZE = 4
 
@@ -30,9 +31,16 @@ def ingredients(ffn):
         jax.random.normal(keys[3], (d, 3)), jax.random.normal(keys[4], (3, groups)), jnp.zeros(groups)
     )
     gates = dict(zip(("firing", "contribution", "norm"), linear, strict=True)) | {"balanced": low_rank}
+    gates["features"] = PooledGate(keys_of(d, 3), jnp.zeros(3), keys_of(3, groups), jnp.zeros(groups))
+    gates["contributions"] = ContributionGate(keys_of(d, 3), keys_of(3, groups), jnp.zeros(groups))
     kinds = jnp.zeros(tokens.shape, int)
     statistics = measure(weights, trace(weights, x, tokens), kinds, kinds_count=1, group_size=SIZE)
-    return Ingredients(weights, jax.tree.map(np.asarray, statistics), gates, SIZE)
+    moments = (moments_of(values, tokens) for values in (x, trace(weights, x, tokens).hidden))
+    return Ingredients(weights, jax.tree.map(np.asarray, statistics), *moments, gates, SIZE)
+
+
+def keys_of(*shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(len(shape) + shape[0]), shape)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -46,7 +54,8 @@ def test_it_keeps_about_the_density_it_is_given(ffn, ingredients, name):
     shares = []
     for selector, density in zip(selectors, (1.0, 0.5, 0.25, 0.125), strict=True):
         selection = selector(weights, x, tokens)
-        kept = selection.active if selection.channels is None else selection.channels
+        active = selection.per_token(tokens.shape, len(weights.w_in))
+        kept = active if selection.channels is None else selection.channels
         shares.append(float(np.asarray(kept)[np.asarray(tokens)].mean()))
         assert shares[-1] <= density + 1e-6
         expected = min(density, fires) if selector.traits.granularity == "neuron" and density < 1 else density

@@ -16,6 +16,7 @@ from detr_jax.model.ffn import forward, trace
 from detr_jax.sparsity.activations import ActivationStatistics, measure
 from detr_jax.sparsity.selectors import (
     Compensated,
+    ContributionGate,
     Executed,
     HiddenMagnitude,
     Importance,
@@ -290,6 +291,20 @@ def test_a_pooled_gate_decides_from_the_mean_features_of_its_window(window):
         np.testing.assert_allclose(scores[i, tile], np.mean(features, 0) @ up + bias, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_contribution_gate_adds_up_what_tokens_need(window):
+    rng = np.random.default_rng(3)
+    down, up, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((D, 2), (2, 5), 5))
+    scores = np.asarray(ContributionGate(*map(jnp.asarray, (down, up, bias)), window)(WEIGHTS, X, TOKENS))
+    length = window or X.shape[1]
+    for i, tile in np.ndindex(scores.shape[:2]):
+        members = [t for t in range(tile * length, min((tile + 1) * length, X.shape[1])) if TOKENS[i, t]]
+        if members:
+            needed = [np.log1p(np.exp(np.float64(X[i, t] @ down @ up + bias))) for t in members]
+            np.testing.assert_allclose(scores[i, tile], np.log(np.mean(needed, 0)), rtol=1e-3, atol=1e-4)
+    assert np.isfinite(scores).all()
+
+
 def test_a_sketch_of_full_rank_knows_what_neurons_contribute():
     rng = np.random.default_rng(0)
     mean, root = rng.standard_normal(D), rng.standard_normal((D, D))
@@ -497,6 +512,8 @@ EXPECTED_TRAITS_AND_COST = {
     "pooled windows": (Traits("training", "image", "both", tile_size=4), D * GROUPS),
     "pooled gate": (Traits("training", "image", "both", tile_size=None), 2 * D),
     "gate of windows": (Traits("training", "image", "both", tile_size=4), 2 * D + 2 * 3 / 4),
+    "contribution gate": (Traits("training", "image", "both", tile_size=None), 2 * (D + GROUPS)),
+    "fixed set": (Traits("statistics", "group", "both", dynamic=False, tile_size=None), 0),
     "sketch": (Traits("statistics", "group", "both"), 3 * (D + F)),
     "fixed": (Traits("statistics", "neuron", "both", dynamic=False), 0),
     "sections": (Traits("training", "group", "both"), 2 * D),

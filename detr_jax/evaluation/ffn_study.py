@@ -19,7 +19,7 @@ from detr_jax.files import replacing
 from detr_jax.model import FFNWeights, Selection
 from detr_jax.model.ffn import forward
 from detr_jax.sparsity.carrier import BareFFNs, FFNCarrier, FFNInputs
-from detr_jax.sparsity.selectors import Compensated, Oracle, Sibs, Thresholded, TopK
+from detr_jax.sparsity.selectors import Compensated, Fixed, Oracle, Sibs, Thresholded, TopK
 from detr_jax.sparsity.statistics import count_firing, total_counts
 
 matplotlib.use("Agg")
@@ -27,7 +27,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-MeasuredSelector = Thresholded | TopK | Compensated | Oracle | Sibs
+MeasuredSelector = Thresholded | TopK | Compensated | Fixed | Oracle | Sibs
 """Selectors that know what they cost."""
 
 Densities = dict[str, dict[int, float]]
@@ -171,6 +171,7 @@ def _effects(carrier, batch, selectors):
 def study_markdown(
     images: Mapping[str, int],
     basics: Mapping[str, Mapping[str, float]],
+    sets: Mapping[str, Mapping[str, Mapping[str, float]]],
     tiles: Mapping[str, Mapping[str, Densities]],
     effects: Effects,
 ) -> str:
@@ -179,6 +180,8 @@ def study_markdown(
     Args:
         images: number of images by what they were for.
         basics: by what was measured, of each FFN.
+        sets: by share of the neurons and how they are chosen, of each FFN the error; "best, ..." is the bound of the
+            rows that decide for as many tokens.
         tiles: of each FFN, by how its neurons are grouped.
         effects: of the selectors; those with the settings of the last method share a table, the others have another.
     """
@@ -192,6 +195,11 @@ def study_markdown(
         "h_j ||W2[j]||: a fixed set on the calibration images, the best ones on the image or window itself. Neurons "
         "that never fire there are in no set, even if it becomes smaller than the share says.",
         markdown_table(["", *names], [[t, *(f"{v:.3f}" for v in row.values())] for t, row in basics.items()], left=1),
+        "## Sets of neurons that many tokens share",
+        "Errors as above. The sketch guesses what neurons contribute from a product of low rank in place of the first "
+        "one, fitted to the covariance of the inputs; the trained gate has the same size. The last column is how much "
+        "of the way from the fixed set to the best one of that granularity a row goes, by the mean error.",
+        *(_sets_table(share, of_share, names) for share, of_share in sets.items()),
         "## Density of exact firing",
         "Share of the pairs of token tile and group in which a neuron fires, by tokens per tile, with the tokens in "
         "the order in which they come (raster) and in the order of their signatures.",
@@ -224,6 +232,22 @@ def study_markdown(
     ]
     parts += ["### Selectors without a density to aim at", markdown_table(["", *names], rows, left=1)]
     return "\n\n".join(parts)
+
+
+def _sets_table(share: str, errors: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> str:
+    means = {title: float(np.mean(list(row.values()))) for title, row in errors.items()}
+
+    def way(title: str) -> str:
+        bound = f"best, {title.partition(', ')[2]}"
+        if bound not in means:
+            return ""
+        return f"{(means['fixed'] - means[title]) / max(means['fixed'] - means[bound], FLOOR**2):.2f}"
+
+    rows = [
+        [title, *(f"{row[name]:.3f}" for name in names), f"{means[title]:.3f}", way(title)]
+        for title, row in errors.items()
+    ]
+    return markdown_table([f"{100 * float(share):g} % of the neurons", *names, "mean", "way"], rows, left=1)
 
 
 def _cell(effect: Effect) -> str:

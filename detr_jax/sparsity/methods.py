@@ -4,12 +4,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 
 from detr_jax.model import FFNWeights, Selector
 from detr_jax.sparsity.activations import ActivationStatistics
 from detr_jax.sparsity.calibration import ScoreHistogram, density_threshold
+from detr_jax.sparsity.moments import Moments
+from detr_jax.sparsity.refit import elimination_order, refit
 from detr_jax.sparsity.selectors import (
     Compensated,
+    Fixed,
     Gate,
     HiddenMagnitude,
     InputMagnitude,
@@ -17,12 +21,14 @@ from detr_jax.sparsity.selectors import (
     Pooled,
     Score,
     ShareOfLargest,
+    Sketch,
     Standardised,
     Thresholded,
     TopK,
     by_contribution,
     by_firing,
     low_rank_factors,
+    sketch,
 )
 
 
@@ -33,12 +39,16 @@ class Ingredients:
     Attributes:
         weights: of the FFN.
         statistics: of its activations on training images.
-        gates: trained ones by kind: "firing", "contribution", "balanced", "norm".
+        inputs: moments of its inputs on training images.
+        hidden: moments of its hidden activations on training images.
+        gates: trained ones by their names in `training.gates.KINDS`.
         group_size: neurons per group.
     """
 
     weights: FFNWeights
     statistics: ActivationStatistics
+    inputs: Moments
+    hidden: Moments
     gates: Mapping[str, Gate]
     group_size: int
 
@@ -51,12 +61,14 @@ class Method:
         score: makes its score.
         by_rank: the same number for every token, instead of a threshold.
         rank: of the factors that what it leaves out goes through, at most; None leaves it out.
+        refitted: fixed sets of neurons by elimination, with a fitted second layer, instead of those of the score.
         note: what stands beside it in tables.
     """
 
     score: Callable[[Ingredients], Score]
     by_rank: bool = False
     rank: int | None = None
+    refitted: bool = False
     note: str = ""
 
     def at_densities(
@@ -70,6 +82,11 @@ class Method:
             densities: targets from 0 to 1.
         """
         score, weights = self.score(ingredients), ingredients.weights
+        if self.refitted:
+            survivors = elimination_order(weights, ingredients.hidden)
+            neurons = np.arange(len(survivors))
+            sets = [np.isin(neurons, survivors[: round(density * len(neurons))]) for density in densities]
+            return tuple(Fixed(jnp.asarray(kept), refit(weights, ingredients.hidden, kept)) for kept in sets)
         if self.by_rank:
             return tuple(TopK(score, jnp.int32(round(density * len(weights.w_in)))) for density in densities)
         thresholds = (density_threshold(histogram, density) for density in densities)
@@ -80,10 +97,22 @@ class Method:
         return tuple(selectors)
 
 
+SKETCH_RANK = 16
+
+
+def sketch_of(ingredients: Ingredients) -> Sketch:
+    """The sketch of single neurons."""
+    mean, covariance = ingredients.inputs.mean, ingredients.inputs.covariance
+    return sketch(ingredients.weights, mean, covariance, min(SKETCH_RANK, len(mean)), 1)
+
+
 METHODS = {
     "random": Method(lambda i: Lots(i.group_size)),
     "static, firing": Method(lambda i: by_firing(i.statistics, i.group_size)),
     "static, contribution": Method(lambda i: by_contribution(i.statistics, i.weights, i.group_size)),
+    "static, refitted": Method(
+        lambda i: by_contribution(i.statistics, i.weights, i.group_size), refitted=True, note="second layer fitted"
+    ),
     "mgs": Method(lambda i: i.gates["firing"]),
     "mgs, contribution": Method(lambda i: i.gates["contribution"], note="labels weighted by contribution"),
     "mgs + rsparse": Method(lambda i: i.gates["firing"], rank=4, note="skipped groups through rank 4"),
@@ -91,6 +120,9 @@ METHODS = {
     "d2dmoe": Method(lambda i: ShareOfLargest(i.gates["norm"])),
     "stat-topk": Method(lambda i: Standardised(i.gates["firing"])),
     "core": Method(lambda i: Pooled(i.gates["firing"], odds=True)),
+    "pooled features": Method(lambda i: i.gates["features"]),
+    "pooled contributions": Method(lambda i: i.gates["contributions"]),
+    "sketch": Method(lambda i: Pooled(sketch_of(i), odds=False), by_rank=True),
     "topk": Method(lambda i: HiddenMagnitude(weighted=False), by_rank=True, note="needs h: an accuracy bound"),
     "teal, hidden": Method(lambda i: HiddenMagnitude(weighted=False)),
     "teal, input": Method(lambda i: InputMagnitude(weighted=False)),

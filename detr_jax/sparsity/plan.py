@@ -31,7 +31,13 @@ _CLASSES = {
         *(selectors.Executed, Execution),
         *(selectors.Oracle, selectors.Sibs),
         *(selectors.Lots, selectors.Importance, selectors.HiddenMagnitude, selectors.InputMagnitude),
-        *(selectors.LinearGate, selectors.LowRankGate, selectors.PooledGate, selectors.Sketch),
+        *(
+            selectors.LinearGate,
+            selectors.LowRankGate,
+            selectors.PooledGate,
+            selectors.ContributionGate,
+            selectors.Sketch,
+        ),
         *(selectors.Fixed, selectors.Sectioned),
         *(selectors.Standardised, selectors.ShareOfLargest, selectors.Pooled),
     )

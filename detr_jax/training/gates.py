@@ -12,7 +12,7 @@ import optax
 from detr_jax.model import FFNTrace, FFNWeights
 from detr_jax.sparsity.carrier import FFNCarrier
 from detr_jax.sparsity.grouping import firing_groups, group_count
-from detr_jax.sparsity.selectors import Gate, LinearGate, LowRankGate, PooledGate, Thresholded
+from detr_jax.sparsity.selectors import ContributionGate, Gate, LinearGate, LowRankGate, PooledGate, Thresholded
 from detr_jax.sparsity.selectors.score import group_sums
 from detr_jax.sparsity.tiles import mean_of_tokens
 from detr_jax.training.checkpoints import Checkpoints
@@ -34,13 +34,11 @@ class GateKind:
     """What a gate learns, see `gate_loss`."""
     rank: int | None = None
     """Of a gate of two layers (Deja Vu); None for one linear layer (MGS)."""
-    pooled: bool = False
-    """Whether a gate of two layers decides once for many tokens; it learns shares."""
-    window: int | None = None
-    """Consecutive tokens that a pooled gate decides for; None for all of an image."""
+    pooled: Literal["features", "contributions"] | None = None
+    """What a gate of two layers pools to decide once for all tokens of an image; it learns shares."""
 
     def __post_init__(self):
-        if self.pooled != (self.objective == "share") or (self.pooled and self.rank is None):
+        if (self.pooled is None) != (self.objective != "share") or (self.pooled and self.rank is None):
             raise ValueError(f"gates that learn shares are pooled and have a rank, and no others are pooled: {self}")
 
 
@@ -50,9 +48,10 @@ KINDS = {
     "contribution": GateKind("contribution"),
     "balanced": GateKind("balanced", rank=16),
     "norm": GateKind("norm"),
-    "share": GateKind("share", rank=64, pooled=True),
+    "features": GateKind("share", rank=64, pooled="features"),
+    "contributions": GateKind("share", rank=16, pooled="contributions"),
 }
-"""What the methods of `sparsity.methods` are made from: MGS, MGS with weighted labels, Deja Vu, D2DMoE, pooled."""
+"""What `sparsity.methods` are made from: MGS, MGS with weighted labels, Deja Vu, D2DMoE, and two that are pooled."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +90,12 @@ def initial_gate(kind: GateKind, d_model: int, groups: int, key: jax.Array) -> G
     if kind.rank < 1:
         raise ValueError(f"the rank of a gate must be at least 1, not {kind.rank}")
     down = jax.nn.initializers.lecun_normal()(key, (d_model, kind.rank))
-    if kind.pooled:
-        return PooledGate(down, jnp.zeros(kind.rank), jnp.zeros((kind.rank, groups)), jnp.zeros(groups), kind.window)
-    return LowRankGate(down, jnp.zeros((kind.rank, groups)), jnp.zeros(groups))
+    up, bias = jnp.zeros((kind.rank, groups)), jnp.zeros(groups)
+    if kind.pooled == "features":
+        return PooledGate(down, jnp.zeros(kind.rank), up, bias)
+    if kind.pooled == "contributions":
+        return ContributionGate(down, up, bias)
+    return LowRankGate(down, up, bias)
 
 
 def output_norms(weights: FFNWeights, hidden: jax.Array, groups: int) -> jax.Array:

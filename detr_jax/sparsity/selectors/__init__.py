@@ -5,7 +5,7 @@ from detr_jax.sparsity.selectors.executed import Executed
 from detr_jax.sparsity.selectors.gates import Gate, LinearGate, LowRankGate, log_odds
 from detr_jax.sparsity.selectors.magnitude import HiddenMagnitude, InputMagnitude
 from detr_jax.sparsity.selectors.oracle import Oracle
-from detr_jax.sparsity.selectors.pooled_gate import PooledGate
+from detr_jax.sparsity.selectors.pooled_gate import ContributionGate, PooledGate
 from detr_jax.sparsity.selectors.random import Lots
 from detr_jax.sparsity.selectors.rsparse import Compensated, low_rank_factors
 from detr_jax.sparsity.selectors.score import Score, Thresholded, Traits
@@ -17,6 +17,7 @@ from detr_jax.sparsity.selectors.topk import TopK
 
 __all__ = [
     "Compensated",
+    "ContributionGate",
     "Executed",
     "Fixed",
     "Gate",

@@ -9,7 +9,7 @@ from scipy.special import logit
 
 from detr_jax.model import FFNWeights
 from detr_jax.pytrees import pytree
-from detr_jax.sparsity.selectors.pooled_gate import PooledGate
+from detr_jax.sparsity.selectors.pooled_gate import ContributionGate, PooledGate
 from detr_jax.sparsity.selectors.score import Traits
 
 
@@ -59,7 +59,7 @@ class LowRankGate:
         return float(self.down.size + self.up.size)
 
 
-Gate = LinearGate | LowRankGate | PooledGate
+Gate = LinearGate | LowRankGate | PooledGate | ContributionGate
 
 
 def log_odds(probability: float) -> float:

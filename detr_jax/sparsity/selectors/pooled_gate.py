@@ -1,4 +1,4 @@
-"""A trained score that looks at many tokens at once and decides for all of them."""
+"""Trained scores that decide for many tokens at once, from pooled features or from what each token would need."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -13,13 +13,29 @@ from detr_jax.sparsity.selectors.score import Traits
 from detr_jax.sparsity.tiles import mean_of_tokens
 
 
+class _Shared:
+    """What both kinds have."""
+
+    down: jax.Array
+    up: jax.Array
+    bias: jax.Array
+    window: int | None
+
+    @property
+    def traits(self) -> Traits:
+        return Traits("training", "image", "both", tile_size=self.window)
+
+    def of_groups(self, groups: np.ndarray):
+        """See `SharedScore`."""
+        return dataclasses.replace(self, up=self.up[:, groups], bias=self.bias[groups])
+
+
 @pytree
 @dataclass(frozen=True)
-class PooledGate:
-    """mean over tokens of relu(x D + c), then one linear layer: how much each group is needed by an image or window.
+class PooledGate(_Shared):
+    """The mean over tokens of relu(x D + c), then one linear layer.
 
-    Ours, after the pooled gates of Gao et al. 2024, "SeerAttention". The second layer runs once for all tokens, so
-    that groups may be single neurons.
+    Ours, after the pooled gates of Gao et al. 2024, "SeerAttention". The second layer runs once for all tokens.
 
     Attributes:
         down: (d, r) float32.
@@ -35,18 +51,37 @@ class PooledGate:
     bias: jax.Array
     window: int | None = field(default=None, metadata={"static": True})
 
-    @property
-    def traits(self) -> Traits:
-        return Traits("training", "image", "both", tile_size=self.window)
-
     def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> jax.Array:
         features = jax.nn.relu(x.astype(jnp.float32) @ self.down + self.shift)
         return mean_of_tokens(features, tokens, self.window) @ self.up + self.bias
 
-    def of_groups(self, groups: np.ndarray) -> "PooledGate":
-        """See `SharedScore`."""
-        return dataclasses.replace(self, up=self.up[:, groups], bias=self.bias[groups])
-
     def cost(self, d_model: int, features: int) -> float:
         # The second layer is shared by the tokens of an image, whose number is not known here, and not counted there.
         return float(self.down.size + (self.up.size / self.window if self.window else 0))
+
+
+@pytree
+@dataclass(frozen=True)
+class ContributionGate(_Shared):
+    """The logarithm of the mean over tokens of what each of them needs of a group: softplus(x D U + b), of low rank.
+
+    Ours: the gate of Liu et al. 2023, "Deja Vu", as a guess of contributions that add up.
+
+    Attributes:
+        down: (d, r) float32.
+        up: (r, G) float32.
+        bias: (G,) float32.
+        window: consecutive tokens of a decision; None for all of an image.
+    """
+
+    down: jax.Array
+    up: jax.Array
+    bias: jax.Array
+    window: int | None = field(default=None, metadata={"static": True})
+
+    def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> jax.Array:
+        needed = jax.nn.softplus(x.astype(jnp.float32) @ self.down @ self.up + self.bias)
+        return jnp.log(mean_of_tokens(needed, tokens, self.window) + jnp.finfo(jnp.float32).tiny)
+
+    def cost(self, d_model: int, features: int) -> float:
+        return float(self.down.size + self.up.size)
