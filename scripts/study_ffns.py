@@ -35,6 +35,7 @@ from detr_jax.sparsity.methods import METHODS, SKETCH_RANK, Ingredients
 from detr_jax.sparsity.ordering import cofiring_order, kmeans_order, permute
 from detr_jax.sparsity.refit import elimination_order, refit
 from detr_jax.sparsity.selectors import (
+    ContributionGate,
     Fixed,
     HiddenMagnitude,
     Oracle,
@@ -177,8 +178,14 @@ def shared_sets(ffns: BareFFNs, halves: Halves, training: GateTraining) -> dict[
     """
     statistics = measure_activations(ffns, halves.calibration, 1)
     inputs, hidden = measure_moments(ffns, halves.calibration)
+    sketches = {
+        name: sketch(ffns.weights[name], m.mean, m.covariance, min(SKETCH_RANK, len(m.mean)), 1)
+        for name, m in inputs.items()
+    }
     kinds = {"contributions": KINDS["contributions"]}
-    gates = train(ffns, halves.calibration, replace(training, group_size=1), kinds)["contributions"]
+    start = {"contributions": {name: ContributionGate.from_sketch(s) for name, s in sketches.items()}}
+    tuning = replace(training, group_size=1, learning_rate=training.learning_rate / 6)
+    gates = train(ffns, halves.calibration, tuning, kinds, start)["contributions"]
     contributions = HiddenMagnitude(weighted=True)
     errors: dict[str, dict[str, dict[str, float]]] = {}
     for share in SHARES:
@@ -197,12 +204,8 @@ def shared_sets(ffns: BareFFNs, halves: Halves, training: GateTraining) -> dict[
         effects = measure_effects(ffns, halves.test.batches(), {name: refitted(name) for name in ffns.weights})
         of_share["fixed, refitted"] = {name: effect.error for name, effect in effects.items()}
         for title, window in (("per image", None), (f"per {WINDOW} tokens", WINDOW)):
-            sketched = {
-                name: Pooled(sketch(ffns.weights[name], m.mean, m.covariance, SKETCH_RANK, 1), False, window)
-                for name, m in inputs.items()
-            }
             of_share |= {
-                f"sketch, {title}": measure(sketched.get),
+                f"sketch, {title}": measure(lambda name, window=window: Pooled(sketches[name], False, window)),
                 f"trained gate, {title}": measure(lambda name, window=window: replace(gates[name], window=window)),
                 f"best, {title}": measure(lambda name, window=window: Pooled(contributions, False, window)),
             }
@@ -211,7 +214,11 @@ def shared_sets(ffns: BareFFNs, halves: Halves, training: GateTraining) -> dict[
 
 
 def train(
-    ffns: BareFFNs, passes: StoredPasses, training: GateTraining, kinds: Mapping[str, GateKind] = KINDS
+    ffns: BareFFNs,
+    passes: StoredPasses,
+    training: GateTraining,
+    kinds: Mapping[str, GateKind] = KINDS,
+    start: Mapping[str, Gates] | None = None,
 ) -> dict[str, Gates]:
     """Gates of some kinds."""
     with (
@@ -223,7 +230,7 @@ def train(
             bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
             bar.update(step - bar.n)
 
-        return train_gates(ffns, passes, kinds, training, Path(folder), report)
+        return train_gates(ffns, passes, kinds, training, Path(folder), report, start=start)
 
 
 def compare_selectors(ffns: BareFFNs, gates: Mapping[str, Gates], halves: Halves, arguments: Arguments) -> Effects:

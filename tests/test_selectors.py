@@ -327,6 +327,17 @@ def test_a_sketch_spends_its_rank_on_what_the_inputs_do():
     assert np.abs(worse - exact).max() > 0.5
 
 
+def test_a_gate_starts_where_a_sketch_is():
+    of = sketch(WEIGHTS, np.zeros(D), np.eye(D), D, 1)
+    wanted = np.asarray(Pooled(of, odds=False)(WEIGHTS, X, TOKENS))[:, 0]
+    scores = np.asarray(ContributionGate.from_sketch(of)(WEIGHTS, X, TOKENS))[:, 0]
+    for row, guess in zip(wanted, scores, strict=True):
+        large = np.argsort(-row)[:4]  # of small ones softplus makes more than nothing
+        assert set(large) == set(np.argsort(-guess)[:4])
+    with pytest.raises(ValueError, match="not of groups of 4"):
+        ContributionGate.from_sketch(sketch(WEIGHTS, np.zeros(D), np.eye(D), D, SIZE))
+
+
 def test_sketches_that_cannot_be_made_are_refused():
     with pytest.raises(ValueError, match=f"the rank must be from 1 to {D}, not {D + 1}"):
         sketch(WEIGHTS, np.zeros(D), np.eye(D), D + 1, 1)

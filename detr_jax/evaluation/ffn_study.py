@@ -160,9 +160,8 @@ def _effects(carrier, batch, selectors):
     weights = carrier.ffn_weights()
 
     def effect(name, trace):
-        unbiased = weights[name]._replace(b_out=jnp.zeros_like(weights[name].b_out))
-        dense, sparse = (forward(unbiased, trace.inputs, chosen) for chosen in (Selection(), trace.selection))
-        squares = jnp.stack([(sparse - dense) ** 2, dense**2])
+        dense, sparse = (forward(weights[name], trace.inputs, chosen) for chosen in (Selection(), trace.selection))
+        squares = jnp.stack([(sparse - dense) ** 2, (dense - weights[name].b_out) ** 2])
         return jnp.where(trace.tokens[..., None], squares, 0).sum((1, 2, 3)), count_firing(trace, 1)
 
     return {name: effect(name, trace) for name, trace in carrier.traces(batch, selectors).items()}
@@ -197,7 +196,7 @@ def study_markdown(
         markdown_table(["", *names], [[t, *(f"{v:.3f}" for v in row.values())] for t, row in basics.items()], left=1),
         "## Sets of neurons that many tokens share",
         "Errors as above. The sketch guesses what neurons contribute from a product of low rank in place of the first "
-        "one, fitted to the covariance of the inputs; the trained gate has the same size. The last column is how much "
+        "one, fitted to the covariance of the inputs; the trained gate starts there. The last column is how much "
         "of the way from the fixed set to the best one of that granularity a row goes, by the mean error.",
         *(_sets_table(share, of_share, names) for share, of_share in sets.items()),
         "## Density of exact firing",

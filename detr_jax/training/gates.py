@@ -165,6 +165,7 @@ def train_gates(
     report: Callable[[int, jax.Array], None],
     *,
     running: Mapping[str, Mapping[str, Thresholded]] | None = None,
+    start: Mapping[str, Gates] | None = None,
 ) -> dict[str, Gates]:
     """Trains gates of several kinds for every FFN, or goes on from the latest checkpoint in `folder`.
 
@@ -180,6 +181,7 @@ def train_gates(
         report: called after every step with the number of steps taken so far and the mean loss of the gates.
         running: gates with thresholds of each kind to start from. They are in effect while they are trained, so that
             each learns on the inputs that the others leave it. None starts anew, on the dense FFNs.
+        start: gates to start from on the dense FFNs, by name of their kind; kinds without start anew.
 
     Returns:
         gates of each kind, by name of their FFN.
@@ -210,7 +212,7 @@ def train_gates(
         updates, memory = optimise.update(gradients, memory)
         return (optax.apply_updates(gates, updates), memory), loss
 
-    gates = _initial_gates(carrier, kinds, training)
+    gates = _initial_gates(carrier, kinds, training) | dict(start or {})
     if running is not None:
         gates = {kind: {name: running[kind][name].score for name in gates[kind]} for kind in kinds}
     state = (gates, optimise.init(gates))

@@ -10,7 +10,11 @@ import numpy as np
 from detr_jax.model import FFNWeights
 from detr_jax.pytrees import pytree
 from detr_jax.sparsity.selectors.score import Traits
+from detr_jax.sparsity.selectors.sketch import Sketch
 from detr_jax.sparsity.tiles import mean_of_tokens
+
+_SHARPNESS = 4.0
+"""Of a gate that starts from a sketch: a hidden activation of 1 is so many units of softplus, which is 0.7 at 0."""
 
 
 class _Shared:
@@ -85,3 +89,15 @@ class ContributionGate(_Shared):
 
     def cost(self, d_model: int, features: int) -> float:
         return float(self.down.size + self.up.size)
+
+    @classmethod
+    def from_sketch(cls, sketch: Sketch) -> "ContributionGate":
+        """The gate that says what a sketch of single neurons says, up to the rounding of softplus at 0; to train on.
+
+        Raises:
+            ValueError: if the sketch is of groups, whose contributions are sums that one softplus cannot be.
+        """
+        if sketch.group_size != 1:
+            raise ValueError(f"a gate can start from a sketch of single neurons, not of groups of {sketch.group_size}")
+        scale = _SHARPNESS / jnp.maximum(jnp.mean(sketch.norms), jnp.finfo(jnp.float32).tiny) * sketch.norms
+        return cls(sketch.down, sketch.up * scale, sketch.bias * scale)
