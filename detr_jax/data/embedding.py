@@ -21,12 +21,14 @@ class EmbeddedBatch:
         sizes: (batch, 2) int, original height and width in pixels.
         image_ids: (batch,) int.
         valid: (batch,) bool, false for copies that fill the batch.
+        grid: rows and columns of the tokens.
     """
 
     tokens: ImageTokens
     sizes: np.ndarray
     image_ids: np.ndarray
     valid: np.ndarray
+    grid: tuple[int, int]
 
 
 @jax.jit
@@ -53,5 +55,6 @@ def embedded_batches(model: DETR, dataset: Dataset, batch_size: int, progress: s
     with tqdm(total=len(dataset), unit="image", desc=progress) as bar:
         for batch in batches(dataset, model.config, batch_size):
             tokens = jax.device_get(embed_batch(model, batch))
-            yield EmbeddedBatch(tokens, batch.sizes, batch.image_ids, batch.valid)
+            grid = model.token_grid(batch.pixel_mask.shape[1:])
+            yield EmbeddedBatch(tokens, batch.sizes, batch.image_ids, batch.valid, grid)
             bar.update(int(batch.valid.sum()))
