@@ -149,9 +149,9 @@ def check(arguments: Arguments) -> None:
     for option in ("tile_sizes", "block_sizes", "shares", "order_tile_sizes"):
         if not getattr(arguments, option):
             raise ValueError(f"--{option.replace('_', '-')} needs at least one value")
-    for option in ("tile_sizes", "order_tile_sizes", "block_sizes"):
-        if (least := min(getattr(arguments, option))) < (2 if option == "block_sizes" else 1):
-            raise ValueError(f"--{option.replace('_', '-')} must be at least 1 (blocks: 2), not {least}")
+    for option, smallest in (("tile_sizes", 1), ("order_tile_sizes", 1), ("block_sizes", 2)):
+        if (least := min(getattr(arguments, option))) < smallest:
+            raise ValueError(f"--{option.replace('_', '-')} must be at least {smallest}, not {least}")
     if arguments.fit_tile_size < 1:
         raise ValueError(f"--fit-tile-size must be at least 1, not {arguments.fit_tile_size}")
     for option, values in (("shares", arguments.shares), ("need-share", (arguments.need_share,))):

@@ -8,7 +8,8 @@ from detr_jax import kernels
 from detr_jax.model import FFNWeights
 from detr_jax.model.parameters import fingerprint
 from detr_jax.sparsity.grouping import firing_groups
-from detr_jax.sparsity.ordering import cofiring_order, kmeans_order, permute, reorder
+from detr_jax.sparsity.need import NeedStatistics
+from detr_jax.sparsity.ordering import cofiring_order, kmeans_order, need_order, permute, reorder
 
 D, F, SIZE = 16, 64, 8
 
@@ -79,3 +80,65 @@ def test_bad_orders_and_group_sizes_are_refused():
         cofiring_order(np.eye(F), 7)
     with pytest.raises(ValueError, match="cannot be divided into groups of 7"):
         kmeans_order(weights.w_in, 7)
+
+
+def need_of(needs: np.ndarray, contributed: np.ndarray) -> NeedStatistics:
+    """Of (tiles, F) what tiles need and (F,) what neurons contribute."""
+    needs = needs.astype(np.int64)
+    return NeedStatistics(np.int64(len(needs)), needs.T @ needs, contributed)
+
+
+def families_of_need(seed: int = 0) -> tuple[NeedStatistics, np.ndarray]:
+    """Neurons that all tiles need (family 0), that one of four kinds needs (1 to 4), and that none does (5)."""
+    rng = np.random.default_rng(seed)
+    families = rng.permutation(np.repeat(np.arange(6), [10, 10, 10, 10, 8, 16]))
+    kinds = rng.integers(1, 5, 300)
+    needs = (families == 0) | (families == kinds[:, None])
+    needs &= rng.random(needs.shape) < np.where(families == 0, 1, 0.9)
+    return need_of(needs, np.where(families == 5, 1e-6, rng.uniform(1, 2, F))), families
+
+
+def test_an_order_by_need_has_sections_of_whole_blocks():
+    statistics, families = families_of_need()
+    found = need_order(statistics, SIZE)
+    assert (found.always, found.gated, found.never) == (8, 40, 16)
+    always, gated, never = np.split(families[found.order], [8, 48])
+    assert (always == 0).all() and (never == 5).all()
+    # Of 10, two of each family are left over after a whole block.
+    assert sum(len(np.unique(block)) > 1 for block in gated.reshape(-1, SIZE)) <= 2
+    np.testing.assert_array_equal(np.sort(found.order), np.arange(F))
+
+
+@pytest.mark.parametrize("size", [1, 4, 16, 64])
+def test_the_sections_are_those_that_were_asked_for(size):
+    statistics, _ = families_of_need()
+    for always, negligible in ((0.5, 0.0), (1.0, 0.2), (0.0, 1.0)):
+        found = need_order(statistics, size, always=always, negligible=negligible)
+        assert found.always + found.gated + found.never == F
+        assert found.always % size == found.gated % size == found.never % size == 0
+        dropped = statistics.contributed[found.order[F - found.never :]].sum()
+        assert dropped <= negligible * statistics.contributed.sum() * (1 + 1e-9)
+        frequent = np.diag(statistics.coneeded)[found.order[: found.always]]
+        assert (frequent >= always * statistics.tiles).all()
+        np.testing.assert_array_equal(np.sort(found.order), np.arange(F))
+
+
+def test_where_nothing_tells_neurons_apart_the_one_that_contributes_more_comes_first():
+    contributed = np.random.default_rng(0).random(F) + 1
+    statistics = need_of(np.repeat(np.arange(10)[:, None] < 5, F, axis=1), contributed)
+    np.testing.assert_array_equal(need_order(statistics, SIZE).order, np.argsort(-contributed))
+
+
+def test_an_ffn_that_is_silent_needs_nothing():
+    found = need_order(need_of(np.zeros((5, F), bool), np.zeros(F)), SIZE)
+    assert (found.always, found.gated, found.never) == (0, 0, F)
+
+
+def test_bad_sizes_and_shares_of_need_are_refused():
+    statistics, _ = families_of_need()
+    with pytest.raises(ValueError, match="cannot be divided into groups of 7"):
+        need_order(statistics, 7)
+    with pytest.raises(ValueError, match="always must be a share from 0 to 1, not 2"):
+        need_order(statistics, SIZE, always=2)
+    with pytest.raises(ValueError, match="negligible must be a share from 0 to 1, not -1"):
+        need_order(statistics, SIZE, negligible=-1)
