@@ -13,7 +13,8 @@ from detr_jax.kernels import signature_order
 from detr_jax.model import FFNTrace
 from detr_jax.sparsity.carrier import FFNCarrier
 from detr_jax.sparsity.grouping import firing_groups, group_count
-from detr_jax.sparsity.need import contributions, needed, tiles_of
+from detr_jax.sparsity.need import contributions, needed
+from detr_jax.sparsity.tiles import tiles_of
 from detr_jax.sparsity.token_orders import Grid, GridOrder, grid_order, padding_last
 
 TokenOrder = GridOrder | Literal["signature"]

@@ -189,7 +189,8 @@ def plot_where(path: Path, title: str, where: Measurements, need_share: float) -
     explained = {
         text: handle for axes in panels.flat for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(explained.values(), explained.keys(), fontsize=8, loc="outside right center")
+    texts = sorted(explained, key=lambda text: text.startswith("tokens"))
+    figure.legend([explained[text] for text in texts], texts, fontsize=8, loc="outside right center")
     _save(figure, path)
 
 

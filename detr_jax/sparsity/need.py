@@ -13,27 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from detr_jax.kernels import pad_tokens
 from detr_jax.model import FFNTrace, FFNWeights
 from detr_jax.sparsity.carrier import FFNCarrier
+from detr_jax.sparsity.tiles import tiles_of
 
 
 def contributions(weights: FFNWeights, trace: FFNTrace) -> jax.Array:
     """(images, tokens, F) float32, h_j ||W_out[j]|| of every token; 0 in padding. Jittable."""
     norms = jnp.linalg.norm(weights.w_out.astype(jnp.float32), axis=1)
     return jnp.where(trace.tokens[..., None], trace.hidden.astype(jnp.float32) * norms, 0)
-
-
-def tiles_of(values: jax.Array, tile_size: int) -> jax.Array:
-    """Tiles of consecutive tokens: (images, tokens, n) -> (images, tiles, tile_size, n), the last one filled with 0.
-
-    Raises:
-        ValueError: if a tile would have no token.
-    """
-    if tile_size < 1:
-        raise ValueError(f"a tile must have at least 1 token, not {tile_size}")
-    images, _, n = values.shape
-    return pad_tokens(values, tile_size).reshape(images, -1, tile_size, n)
 
 
 def needed(contributed: jax.Array, share: float) -> jax.Array:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from detr_jax.kernels import pad_tokens
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -44,14 +46,9 @@ def count_tiles(active: jax.Array, tokens: jax.Array, tile_size: int) -> TileCou
     Raises:
         ValueError: if a tile would have no token.
     """
-    if tile_size < 1:
-        raise ValueError(f"a tile must have at least 1 token, not {tile_size}")
-    images, count, groups = active.shape
-    missing = -count % tile_size
-    needed = jnp.pad(active & tokens[..., None], ((0, 0), (0, missing), (0, 0)))
-    exists = jnp.pad(tokens, ((0, 0), (0, missing)))
-    tiles = needed.reshape(images, -1, tile_size, groups).any(2)
-    return TileCounts(pairs=exists.reshape(images, -1, tile_size).any(2).sum() * groups, active=tiles.sum())
+    needed = tiles_of(active & tokens[..., None], tile_size).any(2)
+    exists = tiles_of(tokens[..., None], tile_size).any((2, 3))
+    return TileCounts(pairs=exists.sum() * active.shape[-1], active=needed.sum())
 
 
 def mean_of_tokens(values: jax.Array, tokens: jax.Array, tile_size: int | None) -> jax.Array:
@@ -69,7 +66,7 @@ def mean_of_tokens(values: jax.Array, tokens: jax.Array, tile_size: int | None) 
     values = values * weights
     if tile_size is None:
         return values.sum(-2, keepdims=True) / jnp.maximum(weights.sum(-2, keepdims=True), 1)
-    total, members = (_tiles(array, tile_size).sum(-2) for array in (values, weights))
+    total, members = (tiles_of(array, tile_size).sum(-2) for array in (values, weights))
     return total / jnp.maximum(members, 1)
 
 
@@ -78,8 +75,13 @@ def of_tiles(decisions: jax.Array, tokens: int, tile_size: int | None) -> jax.Ar
     return jnp.repeat(decisions, tile_size or tokens, axis=-2)[..., :tokens, :]
 
 
-def _tiles(array: jax.Array, tile_size: int) -> jax.Array:
-    """(..., tokens, n) -> (..., tiles, tile tokens, n), zeros where the last tile is shorter."""
-    missing = -array.shape[-2] % tile_size
-    padded = jnp.pad(array, [(0, 0)] * (array.ndim - 2) + [(0, missing), (0, 0)])
-    return padded.reshape(*array.shape[:-2], -1, tile_size, array.shape[-1])
+def tiles_of(values: jax.Array, tile_size: int) -> jax.Array:
+    """(..., tokens, n) -> (..., tiles, tile_size, n) of consecutive tokens, zeros where the last tile is shorter.
+
+    Raises:
+        ValueError: if a tile would have no token.
+    """
+    if tile_size < 1:
+        raise ValueError(f"a tile must have at least 1 token, not {tile_size}")
+    padded = pad_tokens(values, tile_size)
+    return padded.reshape(*values.shape[:-2], -1, tile_size, values.shape[-1])
