@@ -9,6 +9,7 @@ trained, and at run time it is an ordinary narrower FFN.
 
 import jax.numpy as jnp
 import numpy as np
+from scipy.linalg.blas import dger
 
 from detr_jax.model import FFNWeights, SecondLayer
 from detr_jax.sparsity.moments import Moments
@@ -28,17 +29,23 @@ def elimination_order(weights: FFNWeights, moments: Moments) -> np.ndarray:
     covariance = moments.covariance
     varies = np.diag(covariance) > 0
     neurons = np.flatnonzero(varies)
-    inverse = np.linalg.inv(_ridged(covariance[np.ix_(neurons, neurons)]))
+    inverse = np.asfortranarray(np.linalg.inv(_ridged(covariance[np.ix_(neurons, neurons)])))
     rows = np.asarray(weights.w_out, np.float64)[neurons]
-    left, order = np.ones(len(neurons), bool), []
-    for _ in neurons:
-        costs = np.where(left, (rows**2).sum(1) / np.maximum(np.diag(inverse), np.finfo(np.float64).tiny), np.inf)
+    # What is gone has a zero row and column, and is cut off now and then.
+    order, left = [], neurons
+    gone = np.zeros(len(left), bool)
+    for _ in range(len(neurons)):
+        costs = np.where(gone, np.inf, (rows**2).sum(1) / np.maximum(np.diag(inverse), np.finfo(np.float64).tiny))
         out = int(costs.argmin())
-        order.append(neurons[out])
-        left[out] = False
-        column, pivot = inverse[:, out].copy(), inverse[out, out]
-        rows -= np.outer(column, rows[out] / pivot)
-        inverse -= np.outer(column, column / pivot)
+        order.append(left[out])
+        gone[out] = True
+        column = inverse[:, out].copy()
+        rows -= np.outer(column, rows[out] / column[out])
+        inverse = dger(-1 / column[out], column, column, a=inverse, overwrite_a=True)
+        if gone.mean() > 0.25:
+            left, rows = left[~gone], rows[~gone]
+            inverse = np.asfortranarray(inverse[np.ix_(~gone, ~gone)])
+            gone = np.zeros(len(left), bool)
     return np.concatenate([np.array(order[::-1], int), np.flatnonzero(~varies)])
 
 
