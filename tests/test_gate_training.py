@@ -120,6 +120,42 @@ def test_losses_and_gradients_are_finite_where_nothing_fires_or_nothing_is_left(
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
 
 
+@pytest.mark.parametrize("pooled", ["features", "contributions"])
+def test_pooled_gates_learn_the_shares_of_contributions(pooled):
+    weights, x, tokens = tiny_ffn()
+    tokens = tokens.at[2].set(False)  # an image of padding alone has no shares
+    gate = initial_gate(GateKind("share", rank=2, pooled=pooled), 6, 3, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    gate = jax.tree.map(lambda leaf: jnp.float32(rng.standard_normal(leaf.shape)), gate)
+    what = trace(weights, x, tokens)
+    contributions = np.asarray(what.hidden, np.float64) * np.linalg.norm(weights.w_out, axis=1)
+    losses = []
+    for i in range(2):
+        sums = contributions[i][np.asarray(tokens[i])].sum(0).reshape(3, -1).sum(1)
+        scores = np.asarray(gate(weights, x, tokens), np.float64)[i, 0]
+        losses.append(-(sums / sums.sum() * (scores - np.log(np.exp(scores).sum()))).sum())
+    assert gate_loss("share", gate, weights, what) == pytest.approx(np.mean(losses), rel=1e-4)
+    silent_weights = weights._replace(b_in=weights.b_in - 1e3)
+    for of, kept in ((silent_weights, tokens), (weights, jnp.zeros_like(tokens))):
+        found = jax.value_and_grad(lambda g, w=of, t=kept: gate_loss("share", g, w, trace(w, x, t)))(gate)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+
+
+@pytest.mark.parametrize(("objective", "rank", "pooled"), [("share", 2, None), ("share", None, "features")])
+def test_kinds_of_gates_that_contradict_themselves_are_refused(objective, rank, pooled):
+    with pytest.raises(ValueError, match="gates that learn shares are pooled and have a rank"):
+        GateKind(objective, rank, pooled)
+
+
+def test_training_goes_on_from_given_gates(model, passes, tmp_path):
+    still = dataclasses.replace(TRAINING, epochs=1, learning_rate=0.0)
+    kind = {"contributions": GateKind("share", rank=2, pooled="contributions")}
+    start = train_gates(model, passes, kind, still, tmp_path / "a", silent)
+    moved = jax.tree.map(lambda leaf: leaf + 1, start)
+    kept = train_gates(model, passes, kind, still, tmp_path / "b", silent, start=moved)
+    jax.tree.map(np.testing.assert_array_equal, kept, moved)
+
+
 def test_gates_give_even_odds_before_they_are_trained():
     weights, x, tokens = tiny_ffn()
     key = jax.random.key(0)
