@@ -21,13 +21,15 @@ class Computation:
     """Neurons that are computed together. Not for masked."""
     exact: bool = False
     """Compute for each token of a tile its own groups only, instead of all that the tile needs. Not for masked."""
+    ordered: bool = False
+    """Bring tokens that need the same groups together into tiles, and back afterwards. Not for masked."""
 
     def of(self, selectors: Selectors) -> Selectors:
         """The selectors, computed so."""
         if self.implementation == "masked":
             return selectors
         named = None if self.implementation == "auto" else self.implementation
-        execution = Execution(self.tile_size, self.block_size, exact=self.exact, implementation=named)
+        execution = Execution(self.tile_size, self.block_size, self.exact, self.ordered, named)
         return {name: Executed(selector, execution) for name, selector in selectors.items()}
 
     @property
@@ -36,4 +38,5 @@ class Computation:
         if self.implementation == "masked":
             return "masked reference"
         tiles = "images" if self.tile_size is None else f"tiles of {self.tile_size} tokens"
-        return f"{self.implementation}, {tiles}, blocks of {self.block_size}" + (", exact" if self.exact else "")
+        title = f"{self.implementation}, {tiles}, blocks of {self.block_size}"
+        return title + (", exact" if self.exact else "") + (", ordered" if self.ordered else "")

@@ -4,9 +4,10 @@ import statistics
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -17,7 +18,7 @@ from detr_jax.data.sources import open_dataset
 from detr_jax.evaluation.report import table
 from detr_jax.evaluation.timing import take_turns
 from detr_jax.files import refuse_existing, write_json
-from detr_jax.kernels import Execution, FFNWeights, tiles_needing
+from detr_jax.kernels import Execution, FFNWeights, signature_order, tiles_needing
 from detr_jax.model import Selection, Selector
 from detr_jax.model.ffn import FFNTrace, forward
 from detr_jax.sparsity import load_plan
@@ -49,6 +50,9 @@ class Arguments:
     """Tokens per tile; 0 is one set of blocks for each image."""
     block_sizes: tuple[int, ...] = (8, 32)
     """Neurons per block."""
+    orders: tuple[Literal["given", "signature"], ...] = ("given",)
+    """Whether tokens are computed in the order in which they come, or in one that brings those together that need the
+    same groups; ordering and undoing it are part of the time."""
     implementation: str | None = None
     """Implementation of the sparse FFN; default what pays on this device."""
     repeats: int = 15
@@ -60,7 +64,7 @@ class Arguments:
 
 
 def measure(weights: FFNWeights, trace: FFNTrace, selector: Selector, arguments: Arguments) -> list[dict[str, Any]]:
-    """One FFN at every size of tiles and blocks."""
+    """One FFN at every size of tiles and blocks and in every order of its tokens."""
     x, tokens = trace.inputs, trace.tokens
 
     def run(weights, x, selector):
@@ -68,32 +72,39 @@ def measure(weights: FFNWeights, trace: FFNTrace, selector: Selector, arguments:
 
     run = jax.jit(run)
     settings = {
-        (tile_size, block_size): Executed(
-            selector, Execution(tile_size or None, block_size, implementation=arguments.implementation)
+        (tile_size, block_size, order): Executed(
+            selector,
+            Execution(
+                tile_size or None, block_size, ordered=order == "signature", implementation=arguments.implementation
+            ),
         )
         for tile_size in arguments.tile_sizes
         for block_size in arguments.block_sizes
+        for order in arguments.orders
     }
     contestants = {"dense": None, "masked": selector} | settings
     calls = {name: partial(_wait, run, weights, x, chosen) for name, chosen in contestants.items()}
     seconds = take_turns(calls, arguments.repeats)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     active = selector(weights, x, tokens).active & tokens[..., None]
+    order = signature_order(active, active.any(-1))[..., None]
+    actives = {"given": active, "signature": jnp.take_along_axis(active, order, axis=1)}
     features = len(weights.w_in)
     return [
         {
             "tile_size": tile_size,
             "block_size": block_size,
+            "order": order,
             "group_density": float(active.sum() / (tokens.sum() * active.shape[-1])),
-            "density": float(tiles_needing(active, tile_size or x.shape[1], features // block_size).mean()),
+            "density": float(tiles_needing(actives[order], tile_size or x.shape[1], features // block_size).mean()),
             "seconds": {
                 "dense": medians["dense"],
                 "masked": medians["masked"],
-                "sparse": medians[tile_size, block_size],
+                "sparse": medians[tile_size, block_size, order],
             },
-            "faster_than_dense": medians["dense"] / medians[tile_size, block_size],
+            "faster_than_dense": medians["dense"] / medians[tile_size, block_size, order],
         }
-        for tile_size, block_size in settings
+        for tile_size, block_size, order in settings
     ]
 
 
@@ -120,10 +131,15 @@ def main(arguments: Arguments) -> None:
         for row in measure(weights[name], traces[name], selector, arguments)
     ]
     write_json(arguments.out, {"rows": rows, "data": dataset.name, **cli.provenance(arguments)})
-    header = ("FFN", "tokens", "tile", "block", "groups", "tiles x blocks", "dense ms", "sparse ms", "faster")
+    header = ("FFN", "tokens", "tile", "order", "block", "groups", "tiles x blocks", "dense ms", "sparse ms", "faster")
     lines = [
         (
-            *(row["ffn"], int(np.prod(traces[row["ffn"]].tokens.shape)), row["tile_size"] or "image"),
+            *(
+                row["ffn"],
+                int(np.prod(traces[row["ffn"]].tokens.shape)),
+                str(row["tile_size"] or "image"),
+                row["order"],
+            ),
             *(row["block_size"], row["group_density"], row["density"]),
             *(1e3 * row["seconds"]["dense"], 1e3 * row["seconds"]["sparse"], row["faster_than_dense"]),
         )
@@ -133,14 +149,17 @@ def main(arguments: Arguments) -> None:
         f"\nFFNs of {arguments.model} on {arguments.images} images, {jax.devices()[0].device_kind}, selector included"
     )
     print(table(header, lines))
-    for (tile_size, block_size), some in _by_setting(rows).items():
+    for (tile_size, block_size, order), some in _by_setting(rows).items():
         dense, sparse = (sum(row["seconds"][which] for row in some) for which in ("dense", "sparse"))
-        print(f"all FFNs, {tile_size or 'image'} x {block_size}: {dense / sparse:.2f} times as fast as dense")
+        ordered = ", ordered" if order == "signature" else ""
+        print(f"all FFNs, {tile_size or 'image'} x {block_size}{ordered}: {dense / sparse:.2f} times as fast as dense")
 
 
-def _by_setting(rows: list[dict[str, Any]]) -> dict[tuple[int, int], list[dict[str, Any]]]:
-    settings = dict.fromkeys((row["tile_size"], row["block_size"]) for row in rows)
-    return {s: [row for row in rows if (row["tile_size"], row["block_size"]) == s] for s in settings}
+def _by_setting(rows: list[dict[str, Any]]) -> dict[tuple[int, int, str], list[dict[str, Any]]]:
+    by_setting: dict[tuple[int, int, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        by_setting.setdefault((row["tile_size"], row["block_size"], row["order"]), []).append(row)
+    return by_setting
 
 
 if __name__ == "__main__":

@@ -182,13 +182,16 @@ def test_benchmark_plan(script, checkpoint, tmp_path, capsys):
     selectors = dict.fromkeys(model.config.ffn_names, Oracle(8))
     save_plan(Plan("oracle", detr_jax.fingerprint(model), selectors, {}, {}, {}, {}), plan)
     arguments = ("--model", checkpoint, "--plan", plan, "--images", 2, "--repeats", 1, "--out", tmp_path / "times.json")
-    assert script("benchmark_plan.py", *arguments, "--block-sizes", 8, 16, "--tile-sizes", 0, 4) == 0
+    sizes = ("--block-sizes", 8, "--tile-sizes", 0, 4)
+    assert script("benchmark_plan.py", *arguments, *sizes, "--orders", "given", "signature") == 0
     rows = json.loads((tmp_path / "times.json").read_text())["rows"]
     assert len(rows) == 4 * len(selectors)
+    given, signature = ([r["density"] for r in rows if r["order"] == o] for o in ("given", "signature"))
+    assert given[::2] == signature[::2]  # one tile holds all tokens in any order
     for row in rows:
         assert 0 <= row["group_density"] <= row["density"] <= 1
         assert row["faster_than_dense"] == row["seconds"]["dense"] / row["seconds"]["sparse"] > 0
-    assert "all FFNs, image x 8" in capsys.readouterr().out
+    assert "all FFNs, image x 8, ordered" in capsys.readouterr().out
     assert script("benchmark_plan.py", *arguments, "--overwrite", "--block-sizes", 7) == 2
     assert "hidden neurons cannot be divided into blocks of 7" in refused(capsys)
 
