@@ -55,19 +55,23 @@ class Choice:
     break_even: float | None
 
 
+class UnavailableError(ValueError):
+    """An implementation that is asked for does not exist or cannot compute something here."""
+
+
 def choose(problem: Problem, name: str | None = None) -> Choice:
     """The implementation for the default device, or the one that is asked for.
 
     Raises:
-        ValueError: if there is none of that name, or it cannot compute this here; it says why.
+        UnavailableError: if there is none of that name, or it cannot compute this here; it says why.
     """
     if name is not None:
         if name not in IMPLEMENTATIONS:
-            raise ValueError(
+            raise UnavailableError(
                 f"there is no implementation {name!r} of the sparse FFN; there are {', '.join(IMPLEMENTATIONS)}"
             )
         if reason := refusal(problem, name):
-            raise ValueError(f"the implementation {name} cannot compute this: {reason}")
+            raise UnavailableError(f"the implementation {name} cannot compute this: {reason}")
         return Choice(name, _run_of(name), None)
     name = next(n for n in PREFERRED.get(jax.default_backend(), ("xla",)) if not refusal(problem, n))
     return Choice(name, _run_of(name), break_even(name, jax.devices()[0].device_kind))

@@ -37,10 +37,17 @@ def test_a_detector_gives_the_same_outputs():
     images, mask = jnp.asarray(rng.random((2, 32, 40, 3)), jnp.float32), jnp.ones((2, 32, 40), bool)
     selectors = dict.fromkeys(TINY_CONFIG.ffn_names, Oracle(4))
     dense = model(images, mask)
-    for computation in (Computation(), Computation("auto"), Computation("xla", tile_size=4, block_size=4, exact=True)):
+    computations = (
+        *(Computation(), Computation("auto")),
+        *(Computation("xla", 4, 4, exact=True), Computation("xla", 4, 4, exact=True, ordered=True)),
+    )
+    for computation in computations:
         sparse = model(images, mask, selectors=computation.of(selectors))
         np.testing.assert_allclose(sparse.logits, dense.logits, atol=1e-4)
     assert Computation("xla", 8, 16).title == "xla, tiles of 8 tokens, blocks of 16"
+    assert Computation("xla", exact=True, ordered=True).title == "xla, images, blocks of 8, exact, ordered"
+    (selector,) = Computation("xla", 2, 4, ordered=True).of({"encoder.0": Oracle(4)}).values()
+    assert selector.execution == Execution(2, 4, ordered=True, implementation="xla")
 
 
 def test_what_only_the_masked_reference_can():
@@ -59,3 +66,14 @@ def test_a_plan_keeps_how_it_is_executed(tmp_path):
     plan = Plan("oracle", fingerprint(model), {"encoder.0": Executed(Oracle(4), execution)}, {}, {}, {}, {})
     save_plan(plan, tmp_path / "plan.safetensors")
     assert load_plan(str(tmp_path / "plan.safetensors"), model).selectors["encoder.0"].execution == execution
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="a GPU may have the implementation that is missing here")
+def test_a_plan_for_another_device_says_what_is_missing(tmp_path):
+    model = tiny_detector()
+    for name, reason in (("mosaic_gpu", "runs on Hopper GPUs, not on"), ("triton", "there is no implementation")):
+        selector = Executed(Oracle(4), Execution(8, 16, implementation=name))
+        save_plan(Plan("oracle", fingerprint(model), {"encoder.0": selector}, {}, {}, {}, {}), tmp_path / "plan")
+        with pytest.raises(ValueError, match=f"selector of encoder.0 cannot be computed on this.*{name}.*") as error:
+            load_plan(tmp_path / "plan", model)
+        assert reason in str(error.value)

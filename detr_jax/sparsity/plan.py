@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from detr_jax.kernels import Execution
+from detr_jax.kernels import Execution, UnavailableError
 from detr_jax.model import DETR, FFNWeights, LowRankFactors, SecondLayer, Selector
 from detr_jax.model.ffn import forward
 from detr_jax.model.parameters import fingerprint
@@ -159,6 +159,8 @@ def _selectors(
             kept, _ = jax.eval_shape(partial(_run, selector), weights[name], x, tokens)
             if any(which is not None and which.shape[:-1] != tokens.shape for which in kept):
                 raise ValueError("it does not decide token by token")
+        except UnavailableError as error:
+            raise ValueError(f"{path}: the selector of {name} cannot be computed on this device: {error}") from error
         except (AttributeError, TypeError, ValueError) as error:
             leaves = jax.tree_util.tree_leaves_with_path(selector)
             shapes = {jax.tree_util.keystr(key): np.shape(leaf) for key, leaf in leaves}
