@@ -1,8 +1,12 @@
-"""The block-sparse FFN in XLA: gathers the blocks that a tile needs and multiplies densely.
+"""The block-sparse FFN in XLA: gathers what belongs together and multiplies densely.
 
-Shapes are static, so a tile computes one of a few capacities, the least that holds its blocks; `jax.lax.switch` chooses
-at run time and nothing recompiles with the data. This pays on a CPU: the gather moves whole blocks of rows, and a
-product of few neurons is as efficient as one of many.
+Tiles come one after the other, and the blocks that a tile needs are gathered. Shapes are static, so a tile computes one
+of a few capacities, the least that holds its blocks; `jax.lax.switch` chooses at run time and nothing recompiles with
+the data. This pays on a CPU: the gather moves whole blocks of rows, and a product of few neurons is as efficient as one
+of many.
+
+Tiles much smaller than a block are fewer numbers than its weights. Then the blocks come one after the other, and the
+tiles that need a block are gathered, some at a time.
 """
 
 import math
@@ -11,11 +15,15 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from detr_jax.kernels.blocks import BlockLists
+from detr_jax.kernels.blocks import BlockLists, lists_of, map_of
 from detr_jax.kernels.reference import FFNWeights, expand_groups, ffn
 
 SHARES = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 """Capacities, as shares of all blocks. A tile that needs more is computed without a gather."""
+SMALL = 1 / 4
+"""Of a block's neurons: tiles of up to so many tokens are gathered, not the blocks. Measured on a CPU."""
+GATHERED_TOKENS = 64
+"""Tokens for which a block is computed at once where tiles are gathered."""
 
 
 def capacities(blocks: int) -> tuple[int, ...]:
@@ -26,7 +34,7 @@ def capacities(blocks: int) -> tuple[int, ...]:
 def block_sparse_ffn(
     x: jax.Array, weights: FFNWeights, lists: BlockLists, active: jax.Array | None = None
 ) -> jax.Array:
-    """The FFN of tiles that each compute their own blocks; tiles one after the other.
+    """The FFN of tiles that each compute their own blocks.
 
     Args:
         x: (tiles, tile tokens, d).
@@ -37,6 +45,11 @@ def block_sparse_ffn(
     Returns:
         (tiles, tile tokens, d).
     """
+    small = x.shape[1] <= SMALL * len(weights.w_in) / lists.indices.shape[-1]
+    return (_block_by_block if small and len(x) > 1 else _tile_by_tile)(x, weights, lists, active)
+
+
+def _tile_by_tile(x, weights, lists, active):
     blocks = lists.indices.shape[-1]
     sizes = capacities(blocks)
     branches = [partial(_nothing, weights), *(partial(_gathered, weights, capacity) for capacity in sizes)]
@@ -81,3 +94,29 @@ def _masked(weights, x, indices, count, active):
 
 def _all(weights, x, indices, count, active):
     return ffn(x, *weights, active)
+
+
+def _block_by_block(x, weights, lists, active):
+    tiles, tile_size, _ = x.shape
+    blocks = lists.indices.shape[-1]
+    together = min(max(GATHERED_TOKENS // tile_size, 1), tiles)
+    needing = lists_of(map_of(lists, blocks).T)  # of each block, the tiles
+    indices = jnp.pad(needing.indices, ((0, 0), (0, -tiles % together)))
+    steps = -(-needing.counts // together)
+    ends = jnp.cumsum(steps)
+    by_block = [array.reshape(blocks, -1, *array.shape[1:]) for array in weights[:3]]
+    no_bias = jnp.zeros_like(weights.b_out)
+
+    def add(step, total):
+        block = jnp.searchsorted(ends, step, side="right")
+        first = (step - (ends[block] - steps[block])) * together
+        listed = jax.lax.dynamic_slice(indices, (block, first), (1, together))[0]
+        kept = jnp.broadcast_to((first + jnp.arange(together) < needing.counts[block])[:, None], (together, tile_size))
+        kept = kept[..., None]
+        if active is not None:
+            kept &= active.reshape(tiles, tile_size, blocks, -1)[listed, :, block]
+        part = ffn(x[listed], *(array[block] for array in by_block), no_bias, kept)
+        return total.at[listed].add(part.astype(total.dtype))
+
+    total = jnp.broadcast_to(weights.b_out.astype(jnp.float32), x.shape)
+    return jax.lax.fori_loop(0, ends[-1], add, total).astype(x.dtype)

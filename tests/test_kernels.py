@@ -34,6 +34,10 @@ SHAPES = [
     {"blocks": 1},
     {"features": 256, "blocks": 32, "share": 0.1},
     {"features": 256, "blocks": 2},
+    {"tokens": 75, "tile": 8, "features": 128, "blocks": 2},
+    {"tokens": 203, "tile": 2, "features": 64, "blocks": 4, "share": 0.1},
+    {"batch": (2,), "tokens": 33, "tile": 4, "features": 96, "blocks": 3, "share": 1.0},
+    {"tokens": 33, "tile": 4, "features": 96, "blocks": 3, "share": 0.0},
 ]
 
 
@@ -49,12 +53,13 @@ def test_equals_the_definition(implementation, dtype, shape):
 
 
 @pytest.mark.parametrize("implementation", HERE)
-def test_exact_mode_masks_per_token(implementation):
-    x, weights, needed = random_case(2)
+@pytest.mark.parametrize("tile", [16, 2], ids="tiles of {}".format)
+def test_exact_mode_masks_per_token(implementation, tile):
+    x, weights, needed = random_case(2, tile=tile)
     active = jnp.asarray(np.random.default_rng(3).random((37, 48)) < 0.5)
-    run = partial(kernels.block_sparse_ffn, tile_size=16, implementation=implementation)
+    run = partial(kernels.block_sparse_ffn, tile_size=tile, implementation=implementation)
     ours = run(x, weights, needed, active=active)
-    close(ours, definition(x, weights, needed, 16, active))
+    close(ours, definition(x, weights, needed, tile, active))
     assert np.abs(ours - run(x, weights, needed)).max() > 0.01
 
 
