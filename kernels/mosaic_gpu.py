@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from detr_jax.kernels.blocks import BlockLists, pad_tokens
 from detr_jax.kernels.dispatch import Problem
-from detr_jax.kernels.reference import FFNWeights
+from detr_jax.kernels.reference import FFNWeights, expand_groups
 
 CHUNK = 64
 """Neurons whose activations are computed at once."""
@@ -51,8 +51,6 @@ def unsupported(problem: Problem) -> str | None:
     """Why this cannot compute something on any Hopper GPU; None if it can."""
     if problem.dtype != jnp.bfloat16:
         return f"it computes in bfloat16, not in {problem.dtype}"
-    if problem.groups is not None:
-        return "it gives all tokens of a tile the same neurons: it has no exact mode"
     if problem.d_model % 64:
         return f"{problem.d_model} features are not a multiple of 64"
     if problem.d_model > MAX_FEATURES:
@@ -79,14 +77,14 @@ def block_sparse_ffn(
         x: (tiles, tile tokens, d) bfloat16.
         weights: of the FFN.
         lists: `indices` (tiles, B), rows that are permutations of the blocks; see `blocks.lists_of`.
-        active: must be None, see `unsupported`.
+        active: (tiles, tile tokens, G) bool, groups that each token gets of its tile's blocks; None for all of them.
+            Unlike the hidden activations it passes through global memory.
         interpret: for tests on other devices; the newest JAX only.
 
     Returns:
         (tiles, tile tokens, d).
     """
-    assert active is None, "there is no exact mode"
-    return _call(x, weights, lists, interpret)
+    return _call(x, weights, lists, active, interpret)
 
 
 def dense_ffn(x: jax.Array, weights: FFNWeights, *, interpret: "bool | plgpu.InterpretGPUParams" = False) -> jax.Array:
@@ -100,11 +98,11 @@ def dense_ffn(x: jax.Array, weights: FFNWeights, *, interpret: "bool | plgpu.Int
     Returns:
         (tiles, tile tokens, d).
     """
-    return _call(x, weights, None, interpret)
+    return _call(x, weights, None, None, interpret)
 
 
-def _call(x, weights, lists, interpret):
-    """One launch; without lists for all neurons."""
+def _call(x, weights, lists, active, interpret):
+    """One launch; without lists for all neurons, without active for all tokens."""
     tiles, tile_size, d = x.shape
     tokens = ROWS if tile_size <= ROWS else TOKENS
     # The parts of a tile share its list.
@@ -116,8 +114,11 @@ def _call(x, weights, lists, interpret):
     if block_size < CHUNK:
         # Fewer numbers than can be copied at once: the biases are brought into the order of each list beforehand.
         b_in = b_in.reshape(-1, block_size)[lists.indices].reshape(-1)
+    operands = [parts, weights.w_in, b_in, weights.w_out, weights.b_out, *(lists or ())]
+    if active is not None:
+        operands.append(_in_order_of_lists(active, lists, features).astype(x.dtype).reshape(*parts.shape[:2], features))
     run = plgpu.kernel(
-        partial(_kernel, block_size, features, lists is not None),
+        partial(_kernel, block_size, features, lists is not None, active is not None),
         out_type=jax.ShapeDtypeStruct(parts.shape, x.dtype),
         grid=(len(parts),),
         grid_names=("part",),
@@ -126,7 +127,7 @@ def _call(x, weights, lists, interpret):
         scratch_types=[
             plgpu.SMEM((groups, ROWS, d), x.dtype, transforms=SWIZZLED),  # tokens, in the end their outputs
             plgpu.SMEM((groups, d), x.dtype),  # b_out
-            plgpu.SMEM((groups, ROWS, CHUNK), x.dtype, transforms=SWIZZLED),  # hidden activations
+            plgpu.SMEM((groups, ROWS, CHUNK), x.dtype, transforms=SWIZZLED),  # hidden activations, before them the mask
             plgpu.SMEM((STAGES, CHUNK, d), x.dtype, transforms=SWIZZLED),  # rows of w_in
             plgpu.SMEM((STAGES, CHUNK), x.dtype),  # b_in
             plgpu.SMEM((STAGES, CHUNK, d), x.dtype, transforms=SWIZZLED),  # rows of w_out
@@ -137,18 +138,29 @@ def _call(x, weights, lists, interpret):
             # What all warpgroups have used: w_in and b_in, w_out.
             plgpu.Barrier(num_arrivals=groups, num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=groups, num_barriers=STAGES),
+            # That the mask has arrived.
+            *([] if active is None else [plgpu.Barrier(num_arrivals=1, num_barriers=groups)]),
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
     )
-    outputs = run(parts, weights.w_in, b_in, weights.w_out, weights.b_out, *(lists or ()))
+    outputs = run(*operands)
     return outputs.reshape(tiles, -1, d)[:, :tile_size]
 
 
-def _kernel(block_size, features, sparse, x, w_in, b_in, w_out, b_out, *refs):
+def _in_order_of_lists(active, lists, features):
+    """Which neurons each token gets, in the order in which its tile lists blocks: (tiles, tokens of whole parts, F)."""
+    tiles, tile_size, _ = active.shape
+    by_block = active.reshape(tiles, tile_size, lists.indices.shape[-1], -1)
+    listed = jnp.take_along_axis(by_block, lists.indices[:, None, :, None], axis=2).reshape(active.shape)
+    return pad_tokens(expand_groups(listed, features), ROWS if tile_size <= ROWS else TOKENS)
+
+
+def _kernel(block_size, features, sparse, exact, x, w_in, b_in, w_out, b_out, *refs):
     (indices, counts), refs = (refs[:2], refs[2:]) if sparse else ((None, None), refs)
+    mask, refs = (refs[0], refs[1:]) if exact else (None, refs)
     out, x_rows, out_bias, hidden, chunk_in, chunk_bias, chunk_out, *barriers = refs
-    x_loaded, in_loaded, out_loaded, in_used, out_used = barriers
+    x_loaded, in_loaded, out_loaded, in_used, out_used, *mask_loaded = barriers
     part, group = jax.lax.axis_index("part"), jax.lax.axis_index("group")
     tile = part // (x.shape[0] // counts.shape[0]) if sparse else 0
     neurons = counts[tile] * block_size if sparse else features
@@ -204,6 +216,11 @@ def _kernel(block_size, features, sparse, x, w_in, b_in, w_out, b_out, *refs):
     def add_chunks(total):
         def add_chunk(chunk, _):
             stage = chunk % STAGES
+            if exact:
+                # It comes to where the activations will be, once all warps are done with those of the last chunk.
+                plgpu.commit_smem()
+                listed = mask.at[part, rows, pl.ds(pl.multiple_of(chunk * CHUNK, CHUNK), CHUNK)]
+                plgpu.copy_gmem_to_smem(listed, hidden.at[group], mask_loaded[0].at[group])
 
             def first_product(sums):
                 plgpu.barrier_wait(in_loaded.at[stage])
@@ -216,6 +233,9 @@ def _kernel(block_size, features, sparse, x, w_in, b_in, w_out, b_out, *refs):
             if size < CHUNK:
                 neuron = plgpu.broadcasted_iota(jnp.int32, h.shape, 1, layout=plgpu.Layout.WGMMA)
                 h = jnp.where(neuron < neurons - chunk * CHUNK, h, 0)
+            if exact:
+                plgpu.barrier_wait(mask_loaded[0].at[group])
+                h = jnp.where(hidden[group].astype(jnp.float32) > 0, h, 0)
             hidden[group] = h.astype(hidden.dtype)
             plgpu.commit_smem()
             # Only now: the bias, too, must have been read before a copy may overwrite it.

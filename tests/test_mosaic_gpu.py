@@ -50,6 +50,26 @@ def test_equals_the_definition(shape):
 
 
 @interpreted
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"tokens": 75, "tile": 64, "d": 64, "features": 256, "blocks": 32, "share": 0.5},
+        {"tokens": 130, "tile": 130, "d": 64, "features": 256, "blocks": 2, "share": 1.0},
+    ],
+    ids=str,
+)
+def test_exact_mode_masks_per_token(shape):
+    x, weights, needed = random_case(32, dtype=jnp.bfloat16, **shape)
+    active = jnp.asarray(np.random.default_rng(33).random((len(x), 32)) < 0.5)
+    tile, lists = shape["tile"], lists_of(needed)
+    tiles, tiles_active = (
+        jnp.pad(array, ((0, -len(x) % tile), (0, 0))).reshape(-1, tile, array.shape[-1]) for array in (x, active)
+    )
+    ours = block_sparse_ffn(tiles, weights, lists, tiles_active, interpret=params()).reshape(-1, x.shape[-1])[: len(x)]
+    close(ours, definition(x, weights, needed, tile, active), jnp.bfloat16)
+
+
+@interpreted
 def test_dense_equals_the_definition():
     x, weights, _ = random_case(31, batch=(2,), tokens=70, d=64, features=320, dtype=jnp.bfloat16)
     close(dense_ffn(x, weights, interpret=params()), ffn(x, *weights), jnp.bfloat16)
@@ -57,12 +77,12 @@ def test_dense_equals_the_definition():
 
 def test_what_it_cannot_compute_has_a_reason():
     def problem(dtype="bfloat16", d=256, features=2048, blocks=32, groups=None):
-        return Problem(jnp.dtype(dtype), 64, d, features, blocks, groups)
+        return Problem(jnp.dtype(dtype), 64, d, features, blocks, groups, 1050)
 
     for blocks in (256, 128, 64, 32, 16, 1):
         assert unsupported(problem(blocks=blocks)) is None
     assert "not in float32" in unsupported(problem("float32"))
-    assert "no exact mode" in unsupported(problem(groups=256))
+    assert unsupported(problem(groups=256)) is None
     assert "200 features are not a multiple of 64" in unsupported(problem(d=200))
     assert "512 features do not fit its registers" in unsupported(problem(d=512))
     assert "2080 hidden neurons are not whole chunks" in unsupported(problem(features=2080, blocks=260))
@@ -77,14 +97,14 @@ def test_what_it_cannot_compute_has_a_reason():
 def test_it_runs_on_hopper_only(capability, reason, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
-    answer = refusal(Problem(jnp.dtype("bfloat16"), 64, 256, 2048, 32, None))
+    answer = refusal(Problem(jnp.dtype("bfloat16"), 64, 256, 2048, 32, None, 1050))
     assert answer is None if reason is None else reason in answer
 
 
 H200 = jax.sharding.AbstractDevice("NVIDIA H200", 132, "gpu")
 
 
-def operands(block_size, *, tiles=17, tile=64, d=256, features=2048, sharding=None):
+def operands(block_size, *, exact=False, tiles=17, tile=64, d=256, features=2048, sharding=None):
     """Shapes of x, weights and lists; dense without a block size."""
 
     def array(*shape, dtype=jnp.bfloat16):
@@ -94,14 +114,20 @@ def operands(block_size, *, tiles=17, tile=64, d=256, features=2048, sharding=No
     if block_size is None:
         return dense_ffn, (array(tiles, tile, d), weights)
     lists = BlockLists(array(tiles, features // block_size, dtype=jnp.int32), array(tiles, dtype=jnp.int32))
-    return block_sparse_ffn, (array(tiles, tile, d), weights, lists)
+    active = [array(tiles, tile, features // 8, dtype=bool)] if exact else []
+    return block_sparse_ffn, (array(tiles, tile, d), weights, lists, *active)
 
 
 @pytest.mark.parametrize(
-    ("block_size", "tile"), [(8, 64), (32, 128), (64, 64), (64, 1050), (128, 128), (None, 64)], ids=str
+    ("block_size", "tile", "exact"),
+    [
+        *((8, 64, False), (32, 128, False), (64, 64, False), (64, 1050, False), (128, 128, False), (None, 64, False)),
+        *((8, 128, True), (64, 64, True)),
+    ],
+    ids=str,
 )
-def test_lowers_for_hopper(block_size, tile):
-    run, shapes = operands(block_size, tile=tile)
+def test_lowers_for_hopper(block_size, tile, exact):
+    run, shapes = operands(block_size, tile=tile, exact=exact)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=H200)):
         lowered = jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
@@ -143,9 +169,14 @@ HOPPER = """
 
 
 @pytest.mark.parametrize(
-    ("block_size", "tile"), [(8, 64), (8, 128), (64, 64), (64, 128), (128, 128), (None, 128)], ids=str
+    ("block_size", "tile", "exact"),
+    [
+        *((8, 64, False), (8, 128, False), (64, 64, False), (64, 128, False), (128, 128, False), (None, 128, False)),
+        *((8, 128, True), (64, 64, True), (64, 128, True)),
+    ],
+    ids=str,
 )
-def test_compiles_for_hopper(block_size, tile, monkeypatch, capfd):
+def test_compiles_for_hopper(block_size, tile, exact, monkeypatch, capfd):
     """Ahead of time for sm_90a, on a machine without a GPU.
 
     Reported for these shapes by ptxas 12.9, with JAX 0.12.0.1 and with 0.10.2: 220 to 252 and 224 to 255 registers a
@@ -162,7 +193,7 @@ def test_compiles_for_hopper(block_size, tile, monkeypatch, capfd):
         pytest.skip("without a GPU its plugin answers only under JAX_PLATFORMS=cpu")
     mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("one",))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    run, shapes = operands(block_size, tile=tile, sharding=everywhere)
+    run, shapes = operands(block_size, tile=tile, exact=exact, sharding=everywhere)
     jax.jit(run).lower(*shapes).compile()
     report = capfd.readouterr()
     report = report.out + report.err
