@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class Problem:
         features: F.
         blocks: B.
         groups: G of the exact mode, else None.
+        tokens: of all images together.
     """
 
     dtype: jnp.dtype
@@ -44,6 +46,7 @@ class Problem:
     features: int
     blocks: int
     groups: int | None
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def choose(problem: Problem, name: str | None = None) -> Choice:
             raise UnavailableError(f"the implementation {name} cannot compute this: {reason}")
         return Choice(name, _run_of(name), None)
     name = next(n for n in PREFERRED.get(jax.default_backend(), ("xla",)) if not refusal(problem, n))
-    return Choice(name, _run_of(name), break_even(name, jax.devices()[0].device_kind))
+    return Choice(name, _run_of(name), break_even(name, jax.devices()[0].device_kind, problem))
 
 
 def refusal(problem: Problem, name: str) -> str | None:
@@ -84,9 +87,18 @@ def refusal(problem: Problem, name: str) -> str | None:
     return importlib.import_module(f"detr_jax.kernels.{name}").refusal(problem)
 
 
-def break_even(name: str, device_kind: str) -> float:
-    """Density above which the dense FFN is faster: measured on this kind of device, or else a guess."""
-    return tuning(device_kind).get("break_even", {}).get(name, BREAK_EVEN[name])
+def break_even(name: str, device_kind: str, problem: Problem) -> float:
+    """Density above which the dense FFN is faster: measured on this kind of device, or else a guess.
+
+    Of what was measured that counts which is nearest in the size of tiles, where all tokens of an image may be a tile,
+    and then in the number of tokens.
+    """
+
+    def distance(entry: dict) -> tuple[float, float]:
+        return tuple(abs(math.log(entry[key] / max(getattr(problem, key), 1))) for key in ("tile_size", "tokens"))
+
+    measured = tuning(device_kind).get("break_even", {}).get(name)
+    return min(measured, key=distance)["density"] if measured else BREAK_EVEN[name]
 
 
 @cache

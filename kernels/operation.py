@@ -1,5 +1,6 @@
 """One operation over all implementations: an FFN of which every tile of tokens computes the blocks that it needs."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -117,7 +118,9 @@ def block_sparse_ffn(
     _check(x, weights, needed, tile_size, active)
     batch, (tokens, d), blocks = x.shape[:-2], x.shape[-2:], needed.shape[-1]
     problem = Problem(
-        x.dtype, tile_size, d, weights.w_in.shape[0], blocks, None if active is None else active.shape[-1]
+        *(x.dtype, tile_size, d, weights.w_in.shape[0], blocks),
+        groups=None if active is None else active.shape[-1],
+        tokens=math.prod(x.shape[:-1]),
     )
     run = partial(_differentiable, choose(problem, implementation), tile_size)
     flat = partial(jax.tree.map, lambda array: array.reshape(-1, *array.shape[len(batch) :]))

@@ -20,7 +20,7 @@ from detr_jax.kernels.reference import FFNWeights, expand_groups, ffn
 
 SHARES = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 """Capacities, as shares of all blocks. A tile that needs more is computed without a gather."""
-SMALL = 1 / 4
+SMALL = 1 / 2
 """Of a block's neurons: tiles of up to so many tokens are gathered, not the blocks. Measured on a CPU."""
 GATHERED_TOKENS = 64
 """Tokens for which a block is computed at once where tiles are gathered."""

@@ -1,5 +1,6 @@
 """Every implementation of the sparse FFN against the definition."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from kernel_cases import close, random_case
 
 from detr_jax import kernels
 from detr_jax.kernels import BlockLists, Execution
-from detr_jax.kernels.dispatch import Problem, break_even, choose, tuning_path
+from detr_jax.kernels.dispatch import BREAK_EVEN, Problem, break_even, choose, tuning, tuning_path
 from detr_jax.kernels.reference import block_sparse_ffn as definition
 from detr_jax.kernels.xla import capacities
 
@@ -252,10 +253,32 @@ def test_bad_arguments_are_named():
             call()
 
 
+def problem(tile_size=16, tokens=1050):
+    return Problem(jnp.dtype("float32"), tile_size, 256, 2048, 32, None, tokens)
+
+
 def test_the_choice_depends_on_the_device():
-    problem = Problem(jnp.dtype("float32"), 16, 256, 2048, 32, None)
-    assert choose(problem).name == "xla"
-    assert choose(problem).break_even == break_even("xla", "cpu")
-    assert choose(problem, "xla").break_even is None  # forced
+    assert choose(problem()).name == "xla"
+    assert choose(problem()).break_even == break_even("xla", "cpu", problem())
+    assert choose(problem(), "xla").break_even is None  # forced
     assert tuning_path("NVIDIA H200").name == "nvidia-h200.json"
-    assert 0 < break_even("xla", "a device that nobody tuned") < 1
+    assert 0 < break_even("xla", "a device that nobody tuned", problem()) < 1
+
+
+def test_break_even_is_of_the_nearest_size_that_was_measured(tmp_path, monkeypatch):
+    measured = [
+        {"tile_size": 64, "tokens": 1050, "density": 0.25},
+        {"tile_size": 64, "tokens": 33600, "density": 0.5},
+        {"tile_size": 1050, "tokens": 1050, "density": 1.0},
+    ]
+    path = tmp_path / "tuned.json"
+    path.write_text(json.dumps({"break_even": {"xla": measured}}))
+    monkeypatch.setattr("detr_jax.kernels.dispatch.tuning_path", lambda kind: path)
+    tuning.cache_clear()
+    for tile_size, tokens, expected in (
+        *((1, 1, 0.25), (64, 1050, 0.25), (100, 5000, 0.25), (64, 8400, 0.5), (128, 10**6, 0.5)),
+        *((1050, 1050, 1.0), (1050, 33600, 1.0), (300, 300, 1.0)),
+    ):
+        assert break_even("xla", "tuned", problem(tile_size, tokens)) == expected
+    assert break_even("mosaic_gpu", "tuned", problem()) == BREAK_EVEN["mosaic_gpu"]
+    tuning.cache_clear()

@@ -10,6 +10,8 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernel_cases import close, random_case
 
+from detr_jax.evaluation.ffn_contestants import fused_dense, sparse_ffn
+from detr_jax.evaluation.random_gates import RandomGate
 from detr_jax.kernels import BlockLists, FFNWeights, ffn, lists_of
 from detr_jax.kernels.dispatch import Problem, choose
 from detr_jax.kernels.mosaic_gpu import block_sparse_ffn, dense_ffn, refusal, unsupported
@@ -200,3 +202,20 @@ def test_compiles_for_hopper(block_size, tile, exact, monkeypatch, capfd):
     assert re.search(r"Used \d+ registers", report)
     assert "0 bytes spill stores, 0 bytes spill loads" in report
     assert "serialized" not in report
+
+
+def test_what_is_benchmarked_lowers_for_hopper(monkeypatch):
+    """The gate, the lists and the kernel as one program, and the dense kernel for tokens that fill no tile."""
+    monkeypatch.setattr("detr_jax.kernels.mosaic_gpu.refusal", unsupported)
+    _, (_, weights, _) = operands(64)
+    x, kernel = jax.ShapeDtypeStruct((1050, 256), jnp.bfloat16), jax.ShapeDtypeStruct((256, 32), jnp.bfloat16)
+    threshold = jax.ShapeDtypeStruct((), jnp.float32)
+    programs = [
+        (fused_dense, (x, weights)),
+        (sparse_ffn(RandomGate(64, "tile"), "mosaic_gpu"), (x, weights, kernel, threshold)),
+        (sparse_ffn(RandomGate(128, "token", ordered=True), "mosaic_gpu"), (x, weights, kernel, threshold)),
+    ]
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=H200)):
+        for program, shapes in programs:
+            lowered = jax.jit(program).trace(*shapes).lower(lowering_platforms=("cuda",))
+            assert "mosaic_gpu" in lowered.as_text()

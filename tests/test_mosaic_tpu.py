@@ -59,7 +59,7 @@ def test_more_tiles_than_scalar_memory_holds(monkeypatch):
 
 def test_what_it_cannot_compute_has_a_reason():
     def problem(dtype="float32", d=256, features=2048, blocks=32):
-        return Problem(jnp.dtype(dtype), 64, d, features, blocks, None)
+        return Problem(jnp.dtype(dtype), 64, d, features, blocks, None, 1050)
 
     assert unsupported(problem()) is None
     assert "float16" in unsupported(problem("float16"))

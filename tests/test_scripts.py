@@ -9,6 +9,7 @@ from PIL import Image
 from tiny import annotation, tiny_detector, write_coco
 
 import detr_jax
+from detr_jax.evaluation import device_time
 from detr_jax.sparsity import Plan, save_plan
 from detr_jax.sparsity.selectors import Oracle
 
@@ -155,25 +156,59 @@ def test_benchmark(script, tmp_path, capsys):
 
 def test_benchmark_kernels(script, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("detr_jax.kernels.dispatch.tuning_path", lambda kind: tmp_path / "tuning" / f"{kind}.json")
+    # The real ceilings take a CPU seconds.
+    monkeypatch.setattr(device_time, "ceilings", lambda *_: device_time.Ceilings(1e9, 1e9, "host"))
     out = tmp_path / "kernels.json"
     sizes = ("--tokens", 20, "--d-model", 16, "--hidden", 64, "--block-size", 8, "--tile-sizes", 0, 8, "--repeats", 1)
-    assert script("benchmark_kernels.py", *sizes, "--densities", 0, 0.3, 1, "--out", out, "--write-tuning") == 0
+    rows = ("--gates", "tile", "--densities", 0, 0.3, 1)
+    assert script("benchmark_kernels.py", *sizes, *rows, "--out", out, "--write-tuning") == 0
     report = json.loads(out.read_text())
-    assert len(report["rows"]) == 2 * 2 * 3
+    assert len(report["rows"]) == 2 * 3 and not report["left_out"]
+    assert max(report["errors"].values()) < 1e-5 and report["errors"].keys() == {"reference", "xla"}
     for row in report["rows"]:
         assert max(row["errors"].values()) < 1e-5
         assert row["faster_than_dense"]["xla"] == row["medians"]["dense"] / row["medians"]["xla"]
+        assert row["flops_per_second"]["dense"] == 4 * 20 * 16 * 64 / row["medians"]["dense"]
+        assert row["bytes_per_second"]["dense"] == 4 * 16 * (2 * 20 + 2 * 64) / row["medians"]["dense"]
     assert {0.0, 1.0} <= {row["density"] for row in report["rows"]}
-    assert "break-even density: xla" in capsys.readouterr().out
+    assert "break-even density: xla, tile_size 8, tokens 20" in capsys.readouterr().out
     (tuning,) = (tmp_path / "tuning").iterdir()
     assert json.loads(tuning.read_text())["break_even"] == report["break_even"]
-    assert script("benchmark_kernels.py", *sizes, "--out", out) == 2
-    assert "exists" in refused(capsys)
+    assert [entry["tile_size"] for entry in report["break_even"]["xla"]] == [8, 20]
     new = tmp_path / "new.json"
-    assert script("benchmark_kernels.py", "--block-size", 60, "--out", new) == 2
-    assert "2048 hidden neurons cannot be divided into blocks of 60" in refused(capsys)
-    assert script("benchmark_kernels.py", "--densities", 1.5, "--out", new) == 2
-    assert "densities must be from 0 to 1, not 1.5" in refused(capsys)
+    correlated = ("--gates", "token", "--density-of", "tokens", "--correlations", 0.9, "--orders", "given", "signature")
+    assert script("benchmark_kernels.py", *sizes, "--tile-sizes", 8, *correlated, "--densities", 0.1, "--out", new) == 0
+    rows = json.loads(new.read_text())["rows"]
+    assert [row["order"] for row in rows] == ["given", "signature"]
+    assert all(0.09 < row["gate_density"] < 0.11 < row["density"] for row in rows)
+
+
+def test_benchmark_kernels_leaves_out_what_does_not_fit_its_time(script, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(device_time, "ceilings", lambda *_: device_time.Ceilings(1e9, 1e9, "host"))
+    monkeypatch.setattr("detr_jax.evaluation.deadline.Deadline.leaves", lambda self, seconds: not seconds)
+    out = tmp_path / "kernels.json"
+    sizes = ("--tokens", 20, "--d-model", 16, "--hidden", 64, "--block-size", 8, "--tile-sizes", 8, "--repeats", 1)
+    rows = ("--gates", "tile", "--densities", 0.5, 1)
+    assert script("benchmark_kernels.py", *sizes, *rows, "--minutes", 9, "--out", out) == 0
+    report = json.loads(out.read_text())
+    assert len(report["rows"]) == 1 and [row["asked"] for row in report["left_out"]] == [1.0]
+    left_out = "left out, because the time was up: tokens 20, tile_size 8, gate tile, order given, asked 1.0"
+    assert left_out in capsys.readouterr().out
+
+
+def test_benchmark_kernels_refuses(script, tmp_path, capsys):
+    out = tmp_path / "kernels.json"
+    for arguments, message in (
+        (("--block-size", 60), "2048 hidden neurons cannot be divided into blocks of 60"),
+        (("--densities", 1.5), "densities must be from 0 to 1, not 1.5"),
+        (("--orders", "signature"), "need gates that decide for tokens"),
+        (("--density-of", "tokens"), "need gates that decide for tokens"),
+    ):
+        assert script("benchmark_kernels.py", *arguments, "--out", out) == 2
+        assert message in refused(capsys)
+    out.write_text("{}")
+    assert script("benchmark_kernels.py", "--out", out) == 2
+    assert "exists" in refused(capsys)
 
 
 def test_benchmark_plan(script, checkpoint, tmp_path, capsys):
