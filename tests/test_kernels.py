@@ -74,6 +74,24 @@ def test_what_is_not_needed_is_not_computed(implementation):
     close(ours, definition(x, weights, needed, 16))
 
 
+@pytest.mark.parametrize("implementation", HERE)
+@pytest.mark.parametrize(("tile", "share"), [(16, 0.0), (16, 0.4), (2, 0.4), (16, 1.0)])
+def test_all_of_the_outputs_is_written(implementation, tile, share):
+    """The buffer that becomes the output holds NaN before the call: it is donated by an argument nobody reads."""
+    x, weights, needed = random_case(5, tile=tile, share=share)
+    expected = definition(x, weights, needed, tile)
+
+    @partial(jax.jit, donate_argnums=0, keep_unused=True)
+    def run(poisoned, x, weights, needed):
+        return kernels.block_sparse_ffn(x, weights, needed, tile, implementation=implementation)
+
+    poisoned = jnp.full_like(x, jnp.nan)
+    buffer = poisoned.unsafe_buffer_pointer()
+    ours = run(poisoned, x, weights, needed)
+    assert ours.unsafe_buffer_pointer() == buffer
+    close(ours, expected)
+
+
 def test_every_number_of_blocks():
     """Each is computed by the capacity that holds it."""
     run = jax.jit(partial(kernels.block_sparse_ffn, tile_size=16, implementation="xla"))

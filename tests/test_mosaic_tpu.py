@@ -1,15 +1,19 @@
 """The TPU kernel: interpreted, with a check for races, and compiled for TPUs that are not here."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from kernel_cases import close, random_case
 
 from detr_jax.kernels import BlockLists, FFNWeights, lists_of
 from detr_jax.kernels.dispatch import Problem, choose
 from detr_jax.kernels.mosaic_tpu import TOKENS, block_sparse_ffn, unsupported
+from detr_jax.kernels.operation import block_sparse_ffn as operation
 from detr_jax.kernels.reference import block_sparse_ffn as definition
 
 INTERPRET = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
@@ -48,6 +52,31 @@ def test_equals_the_definition(shape, dtype, exact):
     )
     assert ours.dtype == dtype
     close(ours.reshape(-1, x.shape[-1])[: len(x)], definition(x, weights, needed, tile, active), dtype)
+
+
+def test_outputs_are_poisoned_before_the_call():
+    """What the comparisons above rely on: what a kernel does not write is NaN."""
+    shape = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+    outputs = pl.pallas_call(lambda out: None, out_shape=shape, interpret=INTERPRET)()
+    assert jnp.isnan(outputs).all()
+
+
+def test_lists_in_any_order_with_repetitions(monkeypatch):
+    """Through the operation, and as the kernel gets them: whole permutations, not sorted."""
+    path = "detr_jax.kernels.mosaic_tpu"
+    monkeypatch.setattr(f"{path}.refusal", unsupported)
+    monkeypatch.setattr(f"{path}.block_sparse_ffn", partial(block_sparse_ffn, interpret=INTERPRET))
+    x, weights, _ = random_case(23, tokens=30, tile=16, d=128, features=64, blocks=8)
+    lists = BlockLists(indices=jnp.array([[5, 2, 5, 0, 7, 2], [1, -3, 8, 99, 4, 6]]), counts=jnp.array([6, 5]))
+    needed = np.zeros((2, 8), bool)
+    needed[0, [0, 2, 5, 7]] = needed[1, [1, 4]] = True
+    expected = definition(x, weights, jnp.asarray(needed), 16)
+    ours = operation(x, weights, lists, 16, blocks=8, implementation="mosaic_tpu")
+    close(ours, expected)
+    permutations = BlockLists(jnp.array([[7, 0, 5, 2, 1, 3, 4, 6], [4, 1, 0, 2, 3, 5, 6, 7]]), jnp.array([4, 2]))
+    tiles = tiles_of(x, 16)
+    ours = block_sparse_ffn(tiles, weights, permutations, interpret=INTERPRET).reshape(-1, x.shape[-1])[: len(x)]
+    close(ours, expected)
 
 
 def test_more_tiles_than_scalar_memory_holds(monkeypatch):
