@@ -171,7 +171,7 @@ def _twice(weights):
 
 
 def test_a_batch_does_not_become_all_branches_of_a_switch():
-    x, weights, needed = random_case(11, batch=(3,), features=512, blocks=16)
+    x, weights, needed = random_case(11, batch=(3,), features=512, blocks=32)
     run = jax.jit(jax.vmap(partial(kernels.block_sparse_ffn, tile_size=16, implementation="xla"), (0, None, 0)))
     text = run.lower(x, weights, needed).as_text()
     assert "stablehlo.case" in text or "stablehlo.if" in text
