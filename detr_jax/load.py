@@ -1,13 +1,13 @@
 """Detectors from the hub, from files and from the package, and back into files."""
 
 import importlib.resources
-import re
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from detr_jax import hub
 from detr_jax.convert import Checkpoint, open_checkpoint, write_checkpoint
 from detr_jax.model import DETR, PRESETS
 from detr_jax.model.parameters import named_parameters
@@ -22,7 +22,10 @@ HUB = {
 }
 EMBEDDED = "detr-tiny"
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_FILES = ["model*.safetensors", "model.safetensors.index.json", "config.json"]
+_REMEDY = (
+    "load a file: detr_jax.load('model.safetensors', preset='detr-r50'). detr_jax.load('detr-tiny') needs no download."
+)
 
 
 def load(name_or_path: str | Path, preset: str | None = None, dtype: jnp.dtype = jnp.float32) -> DETR:
@@ -50,12 +53,13 @@ def load(name_or_path: str | Path, preset: str | None = None, dtype: jnp.dtype =
             resource = importlib.resources.files("detr_jax.weights") / f"{EMBEDDED}.safetensors"
             with importlib.resources.as_file(resource) as path:
                 return build(open_checkpoint(path, name), dtype)
-        return build(open_checkpoint(_download(*HUB[name], "model.safetensors"), name), dtype)
+        path = hub.download(*HUB[name], filename="model.safetensors", remedy=_REMEDY)
+        return build(open_checkpoint(path, name), dtype)
     path = Path(name_or_path)
     if not path.exists():
-        if not HUB_ID.fullmatch(name) or path.suffix in (".pth", ".pt", ".safetensors"):
+        if not hub.is_id(name):
             raise FileNotFoundError(f"{name!r} is no file or folder, no preset ({', '.join(PRESETS)}) and no hub id")
-        path = _download(name)
+        path = hub.download_folder(name, patterns=_FILES, remedy=_REMEDY)
     return build(open_checkpoint(path, preset), dtype)
 
 
@@ -77,21 +81,3 @@ def build(checkpoint: Checkpoint, dtype: jnp.dtype = jnp.float32) -> DETR:
     arrays = checkpoint.arrays({name: leaf.shape for name, (_, leaf) in leaves.items()})
     placed = [(leaves[name][0], leaves[name][1].replace(jnp.asarray(array))) for name, array in arrays]
     return nnx.merge(graph, nnx.from_flat_state(placed))
-
-
-def _download(repository: str, revision: str | None = None, filename: str | None = None) -> Path:
-    """One file of a repository on the hub, or the folder with all of a detector's files; from the cache if there."""
-    from huggingface_hub import constants, hf_hub_download, snapshot_download
-
-    try:
-        if filename is not None:
-            return Path(hf_hub_download(repository, filename, revision=revision))
-        files = ["model*.safetensors", "model.safetensors.index.json", "config.json"]
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
-    except Exception as error:  # what a failed transfer raises has no base class of its own, and changes by version
-        wanted = f"{filename or 'a detector'} of {repository}" + (f" at revision {revision}" if revision else "")
-        raise FileNotFoundError(
-            f"{wanted} is not in the hub's cache ({constants.HF_HUB_CACHE}) and could not be downloaded: {error}\n"
-            "Go online once (HF_HUB_OFFLINE must not be set), point HF_HOME to a cache that has it, or load a file: "
-            "detr_jax.load('model.safetensors', preset='detr-r50'). detr_jax.load('detr-tiny') needs no download."
-        ) from error

@@ -1,8 +1,8 @@
 """Arrays by name with a description as JSON, in one safetensors file: what plans and statistics are kept as."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,11 @@ from safetensors import SafetensorError, safe_open
 
 from detr_jax.files import replacing
 
+Header = dict[str, str]
+Arrays = dict[str, np.ndarray]
+Migration = Callable[[Header, Arrays], tuple[Header, Arrays]]
+"""Header and arrays of one version of a format -> of the next."""
+
 
 @dataclass(frozen=True)
 class Format:
@@ -19,15 +24,17 @@ class Format:
 
     Attributes:
         name: stands in the file's header.
-        version: of the layout; files of another one are refused.
+        version: of the layout; files of newer ones are refused, and older ones that cannot be migrated.
         holds: what the file holds, for errors: "a plan".
         remedy: what to do where there is no file, for errors.
+        migrations: from an earlier version to the next, by the earlier one.
     """
 
     name: str
     version: int
     holds: str
     remedy: str
+    migrations: Mapping[int, Migration] = field(default_factory=dict)
 
 
 def write(path: Path, format: Format, description: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
@@ -59,10 +66,7 @@ def read(path: Path, format: Format) -> tuple[dict[str, Any], dict[str, np.ndarr
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
     if header.get("format") != format.name:
         raise ValueError(f"{path} does not hold {format.holds}: its format is {header.get('format')!r}")
-    if header.get("format_version") != str(format.version):
-        raise ValueError(
-            f"{path} has version {header.get('format_version')!r}; this detr-jax reads version {format.version}"
-        )
+    header, arrays = _migrated(path, format, header, arrays)
     try:
         description = json.loads(header["description"])
     except (KeyError, json.JSONDecodeError) as error:
@@ -70,3 +74,20 @@ def read(path: Path, format: Format) -> tuple[dict[str, Any], dict[str, np.ndarr
     if not isinstance(description, dict):
         raise ValueError(f"{path} is damaged: its description is a {type(description).__name__}")
     return description, arrays
+
+
+def _migrated(path: Path, format: Format, header: Header, arrays: Arrays) -> tuple[Header, Arrays]:
+    """What the file holds, in the present version."""
+    found = header.get("format_version", "")
+    if not found.isdecimal():
+        raise ValueError(f"{path} is damaged: its format_version is {found!r}, not a number")
+    if int(found) > format.version:
+        raise ValueError(f"{path} has format version {found}; this detr-jax reads up to {format.version}: update it")
+    for version in range(int(found), format.version):
+        if version not in format.migrations:
+            raise ValueError(f"{path} has format version {found}, which this detr-jax does not read any more")
+        try:
+            header, arrays = format.migrations[version](header, arrays)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged: it is no version {version} of {format.holds} ({error!r})") from error
+    return header, arrays

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from flax import nnx
-from scipy.optimize import linear_sum_assignment
 
 from detr_jax.model import DETR, FFNWeights
 from detr_jax.sparsity.grouping import group_count
@@ -96,6 +95,8 @@ def kmeans_order(w_in: np.ndarray, group_size: int, *, seed: int = 0, iterations
     Raises:
         ValueError: if the neurons cannot be divided into groups of that size.
     """
+    from scipy.optimize import linear_sum_assignment  # slow to import
+
     groups = group_count(len(w_in), group_size)
     rows = w_in / np.maximum(np.linalg.norm(w_in, axis=1, keepdims=True), np.finfo(np.float32).tiny)
     centres = rows[np.random.default_rng(seed).permutation(len(rows))[:groups]]

@@ -5,9 +5,9 @@ order of its hidden neurons ("encoder.0.order") where that is not the detector's
 the selectors are, how and on what the plan was made, what was measured with it, and which detector it belongs to.
 """
 
+import tempfile
 from dataclasses import dataclass
 from dataclasses import fields as _fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from detr_jax.kernels import Execution, UnavailableError
-from detr_jax.model import DETR, FFNWeights, LowRankFactors, SecondLayer, Selector
-from detr_jax.model.ffn import forward
+from detr_jax import hub
+from detr_jax.kernels import Execution
+from detr_jax.model import DETR, LowRankFactors, SecondLayer, Selector
 from detr_jax.model.parameters import fingerprint
 from detr_jax.sparsity import described_arrays, selectors
 from detr_jax.sparsity.described_arrays import Format
+from detr_jax.sparsity.plan_fit import check_fit
+from detr_jax.sparsity.plan_versions import MIGRATIONS
 
-FORMAT = Format("detr-jax-plan", 3, "a plan", "scripts/train_gates.py makes one")
+FORMAT = Format("detr-jax-plan", 3, "a plan", "scripts/train_gates.py makes one", MIGRATIONS)
+FILENAME = "plan.safetensors"
+"""Of a plan in a repository on the hub, or in the folder of a detector."""
 _DESCRIBED = ("method", "fingerprint", "training", "measured", "versions")
 _CLASSES = {
     cls.__name__: cls
@@ -44,9 +48,10 @@ _CLASSES = {
 }
 
 
+@jax.tree_util.register_pytree_with_keys_class
 @dataclass(frozen=True)
 class Plan:
-    """How each FFN of one detector is made sparse.
+    """How each FFN of one detector is made sparse. A pytree of its selectors; the rest is part of the structure.
 
     Attributes:
         method: name of the selectors' method, "mgs".
@@ -67,6 +72,36 @@ class Plan:
     measured: dict
     versions: dict[str, str]
 
+    def tree_flatten_with_keys(self):
+        facts = {field.name: getattr(self, field.name) for field in _fields(self) if field.name != "selectors"}
+        return ((jax.tree_util.GetAttrKey("selectors"), self.selectors),), _Facts(facts)
+
+    @classmethod
+    def tree_unflatten(cls, facts, selectors):
+        return cls(**facts.values, selectors=selectors[0])
+
+
+class _Facts:
+    """What of a plan is no pytree, compared by value: equal facts are the same program for `jax.jit`."""
+
+    def __init__(self, values: dict[str, Any]):
+        self.values = values
+
+    def __hash__(self) -> int:
+        return hash((self.values["method"], self.values["fingerprint"]))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Facts):
+            return NotImplemented
+        own, others = self.values | {"orders": None}, other.values | {"orders": None}
+        orders, other_orders = self.values["orders"], other.values["orders"]
+        if orders is other_orders:
+            return own == others
+        same_orders = orders.keys() == other_orders.keys() and all(
+            np.array_equal(order, other_orders[name]) for name, order in orders.items()
+        )
+        return same_orders and own == others
+
 
 def save_plan(plan: Plan, path: Path | str) -> None:
     """Writes a plan; the file appears under its name only once it is whole."""
@@ -76,20 +111,39 @@ def save_plan(plan: Plan, path: Path | str) -> None:
     described_arrays.write(Path(path), FORMAT, described, arrays)
 
 
-def load_plan(path: Path | str, model: DETR) -> Plan:
+def load_plan(name_or_path: Path | str, model: DETR, *, revision: str | None = None) -> Plan:
     """Reads the plan of a detector.
 
+    Args:
+        name_or_path: a file, a folder that holds a `plan.safetensors`, or the id of a repository on the Hugging Face
+            hub that holds one.
+        model: the detector that it was made for, in its own order.
+        revision: commit, branch or tag of the repository.
+
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, no plan, of another version, or the plan of another detector.
+        FileNotFoundError: if there is no such file, or it can neither be downloaded nor is in the hub's cache.
+        ValueError: if the file is damaged, no plan, of a newer version, or the plan of another detector.
     """
-    path = Path(path)
+    path = Path(name_or_path)
+    if path.is_dir():
+        path = path / FILENAME
+    elif not path.exists() and hub.is_id(name_or_path):
+        path = hub.download(str(name_or_path), revision, filename=FILENAME, remedy="pass the path of a plan")
     described, arrays = described_arrays.read(path, FORMAT)
     expected = {*_DESCRIBED, "selectors"}
     if set(described) != expected:
         raise ValueError(f"{path} is damaged: it describes {sorted(described)}, should be {sorted(expected)}")
-    orders = _orders(path, arrays, model)
-    plan = Plan(orders=orders, **described | {"selectors": _selectors(path, described["selectors"], arrays, model)})
+    if not isinstance(described["selectors"], dict):
+        raise ValueError(f"{path} is damaged: its selectors are a {type(described['selectors']).__name__}")
+    orders = {key.removesuffix(".order"): arrays.pop(key) for key in list(arrays) if key.endswith(".order")}
+    try:
+        found = {name: _put_together(structure, arrays) for name, structure in described["selectors"].items()}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r} is missing, unknown or wrong in its selectors") from error
+    if arrays:
+        raise ValueError(f"{path} is damaged: entries {sorted(arrays)} are left over")
+    plan = Plan(orders=orders, **described | {"selectors": found})
+    check_fit(plan.selectors, plan.orders, model, str(path))
     if plan.fingerprint != (own := fingerprint(model)):
         raise ValueError(
             f"{path} was made for the detector {plan.fingerprint[:12]}, this one is {own[:12]}: it knows nothing "
@@ -98,14 +152,26 @@ def load_plan(path: Path | str, model: DETR) -> Plan:
     return plan
 
 
-def _orders(path: Path, arrays: dict[str, np.ndarray], model: DETR) -> dict[str, np.ndarray]:
-    """Takes the orders out of a file's arrays."""
-    neurons = np.arange(model.config.ffn_features)
-    orders = {key.removesuffix(".order"): arrays.pop(key) for key in list(arrays) if key.endswith(".order")}
-    for name, order in orders.items():
-        if name not in model.config.ffn_names or not np.array_equal(np.sort(order, axis=None), neurons):
-            raise ValueError(f"{path}: {name}.order does not name each of {len(neurons)} hidden neurons once")
-    return orders
+def push_plan(plan: Plan, repository: str, *, private: bool = False, message: str = "Plan of detr-jax") -> str:
+    """Puts a plan into a repository on the Hugging Face hub, as its `plan.safetensors`, where `load_plan` finds it.
+
+    Args:
+        plan: the plan.
+        repository: "owner/name"; made if it does not exist.
+        private: who may see it, if it is made.
+        message: of the commit.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: if that is no id of a repository.
+        OSError: if the hub cannot be reached or refuses; mostly because nobody is logged in.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / FILENAME
+        save_plan(plan, path)
+        return hub.upload(path, repository, FILENAME, private=private, message=message)
 
 
 def _take_apart(part: Any, name: str, arrays: dict[str, np.ndarray]) -> Any:
@@ -129,49 +195,3 @@ def _put_together(structure: Any, arrays: dict[str, np.ndarray]) -> Any:
         return jnp.asarray(arrays.pop(structure["array"]))
     fields = {key: _put_together(value, arrays) for key, value in structure.items() if key != "class"}
     return _CLASSES[structure["class"]](**fields)
-
-
-def _selectors(
-    path: Path, structures: dict[str, Any], arrays: dict[str, np.ndarray], model: DETR
-) -> dict[str, Selector]:
-    """Takes the selectors out of a file's arrays and tries whether they fit the detector."""
-    if not isinstance(structures, dict):
-        raise ValueError(f"{path} is damaged: its selectors are a {type(structures).__name__}")
-    if unknown := set(structures) - set(model.config.ffn_names):
-        raise ValueError(f"{path} has selectors for {sorted(unknown)}; this detector has {model.config.ffn_names}")
-    for name, array in arrays.items():
-        wrong = np.isnan if name.endswith(".threshold") else lambda values: ~np.isfinite(values)
-        if wrong(array).any():
-            raise ValueError(f"{path} is damaged: {name} holds NaN or infinite values")
-        if name.endswith(".threshold") and array.shape:
-            raise ValueError(f"{path} is damaged: {name} has the shape {array.shape}; a threshold is one number")
-    try:
-        found = {name: _put_together(structures[name], arrays) for name in model.config.ffn_names if name in structures}
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error!r} is missing, unknown or wrong in its selectors") from error
-    if arrays:
-        raise ValueError(f"{path} is damaged: entries {sorted(arrays)} are left over")
-    weights = jax.eval_shape(model.ffn_weights)
-    x = jax.ShapeDtypeStruct((1, 2, model.config.d_model), jnp.float32)
-    tokens = jax.ShapeDtypeStruct((1, 2), bool)
-    for name, selector in found.items():
-        try:
-            kept, _ = jax.eval_shape(partial(_run, selector), weights[name], x, tokens)
-            if any(which is not None and which.shape[:-1] != tokens.shape for which in kept):
-                raise ValueError("it does not decide token by token")
-        except UnavailableError as error:
-            raise ValueError(f"{path}: the selector of {name} cannot be computed on this device: {error}") from error
-        except (AttributeError, TypeError, ValueError) as error:
-            leaves = jax.tree_util.tree_leaves_with_path(selector)
-            shapes = {jax.tree_util.keystr(key): np.shape(leaf) for key, leaf in leaves}
-            raise ValueError(f"{path}: the selector of {name} has shapes that do not fit its FFN: {shapes}") from error
-    return found
-
-
-def _run(
-    selector: Selector, weights: FFNWeights, x: jax.Array, tokens: jax.Array
-) -> tuple[tuple[jax.Array | None, jax.Array | None], jax.Array]:
-    """The groups and channels that a selector selects for each token, and what the FFN makes of that."""
-    selection = selector(weights, x, tokens)
-    kept = selection.per_token(tokens.shape, len(weights.w_in)), selection.channels
-    return kept, forward(weights, x, selection)

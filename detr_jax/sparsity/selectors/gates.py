@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from scipy.special import logit
+import numpy as np
 
 from detr_jax.model import FFNWeights
 from detr_jax.pytrees import pytree
@@ -70,4 +70,5 @@ def log_odds(probability: float) -> float:
     """
     if not 0 <= probability <= 1:
         raise ValueError(f"a threshold must be a probability, not {probability}")
-    return float(logit(probability))
+    with np.errstate(divide="ignore"):
+        return float(np.log(probability) - np.log1p(-np.float64(probability)))
