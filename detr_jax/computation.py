@@ -5,7 +5,7 @@ from typing import Literal
 
 from detr_jax.kernels import IMPLEMENTATIONS, Execution
 from detr_jax.model import Selectors
-from detr_jax.sparsity.selectors import Executed
+from detr_jax.sparsity.selectors import executed
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Computation:
     """Bring tokens that need the same groups together into tiles, and back afterwards. Not for masked."""
 
     def of(self, selectors: Selectors) -> Selectors:
-        """The selectors, computed so."""
+        """The selectors, computed so, whatever they say themselves."""
         if self.implementation == "masked":
-            return selectors
+            return executed(selectors, None)
         named = None if self.implementation == "auto" else self.implementation
         execution = Execution(self.tile_size, self.block_size, self.exact, self.ordered, named)
-        return {name: Executed(selector, execution) for name, selector in selectors.items()}
+        return executed(selectors, execution)
 
     @property
     def title(self) -> str:

@@ -1,6 +1,5 @@
-"""Detectors from the hub, from files and from the package, and back into files."""
+"""Detectors from the hub, from files and from the package, dense or with a plan, and back into files."""
 
-import importlib.resources
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -9,8 +8,13 @@ from flax import nnx
 
 from detr_jax import hub
 from detr_jax.convert import Checkpoint, open_checkpoint, write_checkpoint
+from detr_jax.kernels import Execution
 from detr_jax.model import DETR, PRESETS
 from detr_jax.model.parameters import named_parameters
+from detr_jax.sparse import SparseDETR
+from detr_jax.sparsity.ordering import reorder
+from detr_jax.sparsity.plan import Plan, load_plan
+from detr_jax.weights import EMBEDDED, detector_file
 
 # The main revisions of 2023, with model.safetensors. The other two repositories are followed at "main", because their
 # commits could not be looked up when this was written.
@@ -20,8 +24,6 @@ HUB = {
     "detr-r101": ("facebook/detr-resnet-101", "main"),
     "detr-r101-dc5": ("facebook/detr-resnet-101-dc5", "96317ca979e231bd960cb3cac31328e0165a3e94"),
 }
-EMBEDDED = "detr-tiny"
-
 _FILES = ["model*.safetensors", "model.safetensors.index.json", "config.json"]
 _REMEDY = (
     "load a file: detr_jax.load('model.safetensors', preset='detr-r50'). detr_jax.load('detr-tiny') needs no download."
@@ -50,8 +52,7 @@ def load(name_or_path: str | Path, preset: str | None = None, dtype: jnp.dtype =
         if preset not in (None, name):
             raise ValueError(f"{name!r} is a preset itself and cannot be loaded as {preset!r}")
         if name == EMBEDDED:
-            resource = importlib.resources.files("detr_jax.weights") / f"{EMBEDDED}.safetensors"
-            with importlib.resources.as_file(resource) as path:
+            with detector_file() as path:
                 return build(open_checkpoint(path, name), dtype)
         path = hub.download(*HUB[name], filename="model.safetensors", remedy=_REMEDY)
         return build(open_checkpoint(path, name), dtype)
@@ -61,6 +62,53 @@ def load(name_or_path: str | Path, preset: str | None = None, dtype: jnp.dtype =
             raise FileNotFoundError(f"{name!r} is no file or folder, no preset ({', '.join(PRESETS)}) and no hub id")
         path = hub.download_folder(name, patterns=_FILES, remedy=_REMEDY)
     return build(open_checkpoint(path, preset), dtype)
+
+
+def load_sparse(
+    model: str | Path | DETR,
+    plan: str | Path | Plan | None = None,
+    *,
+    implementation: str | Execution | None = None,
+    preset: str | None = None,
+    dtype: jnp.dtype = jnp.float32,
+) -> SparseDETR:
+    """A frozen detector whose FFNs compute only what a plan says; called like the dense one.
+
+    Args:
+        model: what `load` takes, or a detector.
+        plan: what `load_plan` takes, or a plan. None is the one that comes with the detector: of `detr-tiny` in the
+            package, of a folder or a repository on the hub its `plan.safetensors`.
+        implementation: how FFNs are computed, see `SparseDETR.with_implementation`. None is what the plan says, and
+            where it says nothing the masked reference, which computes everything: right everywhere, faster nowhere.
+            "auto" leaves work out.
+        preset, dtype: as of `load`; not for a detector.
+
+    Raises:
+        FileNotFoundError: if there is no such detector or plan, or no plan comes with the detector.
+        ImportError: if a `.pth` is to be read and torch is not installed.
+        ValueError: if the checkpoint or the plan is damaged, the plan was made for another detector, or the
+            implementation is unknown or cannot compute it.
+
+    >>> import detr_jax
+    >>> from detr_jax.data.scenes import ScenesDataset
+    >>> model = detr_jax.load_sparse("detr-tiny")
+    >>> model.plan.method, len(model.plan.selectors)
+    ('mgs', 6)
+    >>> model.detect(ScenesDataset("val", 1)[0].image).names
+    ('ring', 'star', 'cross')
+    """
+    if isinstance(model, DETR):
+        if plan is None:
+            raise ValueError("a detector does not say where its plan is: pass plan=, a path, a hub id or a Plan")
+        dense = model
+    else:
+        dense = load(model, preset, dtype)
+    if isinstance(plan, Plan):
+        sparse = SparseDETR.of(dense, plan)
+    else:
+        loaded = load_plan(_own_plan(model) if plan is None else plan, dense)
+        sparse = SparseDETR(reorder(dense, loaded.orders), loaded)
+    return sparse if implementation is None else sparse.with_implementation(implementation)
 
 
 def save(model: DETR, path: str | Path) -> None:
@@ -81,3 +129,15 @@ def build(checkpoint: Checkpoint, dtype: jnp.dtype = jnp.float32) -> DETR:
     arrays = checkpoint.arrays({name: leaf.shape for name, (_, leaf) in leaves.items()})
     placed = [(leaves[name][0], leaves[name][1].replace(jnp.asarray(array))) for name, array in arrays]
     return nnx.merge(graph, nnx.from_flat_state(placed))
+
+
+def _own_plan(name_or_path: str | Path) -> str | Path:
+    """What `load_plan` finds the plan by that comes with a detector."""
+    if name_or_path == EMBEDDED or Path(name_or_path).is_dir():
+        return name_or_path
+    if hub.is_id(name_or_path) and not Path(name_or_path).exists():
+        return name_or_path
+    raise FileNotFoundError(
+        f"no plan comes with {str(name_or_path)!r}: make one with scripts/train_gates.py --model {name_or_path} and "
+        "pass its path as plan="
+    )

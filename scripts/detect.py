@@ -6,17 +6,15 @@ from pathlib import Path
 from typing import Literal
 
 import jax.numpy as jnp
-import numpy as np
 import tyro
 
 import detr_jax
 from detr_jax import cli
-from detr_jax.data.image_files import ImageFiles
+from detr_jax.data.given_images import GivenImages
 from detr_jax.data.scenes import ScenesDataset
-from detr_jax.evaluation.detections import predictions
+from detr_jax.detection import detect_each
 from detr_jax.evaluation.drawing import draw_detections
 from detr_jax.files import refuse_existing, replacing, write_json
-from detr_jax.model.postprocess import Detections
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,6 @@ def detect(arguments: Arguments) -> None:
             "name one or more image files, or ask for generated scenes by --scenes 4. The default detr-tiny knows only "
             "the shapes of those scenes; for photographs choose e.g. --model detr-r50"
         )
-    if not 0 <= arguments.threshold <= 1:
-        raise ValueError(f"the threshold is a score from 0 to 1, not {arguments.threshold}")
     paths = arguments.images or tuple(Path(f"scene-{i}") for i in range(arguments.scenes))
     name, count = Counter(path.stem for path in paths).most_common(1)[0]
     if count > 1:
@@ -63,20 +59,16 @@ def detect(arguments: Arguments) -> None:
             if result.resolve() in {image.resolve() for image in arguments.images}:
                 raise ValueError(f"{result} is one of the images and would be replaced; choose another folder by --out")
             refuse_existing(result, arguments.overwrite)
-    dataset = ImageFiles(arguments.images) if arguments.images else ScenesDataset("val", arguments.scenes)
+    dataset = GivenImages(arguments.images) if arguments.images else ScenesDataset("val", arguments.scenes)
     model = detr_jax.load(arguments.model, preset=arguments.preset, dtype=jnp.dtype(arguments.dtype))
-    names = model.config.labels
 
-    for batch, _, detections in predictions(model, dataset, batch_size=1, progress=False):
-        index = int(batch.image_ids[0])
+    for index, found in detect_each(model, dataset, arguments.threshold):
         path = paths[index]
-        kept = np.flatnonzero(detections.scores[0] >= arguments.threshold)
-        found = Detections(detections.scores[0][kept], detections.labels[0][kept], detections.boxes[0][kept])
         with replacing(arguments.out / f"{path.stem}.png") as temporary:
-            draw_detections(dataset[index].image, found, names).save(temporary)
+            draw_detections(dataset[index].image, found).save(temporary)
         objects = [
-            {"label": names[found.labels[i]], "score": float(found.scores[i]), "box": found.boxes[i].tolist()}
-            for i in np.argsort(-found.scores)
+            {"label": name, "score": score, "box": box}
+            for name, score, box in zip(found.names, found.scores.tolist(), found.boxes.tolist(), strict=True)
         ]
         report = {
             "image": str(path),

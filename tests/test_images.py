@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detr_jax.data.image_files import ImageFiles
+from detr_jax.data.given_images import GivenImages
 from detr_jax.data.images import read_image, read_size
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 10, 3), np.uint8)
@@ -88,7 +88,7 @@ def test_files_that_are_not_images_are_named(tmp_path):
 
 def test_image_files_are_a_data_set(tmp_path):
     paths = [written(tmp_path / "a.png", "RGB"), written(tmp_path / "b.png", "L")]
-    dataset = ImageFiles(paths)
+    dataset = GivenImages(paths)
     assert (len(dataset), dataset.image_ids()) == (2, [0, 1])
     np.testing.assert_array_equal(dataset.image_sizes(), [(6, 10), (6, 10)])
     example = dataset[0]

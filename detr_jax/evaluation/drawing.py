@@ -5,7 +5,7 @@ import colorsys
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from detr_jax.model.postprocess import Detections
+from detr_jax.model.postprocess import ImageDetections
 
 MIN_SIDE = 640
 """Smaller images are enlarged to this longer side, so that labels are legible beside their objects."""
@@ -19,13 +19,12 @@ def colour(label: int) -> tuple[int, int, int]:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def draw_detections(image: np.ndarray, detections: Detections, names: tuple[str, ...]) -> Image.Image:
+def draw_detections(image: np.ndarray, found: ImageDetections) -> Image.Image:
     """Boxes with class names and scores on an image.
 
     Args:
         image: (height, width, 3) uint8.
-        detections: of this image, without the batch axis; all of them are drawn, the best on top.
-        names: of the classes.
+        found: in this image; all are drawn, the best on top.
     """
     picture = Image.fromarray(image)
     enlarged = max(1.0, MIN_SIDE / max(picture.size))
@@ -33,16 +32,16 @@ def draw_detections(image: np.ndarray, detections: Detections, names: tuple[str,
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(max(12, max(picture.size) / 50))
     line = max(2, max(picture.size) // 320)
-    boxes = detections.boxes * enlarged
-    worst_first = np.argsort(detections.scores)
+    boxes = found.boxes * enlarged
+    worst_first = np.argsort(found.scores)
     for i in worst_first:
         x0, y0, x1, y1 = boxes[i].tolist()
-        draw.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=colour(int(detections.labels[i])), width=line)
+        draw.rectangle((x0, y0, max(x0, x1), max(y0, y1)), outline=colour(int(found.labels[i])), width=line)
 
     labels: list[tuple[Rectangle, str, tuple[float, float], int]] = []
     for i in reversed(worst_first):
-        label = int(detections.labels[i])
-        text = f"{names[label] or label} {detections.scores[i]:.2f}"
+        label = int(found.labels[i])
+        text = f"{found.names[i] or label} {found.scores[i]:.2f}"
         left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
         size = (right - left + 3 * line, bottom - top + 3 * line)
         spot = _free_spot(boxes[i].tolist(), size, picture.size, [taken for taken, *_ in labels])

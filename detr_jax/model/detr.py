@@ -125,9 +125,9 @@ class DETR(nnx.Module):
             pixel_mask: (batch, height, width) bool.
             valid: (batch,) bool, false for images that only fill the batch.
         """
-        features = self.backbone(pixel_values.astype(self.dtype))
+        features = self.backbone(jnp.asarray(pixel_values, self.dtype))
         batch, height, width, _ = features.shape
-        mask = downsample_mask(pixel_mask.astype(bool), height, width)
+        mask = downsample_mask(jnp.asarray(pixel_mask, bool), height, width)
         positions = sine_positions(mask, self.config.d_model).astype(self.dtype)
         flat = (batch, height * width)
         x = self.input_projection(features).reshape(*flat, -1)

@@ -23,6 +23,7 @@ from detr_jax.sparsity import described_arrays, selectors
 from detr_jax.sparsity.described_arrays import Format
 from detr_jax.sparsity.plan_fit import check_fit
 from detr_jax.sparsity.plan_versions import MIGRATIONS
+from detr_jax.weights import EMBEDDED, plan_file
 
 FORMAT = Format("detr-jax-plan", 3, "a plan", "scripts/train_gates.py makes one", MIGRATIONS)
 FILENAME = "plan.safetensors"
@@ -115,8 +116,8 @@ def load_plan(name_or_path: Path | str, model: DETR, *, revision: str | None = N
     """Reads the plan of a detector.
 
     Args:
-        name_or_path: a file, a folder that holds a `plan.safetensors`, or the id of a repository on the Hugging Face
-            hub that holds one.
+        name_or_path: a file, a folder that holds a `plan.safetensors`, the id of a repository on the Hugging Face
+            hub that holds one, or "detr-tiny" for the plan that comes with the package.
         model: the detector that it was made for, in its own order.
         revision: commit, branch or tag of the repository.
 
@@ -125,31 +126,14 @@ def load_plan(name_or_path: Path | str, model: DETR, *, revision: str | None = N
         ValueError: if the file is damaged, no plan, of a newer version, or the plan of another detector.
     """
     path = Path(name_or_path)
+    if name_or_path == EMBEDDED:
+        with plan_file() as path:
+            return _read(path, model)
     if path.is_dir():
         path = path / FILENAME
     elif not path.exists() and hub.is_id(name_or_path):
         path = hub.download(str(name_or_path), revision, filename=FILENAME, remedy="pass the path of a plan")
-    described, arrays = described_arrays.read(path, FORMAT)
-    expected = {*_DESCRIBED, "selectors"}
-    if set(described) != expected:
-        raise ValueError(f"{path} is damaged: it describes {sorted(described)}, should be {sorted(expected)}")
-    if not isinstance(described["selectors"], dict):
-        raise ValueError(f"{path} is damaged: its selectors are a {type(described['selectors']).__name__}")
-    orders = {key.removesuffix(".order"): arrays.pop(key) for key in list(arrays) if key.endswith(".order")}
-    try:
-        found = {name: _put_together(structure, arrays) for name, structure in described["selectors"].items()}
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error!r} is missing, unknown or wrong in its selectors") from error
-    if arrays:
-        raise ValueError(f"{path} is damaged: entries {sorted(arrays)} are left over")
-    plan = Plan(orders=orders, **described | {"selectors": found})
-    check_fit(plan.selectors, plan.orders, model, str(path))
-    if plan.fingerprint != (own := fingerprint(model)):
-        raise ValueError(
-            f"{path} was made for the detector {plan.fingerprint[:12]}, this one is {own[:12]}: it knows nothing "
-            "about other parameters; make one for this detector with scripts/train_gates.py"
-        )
-    return plan
+    return _read(path, model)
 
 
 def push_plan(plan: Plan, repository: str, *, private: bool = False, message: str = "Plan of detr-jax") -> str:
@@ -172,6 +156,30 @@ def push_plan(plan: Plan, repository: str, *, private: bool = False, message: st
         path = Path(folder) / FILENAME
         save_plan(plan, path)
         return hub.upload(path, repository, FILENAME, private=private, message=message)
+
+
+def _read(path: Path, model: DETR) -> Plan:
+    described, arrays = described_arrays.read(path, FORMAT)
+    expected = {*_DESCRIBED, "selectors"}
+    if set(described) != expected:
+        raise ValueError(f"{path} is damaged: it describes {sorted(described)}, should be {sorted(expected)}")
+    if not isinstance(described["selectors"], dict):
+        raise ValueError(f"{path} is damaged: its selectors are a {type(described['selectors']).__name__}")
+    orders = {key.removesuffix(".order"): arrays.pop(key) for key in list(arrays) if key.endswith(".order")}
+    try:
+        found = {name: _put_together(structure, arrays) for name, structure in described["selectors"].items()}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r} is missing, unknown or wrong in its selectors") from error
+    if arrays:
+        raise ValueError(f"{path} is damaged: entries {sorted(arrays)} are left over")
+    plan = Plan(orders=orders, **described | {"selectors": found})
+    check_fit(plan.selectors, plan.orders, model, str(path))
+    if plan.fingerprint != (own := fingerprint(model)):
+        raise ValueError(
+            f"{path} was made for the detector {plan.fingerprint[:12]}, this one is {own[:12]}: it knows nothing "
+            "about other parameters; make one for this detector with scripts/train_gates.py"
+        )
+    return plan
 
 
 def _take_apart(part: Any, name: str, arrays: dict[str, np.ndarray]) -> Any:

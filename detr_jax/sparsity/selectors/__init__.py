@@ -1,14 +1,14 @@
 """Every method's answer to one question: which part of an FFN is computed for which token."""
 
 from detr_jax.sparsity.selectors.derived import Pooled, ShareOfLargest, Standardised
-from detr_jax.sparsity.selectors.executed import Executed
+from detr_jax.sparsity.selectors.executed import Executed, executed
 from detr_jax.sparsity.selectors.gates import Gate, LinearGate, LowRankGate, log_odds
 from detr_jax.sparsity.selectors.magnitude import HiddenMagnitude, InputMagnitude
 from detr_jax.sparsity.selectors.oracle import Oracle
 from detr_jax.sparsity.selectors.pooled_gate import ContributionGate, PooledGate
 from detr_jax.sparsity.selectors.random import Lots
 from detr_jax.sparsity.selectors.rsparse import Compensated, low_rank_factors
-from detr_jax.sparsity.selectors.score import Score, Thresholded, Traits
+from detr_jax.sparsity.selectors.score import Score, Thresholded, Traits, at_threshold
 from detr_jax.sparsity.selectors.sectioned import Sectioned
 from detr_jax.sparsity.selectors.sibs import Sibs, find_indicators
 from detr_jax.sparsity.selectors.sketch import Sketch, sketch
@@ -39,8 +39,10 @@ __all__ = [
     "Thresholded",
     "TopK",
     "Traits",
+    "at_threshold",
     "by_contribution",
     "by_firing",
+    "executed",
     "find_indicators",
     "log_odds",
     "low_rank_factors",

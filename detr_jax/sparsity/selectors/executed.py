@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax
 
 from detr_jax.kernels import Execution
-from detr_jax.model import FFNWeights, Selection, Selector
+from detr_jax.model import FFNWeights, Selection, Selector, Selectors
 from detr_jax.pytrees import pytree
 from detr_jax.sparsity.selectors.score import Traits
 
@@ -50,3 +50,9 @@ class Executed:
     def cost(self, d_model: int, features: int) -> float:
         """Multiply-adds per token of the decision."""
         return self.selector.cost(d_model, features)
+
+
+def executed(selectors: Selectors, execution: Execution | None) -> dict[str, Selector]:
+    """The same selectors computed in another way; None is the masked reference."""
+    bare = {name: s.selector if isinstance(s, Executed) else s for name, s in selectors.items()}
+    return bare if execution is None else {name: Executed(selector, execution) for name, selector in bare.items()}

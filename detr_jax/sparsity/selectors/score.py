@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from detr_jax.model import FFNWeights, Selection
+from detr_jax.model import FFNWeights, Selection, Selector
 from detr_jax.pytrees import pytree
 
 
@@ -84,6 +84,20 @@ class Thresholded:
         if threshold != threshold:
             raise ValueError("a threshold cannot be NaN")
         return dataclasses.replace(self, threshold=jnp.float32(threshold))
+
+
+def at_threshold(selector: Selector, threshold: float) -> Selector:
+    """The same selector with another threshold, wherever in it that is.
+
+    Raises:
+        ValueError: if it decides by no threshold, or the threshold is NaN.
+    """
+    if isinstance(selector, Thresholded):
+        return selector.at(threshold)
+    for field in ("of", "selector", "gate"):
+        if getattr(selector, field, None) is not None:
+            return dataclasses.replace(selector, **{field: at_threshold(getattr(selector, field), threshold)})
+    raise ValueError(f"{type(selector).__name__} decides by no threshold")
 
 
 def selection_of(score: Score, kept: jax.Array) -> Selection:

@@ -1,0 +1,81 @@
+"""Objects in images that somebody has, not in data sets: files, PIL images, arrays.
+
+What loads images in the background is imported when it is needed, so that `import detr_jax` stays quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from detr_jax.data.dataset import Dataset
+from detr_jax.data.given_images import GivenImages, ImageLike, as_list, is_many
+from detr_jax.model import DETR, Selectors
+from detr_jax.model.postprocess import ImageDetections, in_image
+
+if TYPE_CHECKING:
+    from detr_jax.sparse import SparseDETR
+
+
+def detect(
+    model: DETR | SparseDETR,
+    images: ImageLike | Sequence[ImageLike],
+    threshold: float = 0.7,
+    *,
+    batch_size: int = 1,
+    selectors: Selectors | None = None,
+) -> ImageDetections | list[ImageDetections]:
+    """Detects objects in images of any sizes.
+
+    Images are padded to a few shapes, see `detr_jax.data.loading`, so that few programs are compiled.
+
+    Args:
+        model: the detector, dense or sparse.
+        images: one or many: files (as they are stored, without the rotation that EXIF data may ask for), PIL images,
+            or (height, width, 3) uint8 RGB arrays. A list, a tuple or an array with four axes are many.
+        threshold: least score, from 0 to 1.
+        batch_size: images that are computed together.
+        selectors: selector of each sparse FFN by name, for a dense detector.
+
+    Returns:
+        What was found in the image, or a list of that for many.
+
+    Raises:
+        FileNotFoundError: if a file does not exist.
+        TypeError: if something is no image at all.
+        ValueError: if a file is not an image, an array has another shape or type than an image, the threshold is no
+            score, the batch size is not positive, or the detector's scores are not finite.
+
+    >>> import detr_jax
+    >>> from detr_jax.data.scenes import ScenesDataset
+    >>> scenes = ScenesDataset("val", 2)
+    >>> one, other = detr_jax.detect(detr_jax.load("detr-tiny"), [scenes[0].image, scenes[1].image])
+    >>> one.names
+    ('ring', 'star', 'cross')
+    >>> one.boxes.shape, one.labels.tolist(), bool(one.scores.min() >= 0.7)
+    ((3, 4), [6, 4, 5], True)
+    """
+    dataset = GivenImages(as_list(images))
+    found = dict(detect_each(model, dataset, threshold, batch_size=batch_size, selectors=selectors))
+    return [found[i] for i in range(len(dataset))] if is_many(images) else found[0]
+
+
+def detect_each(
+    model: DETR | SparseDETR,
+    dataset: Dataset,
+    threshold: float,
+    *,
+    batch_size: int = 1,
+    selectors: Selectors | None = None,
+) -> Iterator[tuple[int, ImageDetections]]:
+    """What is found in each image of a data set, with its id, image by image as they are loaded; as `detect`."""
+    from detr_jax.evaluation.detections import predictions
+
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"the threshold is a score from 0 to 1, not {threshold}")
+    if not len(dataset):
+        return
+    passes = predictions(model, dataset, batch_size, selectors=selectors, progress=False)
+    for batch, _, detections in passes:
+        for i in batch.valid.nonzero()[0]:
+            yield int(batch.image_ids[i]), in_image(detections, i, threshold, model.config.labels)

@@ -1,0 +1,225 @@
+"""A frozen detector with a plan: called like the dense one, looked into, changed without loading anything again."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from detr_jax.data.given_images import ImageLike
+from detr_jax.detection import detect
+from detr_jax.kernels import IMPLEMENTATIONS, Execution
+from detr_jax.model import DETR, DetrConfig, DetrOutputs, ImageTokens, Selectors
+from detr_jax.model.parameters import fingerprint
+from detr_jax.model.postprocess import ImageDetections
+from detr_jax.sparsity.inspection import FFNActivity, activity
+from detr_jax.sparsity.ordering import reorder
+from detr_jax.sparsity.plan import Plan, load_plan
+from detr_jax.sparsity.plan_fit import check_fit
+from detr_jax.sparsity.selectors import at_threshold, executed
+
+DEFAULT_BLOCK_SIZE = 8
+"""Neurons that are computed together where an implementation is named without more: a group of MGS."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SparseDETR:
+    """A frozen detector whose FFNs compute what a plan says. `detr_jax.load_sparse` makes one.
+
+    It is called like the dense detector and is a pytree like it: pass it through `jax.jit`, `jax.grad`, `jax.vmap` and
+    `jax.shard_map`. `nnx.grad` differentiates by the detector's parameters and leaves the selectors alone. Methods
+    whose names begin with `with` give another one that shares the detector's parameters.
+
+    Attributes:
+        detector: the frozen detector, its hidden neurons in the plan's orders.
+        plan: what makes it sparse.
+    """
+
+    detector: DETR
+    plan: Plan
+
+    @classmethod
+    def of(cls, model: DETR, plan: Plan) -> "SparseDETR":
+        """A detector in its own order, with a plan that was made for it.
+
+        Raises:
+            ValueError: if the plan was made for another detector, or its selectors do not fit.
+        """
+        if plan.fingerprint != (own := fingerprint(model)):
+            raise ValueError(f"the plan was made for the detector {plan.fingerprint[:12]}, this one is {own[:12]}")
+        check_fit(plan.selectors, plan.orders, model, "the plan")
+        return cls(reorder(model, plan.orders), plan)
+
+    @property
+    def config(self) -> DetrConfig:
+        """Of the detector."""
+        return self.detector.config
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the computation."""
+        return self.detector.dtype
+
+    @property
+    def dense(self) -> DETR:
+        """The frozen detector as it was loaded, its neurons in their own order."""
+        return reorder(self.detector, {name: np.argsort(order) for name, order in self.plan.orders.items()})
+
+    def __call__(
+        self,
+        pixel_values: jax.Array,
+        pixel_mask: jax.Array | None = None,
+        *,
+        selectors: Selectors | None = None,
+        auxiliary: bool = False,
+        trace: bool = False,
+    ) -> DetrOutputs:
+        """Detects objects; arguments and errors as of `DETR`, but `selectors` None are the plan's, and {} is dense."""
+        selectors = self.plan.selectors if selectors is None else selectors
+        return self.detector(pixel_values, pixel_mask, selectors=selectors, auxiliary=auxiliary, trace=trace)
+
+    def embed(self, pixel_values: jax.Array, pixel_mask: jax.Array, valid: jax.Array) -> ImageTokens:
+        """The part before the transformer, as `DETR.embed`."""
+        return self.detector.embed(pixel_values, pixel_mask, valid)
+
+    def transform(
+        self,
+        tokens: ImageTokens,
+        *,
+        selectors: Selectors | None = None,
+        auxiliary: bool = False,
+        trace: bool = False,
+    ) -> DetrOutputs:
+        """The transformer and the heads; arguments and errors as of a call."""
+        selectors = self.plan.selectors if selectors is None else selectors
+        return self.detector.transform(tokens, selectors=selectors, auxiliary=auxiliary, trace=trace)
+
+    def detect(
+        self, images: ImageLike | Sequence[ImageLike], threshold: float = 0.7, *, batch_size: int = 1
+    ) -> ImageDetections | list[ImageDetections]:
+        """Detects objects in files, PIL images or arrays; see `detr_jax.detect`."""
+        # The plan's facts stay outside: what the plan was measured to do is no reason to compile again.
+        return detect(self.detector, images, threshold, batch_size=batch_size, selectors=self.plan.selectors)
+
+    def inspect(self, pixel_values: jax.Array, pixel_mask: jax.Array | None = None) -> dict[str, FFNActivity]:
+        """What happens in every FFN: hidden activations, gate maps, densities.
+
+        Args:
+            pixel_values: (batch, height, width, 3) float, see `detr_jax.preprocess_images`.
+            pixel_mask: (batch, height, width) bool; None where nothing is padding.
+
+        Returns:
+            By name of the FFN, in the order in which they run.
+
+        >>> import detr_jax
+        >>> from detr_jax.data.scenes import ScenesDataset
+        >>> model = detr_jax.load_sparse("detr-tiny")
+        >>> layers = model.inspect(*detr_jax.preprocess_images(ScenesDataset("val", 1)[0].image, model.config))
+        >>> list(layers)
+        ['encoder.0', 'encoder.1', 'encoder.2', 'decoder.0', 'decoder.1', 'decoder.2']
+        >>> layers["encoder.0"].hidden.shape, layers["encoder.0"].grid
+        ((1, 64, 1024), (8, 8))
+        >>> bool(layers["encoder.0"].firing < layers["encoder.0"].density < 0.3)
+        True
+        """
+        found = _inspect(self.detector, self.plan.selectors, pixel_values, pixel_mask)
+        return {name: found[name] for name in self.config.ffn_names}
+
+    def draw_firing(self, image: ImageLike, path: Path | str, threshold: float = 0.7) -> None:
+        """Writes a figure of where on an image neurons fire, and where the plan computes them.
+
+        Args:
+            image: a file, a PIL image or an array.
+            path: of the figure, a PNG.
+            threshold: least score of the detections that are drawn.
+        """
+        from detr_jax.evaluation.firing_map import draw_firing  # imports matplotlib
+
+        draw_firing(self, image, Path(path), threshold)
+
+    def with_plan(self, plan: Plan | Path | str) -> "SparseDETR":
+        """The same detector with another plan, an object or what `detr_jax.load_plan` takes.
+
+        Raises:
+            FileNotFoundError, ValueError: as `detr_jax.load_plan` and `SparseDETR.of`.
+        """
+        if not isinstance(plan, Plan):
+            plan = load_plan(plan, self.dense)
+        orders = self.plan.orders
+        if plan.orders.keys() == orders.keys() and all(np.array_equal(plan.orders[n], orders[n]) for n in orders):
+            if plan.fingerprint != self.plan.fingerprint:
+                raise ValueError(
+                    f"the plan was made for the detector {plan.fingerprint[:12]}, this one is "
+                    f"{self.plan.fingerprint[:12]}"
+                )
+            check_fit(plan.selectors, plan.orders, self.detector, "the plan")
+            return SparseDETR(self.detector, plan)
+        return SparseDETR.of(self.dense, plan)
+
+    def with_threshold(self, threshold: float | Mapping[str, float]) -> "SparseDETR":
+        """The same with other thresholds. What the plan says was measured is not true any more, and is left out.
+
+        Args:
+            threshold: for all FFNs, or by name for some of them; in the units of the method's score. Those of MGS and
+                of other gates are log-odds: `detr_jax.log_odds(0.5)`.
+
+        Raises:
+            ValueError: if an FFN has no selector or its selector has no threshold, or the threshold is NaN.
+
+        >>> import detr_jax
+        >>> model = detr_jax.load_sparse("detr-tiny").with_threshold(detr_jax.log_odds(0.5))
+        >>> model = model.with_threshold({"decoder.2": detr_jax.log_odds(0.25)})
+        >>> [round(float(s.threshold), 3) for s in model.plan.selectors.values()]
+        [0.0, 0.0, -1.099, 0.0, 0.0, 0.0]
+        """
+        selectors = dict(self.plan.selectors)
+        wanted = threshold if isinstance(threshold, Mapping) else dict.fromkeys(selectors, threshold)
+        for name, value in wanted.items():
+            if name not in selectors:
+                raise ValueError(f"{name!r} is not gated; the plan has selectors for {', '.join(selectors)}")
+            selectors[name] = at_threshold(selectors[name], value)
+        return SparseDETR(self.detector, dataclasses.replace(self.plan, selectors=selectors, measured={}))
+
+    def with_implementation(self, implementation: str | Execution) -> "SparseDETR":
+        """The same, computed in another way.
+
+        Args:
+            implementation: "masked" computes everything and ignores what is not kept; "auto" leaves out what no token
+                of an image needs, by what is the fastest on this device; or the name of one of
+                `detr_jax.kernels.IMPLEMENTATIONS`, or an `Execution`, which also says how large tiles and blocks are.
+
+        Raises:
+            ValueError: if there is none of that name, or it cannot compute what the selectors keep.
+
+        >>> import detr_jax
+        >>> model = detr_jax.load_sparse("detr-tiny").with_implementation("auto")
+        >>> model.plan.selectors["encoder.0"].execution.block_size
+        8
+        """
+        return self.with_plan(
+            dataclasses.replace(self.plan, selectors=executed(self.plan.selectors, _execution(implementation)))
+        )
+
+
+@jax.jit
+def _inspect(
+    detector: DETR, selectors: Selectors, pixel_values: jax.Array, pixel_mask: jax.Array | None
+) -> dict[str, FFNActivity]:
+    traces = detector(pixel_values, pixel_mask, selectors=selectors, trace=True).traces
+    grid = detector.token_grid(pixel_values.shape[1:3])
+    return {name: activity(trace, grid if name.startswith("encoder") else None) for name, trace in traces.items()}
+
+
+def _execution(implementation: str | Execution) -> Execution | None:
+    if isinstance(implementation, Execution):
+        return implementation
+    if implementation == "masked":
+        return None
+    if implementation not in ("auto", *IMPLEMENTATIONS):
+        known = ", ".join(("masked", "auto", *IMPLEMENTATIONS))
+        raise ValueError(f"there is no implementation {implementation!r} of the sparse FFN; there are {known}")
+    return Execution(block_size=DEFAULT_BLOCK_SIZE, implementation=None if implementation == "auto" else implementation)
