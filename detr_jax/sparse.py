@@ -31,8 +31,9 @@ class SparseDETR:
     """A frozen detector whose FFNs compute what a plan says. `detr_jax.load_sparse` makes one.
 
     It is called like the dense detector and is a pytree like it: pass it through `jax.jit`, `jax.grad`, `jax.vmap` and
-    `jax.shard_map`. `nnx.grad` differentiates by the detector's parameters and leaves the selectors alone. Methods
-    whose names begin with `with` give another one that shares the detector's parameters.
+    `jax.shard_map`. Parameters are in `detector`; to differentiate by them and not by the plan's numbers, take the
+    gradient of `lambda detector: loss(dataclasses.replace(model, detector=detector))`. Methods whose names begin with
+    `with` give another one that shares the detector's parameters.
 
     Attributes:
         detector: the frozen detector, its hidden neurons in the plan's orders.

@@ -3,7 +3,7 @@ import pytest
 
 from detr_jax.evaluation.drawing import MIN_SIDE, colour, draw_detections
 from detr_jax.labels import COCO_LABELS
-from detr_jax.model.postprocess import Detections
+from detr_jax.model.postprocess import ImageDetections
 
 
 def test_classes_have_distinct_colours():
@@ -16,8 +16,10 @@ def test_classes_have_distinct_colours():
 def test_boxes_are_drawn_at_any_image_size(size):
     height, width = size
     boxes = np.array([[0.1 * width, 0.2 * height, 0.9 * width, 0.8 * height], [-9, -9, width + 9, height + 9]])
-    found = Detections(np.array([0.95, 0.5]), np.array([1, 12]), boxes.astype(np.float32))
-    picture = draw_detections(np.zeros((*size, 3), np.uint8), found, COCO_LABELS)
+    labels = np.array([1, 12])
+    names = tuple(COCO_LABELS[label] for label in labels)
+    found = ImageDetections(boxes.astype(np.float32), labels, names, np.array([0.95, 0.5]))
+    picture = draw_detections(np.zeros((*size, 3), np.uint8), found)
     assert max(picture.size) == max(MIN_SIDE, *size)
     pixels = np.asarray(picture)
     scale = picture.width / width
@@ -28,5 +30,5 @@ def test_boxes_are_drawn_at_any_image_size(size):
 
 def test_nothing_found_leaves_the_image_alone():
     image = np.random.default_rng(0).integers(0, 256, (700, 900, 3), np.uint8)
-    nothing = Detections(np.zeros(0), np.zeros(0, int), np.zeros((0, 4)))
-    np.testing.assert_array_equal(draw_detections(image, nothing, COCO_LABELS), image)
+    nothing = ImageDetections(np.zeros((0, 4)), np.zeros(0, int), (), np.zeros(0))
+    np.testing.assert_array_equal(draw_detections(image, nothing), image)

@@ -3,6 +3,7 @@
 import importlib.resources
 import json
 
+import numpy as np
 import pytest
 
 import detr_jax
@@ -38,3 +39,18 @@ def test_its_accuracy_and_its_zeros(report):
     zeros = {name: counts.zeros for name, counts in measured.counts.items()}
     assert zeros == pytest.approx(report["zeros"], abs=1e-4)
     assert sum(zeros.values()) / len(zeros) >= 0.93
+
+
+def test_its_plan_loses_nothing_and_says_so():
+    """The few scenes here only tell that it works; the plan says what was measured on many."""
+    model = detr_jax.load_sparse("detr-tiny")
+    assert model.plan.fingerprint == detr_jax.fingerprint(model.dense)
+    measured = model.plan.measured
+    assert measured["images"] >= 500 and abs(measured["numbers"]["AP"] - measured["dense_AP"]) < 0.005
+    scenes = ScenesDataset("val", 4)
+    sparse, dense = (
+        detr_jax.detect(m, [scenes[i].image for i in range(4)]) for m in (model, detr_jax.load("detr-tiny"))
+    )
+    for one, other in zip(sparse, dense, strict=True):
+        assert sorted(one.names) == sorted(other.names)
+        np.testing.assert_allclose(np.sort(one.scores), np.sort(other.scores), atol=0.05)

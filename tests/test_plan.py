@@ -1,6 +1,7 @@
 """Plan files: there and back, and everything that can be wrong with one."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from safetensors import safe_open
+from scipy.special import expit
 from tiny import TINY_CONFIG, every_selector, tiny_detector, tiny_ffn
 
 import detr_jax
@@ -172,3 +174,32 @@ def test_a_truncated_plan_is_refused(path, model):
 def test_a_missing_plan_says_how_to_make_one(tmp_path, model):
     with pytest.raises(FileNotFoundError, match="train_gates"):
         load_plan(tmp_path / "plan.safetensors", model)
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return detr_jax.load("detr-tiny")
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_of_earlier_versions_load(embedded, version):
+    """The code of that version trained them: `train_gates.py --group-size 32 --train-images 512 --epochs 3`."""
+    path = Path(__file__).parent / f"data/detr-tiny-plan-v{version}.safetensors"
+    with safe_open(path, framework="numpy") as file:
+        assert file.metadata()["format_version"] == str(version)
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    plan = load_plan(path, embedded)
+    assert (plan.method, plan.training["data"]) == ("mgs", "scenes-train[0:512]")
+    assert set(plan.selectors) == set(embedded.config.ffn_names)
+    assert set(plan.orders) == (set(plan.selectors) if version == 2 else set())
+    rng = np.random.default_rng(0)
+    x = 4 * rng.standard_normal((1, 50, embedded.config.d_model)).astype(np.float32)
+    for name, selector in plan.selectors.items():
+        active = selector(None, x, None).active
+        # What a gate was then: a probability and a threshold that is one.
+        probability = expit(x @ stored[f"{name}.kernel"] + stored[f"{name}.bias"])
+        sure = np.abs(probability - stored[f"{name}.threshold"]) > 1e-5
+        np.testing.assert_array_equal(active[sure], (probability >= stored[f"{name}.threshold"])[sure])
+        assert 0 < active.mean() < 1
+    for name, order in plan.orders.items():
+        np.testing.assert_array_equal(order, stored[f"{name}.order"])

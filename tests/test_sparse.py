@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import pytest
-from flax import nnx
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from PIL import Image
 from tiny import TINY_CONFIG, tiny_detector
@@ -16,7 +16,7 @@ from tiny import TINY_CONFIG, tiny_detector
 import detr_jax
 from detr_jax.kernels import Execution
 from detr_jax.sparsity.ordering import reorder
-from detr_jax.sparsity.selectors import Compensated, LinearGate, Oracle, Thresholded, TopK, low_rank_factors
+from detr_jax.sparsity.selectors import Compensated, LinearGate, Lots, Oracle, Thresholded, TopK, low_rank_factors
 
 NAMES = TINY_CONFIG.ffn_names
 RNG = np.random.default_rng(0)
@@ -88,7 +88,7 @@ def test_it_goes_through_transformations(sparse, pixels):
     mapped = jax.jit(jax.vmap(lambda values, mask: sparse(values[None], mask[None]).logits[0]))(*pixels)
     np.testing.assert_allclose(mapped, expected, atol=1e-5)
 
-    mesh = jax.make_mesh((1,), ("batch",))
+    mesh = jax.make_mesh((1,), ("batch",), axis_types=(AxisType.Auto,))
     sharded = jax.jit(
         jax.shard_map(
             lambda model, values, mask: model(values, mask).logits,
@@ -103,18 +103,14 @@ def test_it_goes_through_transformations(sparse, pixels):
     def loss(model, values):
         return model(values, pixel_mask).logits.sum()
 
-    # A step along the gradient changes the loss as the gradient says; no gate may switch on the way.
-    gradient = jax.jit(jax.grad(loss, 1))(sparse, jnp.asarray(pixel_values))
-    step = 1e-4 * gradient / jnp.linalg.norm(gradient)
-    change = loss_at(loss, sparse, pixel_values + step) - loss_at(loss, sparse, pixel_values - step)
-    np.testing.assert_allclose(change, 2e-4 * jnp.linalg.norm(gradient), rtol=0.05)
-    by_parameters = nnx.jit(nnx.grad(loss))(sparse, pixel_values)
-    assert len(jax.tree.leaves(by_parameters)) == len(jax.tree.leaves(nnx.state(sparse.detector, nnx.Param)))
-
-
-def loss_at(loss, model, values):
-    with jax.enable_x64(False):
-        return jax.jit(loss)(model, values)
+    by_pixels = jax.jit(jax.grad(loss, 1))(sparse, jnp.asarray(pixel_values))
+    assert by_pixels.shape == pixel_values.shape and jnp.abs(by_pixels).max() > 0
+    silent = sparse.with_threshold(np.inf)
+    by_parameters = jax.jit(
+        jax.grad(lambda detector: loss(dataclasses.replace(silent, detector=detector), pixel_values))
+    )
+    ffn = by_parameters(silent.detector).transformer.encoder[0].ffn
+    assert not jnp.any(ffn.w_in[...]) and jnp.any(ffn.b_out[...])
 
 
 def test_it_is_a_pytree(sparse, pixels):
@@ -149,15 +145,15 @@ def test_thresholds_of_selectors_that_hold_others(dense):
     assert float(sparse.with_threshold(0.25).plan.selectors["encoder.0"].of.threshold) == 0.25
 
 
-@pytest.mark.parametrize("implementation", ["auto", "xla", Execution(4, 4, exact=True, implementation="reference")])
-def test_implementations(sparse, pixels, implementation):
-    # Whole blocks are closer to the dense FFN than the masked reference: thresholds at which both are dense.
-    everything = sparse.with_threshold(-np.inf).with_implementation(implementation)
-    assert everything.detector is sparse.detector
-    assert_same(call(everything, *pixels), call(sparse.with_threshold(-np.inf), *pixels))
-    selector = everything.plan.selectors["encoder.0"]
-    assert selector.execution.implementation == (None if implementation == "auto" else selector.execution.implementation)
-    assert everything.with_implementation("masked").plan.selectors["encoder.0"] == selector.selector
+@pytest.mark.parametrize("name", ["masked", "auto", "xla", "reference"])
+def test_implementations_by_name(sparse, name):
+    changed = sparse.with_implementation(Execution(4, 4)).with_implementation(name)
+    assert changed.detector is sparse.detector
+    selector = changed.plan.selectors["encoder.0"]
+    if name == "masked":
+        assert jax.tree.structure(selector) == jax.tree.structure(sparse.plan.selectors["encoder.0"])
+    else:
+        assert selector.execution == Execution(block_size=8, implementation=None if name == "auto" else name)
 
 
 def test_exact_execution_is_the_masked_reference(sparse, pixels):
@@ -204,20 +200,20 @@ def test_where_detectors_and_plans_come_from(dense, plan, tmp_path, monkeypatch)
 def test_plans_go_to_the_hub(dense, plan, tmp_path, monkeypatch):
     """A stub of the hub's client that keeps repositories in a folder."""
 
-    class Hub:
+    class Hub:  # its addresses must be of the hub, for the client reads them
         def create_repo(self, repository, *, private, exist_ok):
             assert exist_ok
             (tmp_path / repository).mkdir(parents=True, exist_ok=True)
 
         def upload_file(self, *, path_or_fileobj, path_in_repo, repo_id, commit_message):
             (tmp_path / repo_id / path_in_repo).write_bytes(path_or_fileobj.read_bytes())
-            return huggingface_hub.CommitInfo(f"https://hub/{repo_id}/commit/1", commit_message, "", "1")
+            return huggingface_hub.CommitInfo(f"https://huggingface.co/{repo_id}/commit/1", commit_message, "", "1")
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     monkeypatch.setattr(
         huggingface_hub, "hf_hub_download", lambda repository, name, revision: str(tmp_path / repository / name)
     )
-    assert detr_jax.push_plan(plan, "someone/plans") == "https://hub/someone/plans/commit/1"
+    assert detr_jax.push_plan(plan, "someone/plans") == "https://huggingface.co/someone/plans/commit/1"
     pulled = detr_jax.load_plan("someone/plans", dense)
     assert jax.tree.structure(pulled) == jax.tree.structure(plan)
     jax.tree.map(np.testing.assert_array_equal, pulled, plan)
@@ -239,7 +235,7 @@ def test_inspection(sparse, pixels):
     assert encoder.hidden.shape == encoder.kept.shape == (3, rows * columns, 32)
     assert decoder.grid is None and decoder.hidden.shape == (3, 5, 32)
     assert not encoder.tokens.all() and decoder.tokens.all()
-    traces = sparse(*padded, trace=True).traces
+    traces = jax.jit(lambda model: model(*padded, trace=True).traces)(sparse)
     np.testing.assert_allclose(encoder.hidden, traces["encoder.0"].hidden, atol=1e-5)
     tokens = np.asarray(encoder.tokens)
     np.testing.assert_allclose(encoder.density, np.asarray(encoder.kept)[tokens].mean(), rtol=1e-6)
@@ -250,15 +246,16 @@ def test_inspection(sparse, pixels):
 
 
 def test_what_the_execution_computes(sparse, pixels):
-    few = sparse.with_threshold(2.5)
-    kept = {name: layer.kept for name, layer in few.inspect(*pixels).items()}
-    for execution in (Execution(4, 4, implementation="xla"), Execution(None, 8, implementation="xla")):
-        layer = few.with_implementation(execution).inspect(*pixels)["encoder.0"]
-        np.testing.assert_array_equal(layer.kept, kept["encoder.0"])
-        tile = execution.tile_size or layer.kept.shape[1]
-        tiles = np.asarray(layer.kept).reshape(2, -1, tile, 32 // execution.block_size, execution.block_size)
-        np.testing.assert_allclose(layer.executed, tiles.any((2, 4)).mean(), rtol=1e-6)
-    assert float(sparse.with_threshold(-np.inf).with_implementation("auto").inspect(*pixels)["encoder.0"].executed) == 1
+    # Lots differ from token to token, as gates of random parameters hardly do.
+    lots = dict.fromkeys(NAMES, Thresholded(Lots(4), jnp.float32(-0.2)))
+    few = sparse.with_plan(dataclasses.replace(sparse.plan, selectors=lots))
+    layer = few.with_implementation(Execution(4, 4, implementation="xla")).inspect(*pixels)["encoder.0"]
+    tiles = np.asarray(layer.kept).reshape(2, -1, 4, 8, 4)
+    assert 0 < layer.density < layer.executed < 1
+    np.testing.assert_allclose(layer.executed, tiles.any((2, 4)).mean(), rtol=1e-6)
+    # Where nearly everything is needed, the dense FFN is faster.
+    most = sparse.with_implementation("auto").inspect(*pixels)["encoder.0"]
+    assert float(most.executed) == 1 > most.density
 
 
 def test_detection_in_images_of_all_kinds(sparse, dense, tmp_path):
@@ -270,23 +267,22 @@ def test_detection_in_images_of_all_kinds(sparse, dense, tmp_path):
     for found in sparse.detect([*kinds, IMAGES[1]], 0.0)[:-1]:
         np.testing.assert_array_equal(found.boxes, expected.boxes)
     assert isinstance(sparse.detect(kinds[0], 0.0), detr_jax.ImageDetections)
-    in_one_array = sparse.detect(np.stack([IMAGES[0], IMAGES[2]]), 0.0, batch_size=2)
+    in_one_array = sparse.detect(np.stack([IMAGES[0], IMAGES[2]]), 0.0)
     assert len(in_one_array) == 2
-    np.testing.assert_allclose(in_one_array[0].boxes, expected.boxes, atol=1e-3)
+    np.testing.assert_array_equal(in_one_array[0].boxes, expected.boxes)
     assert sparse.detect([], 0.5) == []
     assert len(sparse.detect(IMAGES[0], 1.0)) == 0
-    one, other = sparse.with_threshold(-np.inf).detect(IMAGES[1], 0.0), detr_jax.detect(dense, IMAGES[1], 0.0)
+    one, other = sparse.with_threshold(-np.inf).detect(IMAGES[0], 0.0), detr_jax.detect(dense, IMAGES[0], 0.0)
     np.testing.assert_allclose(one.scores, other.scores, atol=1e-5)
 
 
 def test_the_figure_shows_every_layer(sparse, tmp_path):
-    before = matplotlib.rcParams._get_backend_or_none() if hasattr(matplotlib.rcParams, "_get_backend_or_none") else None
+    backend = dict.__getitem__(matplotlib.rcParams, "backend")  # looking it up the usual way would choose one
     sparse.draw_firing(IMAGES[0], tmp_path / "firing.png", threshold=0.0)
     with Image.open(tmp_path / "firing.png") as figure:
-        assert figure.width > 600 and figure.height > 300
+        assert figure.width > 500 and figure.height > 300
         assert len(figure.convert("RGB").getcolors(10**7)) > 100
-    if hasattr(matplotlib.rcParams, "_get_backend_or_none"):
-        assert matplotlib.rcParams._get_backend_or_none() == before  # a notebook keeps its backend
+    assert dict.__getitem__(matplotlib.rcParams, "backend") == backend  # a notebook keeps its own
 
 
 def test_top_k_has_no_threshold(dense):

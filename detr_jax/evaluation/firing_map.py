@@ -90,7 +90,8 @@ def _draw_detections(panel: Axes, picture: np.ndarray, found: ImageDetections) -
     for (x0, y0, x1, y1), label, name in zip(found.boxes, found.labels.tolist(), found.names, strict=True):
         fill = np.array(colour(label)) / 255
         panel.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=fill, linewidth=1.5))
-        text = panel.text(x0, y0, name or str(label), fontsize=8, va="bottom", color="w", clip_on=True)
+        place = {"y": y0, "va": "bottom"} if y0 > 0.08 * len(picture) else {"y": y1, "va": "top"}
+        text = panel.text(x0, s=name or str(label), fontsize=8, color="w", clip_on=True, **place)
         text.set_bbox({"facecolor": 0.7 * fill, "edgecolor": "none", "pad": 1})
     panel.set_title(f"{len(found)} detections", fontsize=10)
     panel.set_axis_off()

@@ -58,7 +58,7 @@ def _check_shapes(name: str, selector: Selector, weights: FFNWeights, source: st
     except (AttributeError, TypeError, ValueError) as error:
         leaves = jax.tree_util.tree_leaves_with_path(selector)
         shapes = {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in leaves}
-        raise ValueError(f"{source}: the selector of {name} has shapes that do not fit its FFN: {shapes}") from error
+        raise ValueError(f"{source}: the selector of {name} does not fit its FFN: {shapes} ({error})") from error
 
 
 def _run(
