@@ -89,7 +89,7 @@ def test_missing_folders_and_files_are_named(root, tmp_path):
         (lambda c: c["annotations"][0].pop("bbox"), "an entry of 'annotations' has no 'bbox'"),
         (lambda c: c["annotations"].append(3), "an entry of 'annotations' is not an object"),
         (lambda c: c["images"][0].pop("height"), "an entry of 'images' has no 'height'"),
-        (lambda c: c["images"][0].update(height=None), "needs a whole number for id, height and width"),
+        (lambda c: c["images"][0].update(height=None), "needs whole numbers: an id from 0, a height and width from 1"),
         (lambda c: c["images"][1].update(id=1), "two images have the same id"),
         (lambda c: c["annotations"][0].update(image_id=99), "annotation 7 belongs to image 99"),
         (lambda c: c["annotations"][0].update(category_id=99), "annotation 7 is of category 99"),

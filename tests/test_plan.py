@@ -145,7 +145,10 @@ def with_score(score: dict) -> dict:
         ),
         ({"arrays": {KERNEL: np.full((16, 4), np.inf, np.float32)}}, f"{KERNEL} holds NaN or infinite"),
         ({"arrays": {THRESHOLD: np.full((), np.nan, np.float32)}}, f"{THRESHOLD} holds NaN"),
-        (with_score(SCORE | {"class": "QuadraticGate"}), r"KeyError\('QuadraticGate'\) is missing, unknown"),
+        (
+            with_score(SCORE | {"class": "QuadraticGate"}),
+            "a selector of the class 'QuadraticGate', which",
+        ),
         (with_score({k: v for k, v in SCORE.items() if k != "class"}), r"KeyError\('class'\) is missing"),
         (with_score(SCORE | {"more": 1}), "unexpected keyword argument 'more'"),
         (with_score({"class": "LinearGate", "kernel": {"array": KERNEL}}), "missing 1 required .* 'bias'"),

@@ -125,7 +125,7 @@ def _read_annotations(path: Path) -> dict[str, list[dict[str, Any]]]:
 
     for image in entries["images"]:
         if not all(isinstance(image[key], int) and image[key] >= least for key, least in _IMAGE_NUMBERS.items()):
-            raise ValueError(f"{path}: the image {image} needs a whole number for id, height and width")
+            raise ValueError(f"{path}: the image {image} needs whole numbers: an id from 0, a height and width from 1")
         if not isinstance(image["file_name"], str):
             raise ValueError(f"{path}: the image {image['id']} has file_name {image['file_name']!r}, not a text")
     image_ids = {image["id"] for image in entries["images"]}

@@ -63,7 +63,7 @@ def pixels_size(image: str | Path | Image.Image | np.ndarray) -> tuple[int, int]
 
 def _checked(image: Any) -> np.ndarray:
     if not isinstance(image, np.ndarray | jax.Array):
-        raise TypeError(f"an image is a file, a PIL image or an array, not a {type(image).__name__}")
+        raise TypeError(f"an image is a file, a PIL image or an array, not {image!r:.50}")
     if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8 or not image.size:
         raise ValueError(
             f"an image as an array is (height, width, 3) uint8, red, green, blue; got {image.dtype} {image.shape}"
@@ -73,7 +73,9 @@ def _checked(image: Any) -> np.ndarray:
 
 def _rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith(("I", "F")):
-        raise ValueError(f"its grey values (mode {image.mode}) have more than 8 bits; save it with 8 bits first")
+        raise ValueError(
+            f"the grey values (mode {image.mode}) of this image have more than 8 bits; convert it to 8 bits first"
+        )
     return np.asarray(image.convert("RGB"))
 
 

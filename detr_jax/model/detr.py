@@ -106,10 +106,15 @@ class DETR(nnx.Module):
             trace: also return inputs and hidden activations of every FFN.
 
         Raises:
-            ValueError: if the shapes do not fit, or a selector names an FFN that does not exist.
+            ValueError: if shapes or types do not fit, or a selector names an FFN that does not exist.
         """
         if pixel_values.ndim != 4 or pixel_values.shape[-1] != 3:
             raise ValueError(f"pixel_values must be (batch, height, width, 3), got {pixel_values.shape}")
+        if not jnp.issubdtype(pixel_values.dtype, jnp.floating):
+            raise ValueError(
+                f"pixel_values must be normalised floats, got {pixel_values.dtype}; detr_jax.preprocess_images makes "
+                "them"
+            )
         if pixel_mask is None:
             pixel_mask = jnp.ones(pixel_values.shape[:3], bool)
         elif pixel_mask.shape != pixel_values.shape[:3]:

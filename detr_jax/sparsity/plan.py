@@ -169,7 +169,9 @@ def _read(path: Path, model: DETR) -> Plan:
     try:
         found = {name: _put_together(structure, arrays) for name, structure in described["selectors"].items()}
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error!r} is missing, unknown or wrong in its selectors") from error
+        raise ValueError(f"{path} is damaged: {error!r} is missing or wrong in its selectors") from error
+    except ValueError as error:
+        raise ValueError(f"{path} has a selector {error}") from error
     if arrays:
         raise ValueError(f"{path} is damaged: entries {sorted(arrays)} are left over")
     plan = Plan(orders=orders, **described | {"selectors": found})
@@ -201,5 +203,7 @@ def _put_together(structure: Any, arrays: dict[str, np.ndarray]) -> Any:
         return structure
     if "array" in structure:
         return jnp.asarray(arrays.pop(structure["array"]))
+    if (name := structure["class"]) not in _CLASSES:
+        raise ValueError(f"of the class {name!r}, which this detr-jax does not know: update it")
     fields = {key: _put_together(value, arrays) for key, value in structure.items() if key != "class"}
-    return _CLASSES[structure["class"]](**fields)
+    return _CLASSES[name](**fields)

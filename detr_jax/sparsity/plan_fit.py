@@ -57,8 +57,10 @@ def _check_shapes(name: str, selector: Selector, weights: FFNWeights, source: st
             raise ValueError("it does not decide token by token")
     except (AttributeError, TypeError, ValueError) as error:
         leaves = jax.tree_util.tree_leaves_with_path(selector)
-        shapes = {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in leaves}
-        raise ValueError(f"{source}: the selector of {name} does not fit its FFN: {shapes} ({error})") from error
+        shapes = {jax.tree_util.keystr(path, simple=True, separator="."): np.shape(leaf) for path, leaf in leaves}
+        raise ValueError(
+            f"{source}: the selector of {name} does not fit its FFN: {error}; shapes of its arrays: {shapes}"
+        ) from error
 
 
 def _run(
