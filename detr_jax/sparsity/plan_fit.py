@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from detr_jax.kernels import UnavailableError
 from detr_jax.model import DETR, FFNWeights, Selector, Selectors
 from detr_jax.model.ffn import forward
 
@@ -55,6 +56,8 @@ def _check_shapes(name: str, selector: Selector, weights: FFNWeights, source: st
         kept, _ = jax.eval_shape(partial(_run, selector), weights, x, tokens)
         if any(which is not None and which.shape[:-1] != tokens.shape for which in kept):
             raise ValueError("it does not decide token by token")
+    except UnavailableError as error:
+        raise ValueError(f"{source}: the selector of {name} cannot be computed on this device: {error}") from error
     except (AttributeError, TypeError, ValueError) as error:
         leaves = jax.tree_util.tree_leaves_with_path(selector)
         shapes = {jax.tree_util.keystr(path, simple=True, separator="."): np.shape(leaf) for path, leaf in leaves}
