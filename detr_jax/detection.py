@@ -71,11 +71,20 @@ def detect_each(
     """What is found in each image of a data set, with its id, image by image as they are loaded; as `detect`."""
     from detr_jax.evaluation.detections import predictions
 
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"the threshold is a score from 0 to 1, not {threshold}")
+    check_threshold(threshold)
     if not len(dataset):
         return
     passes = predictions(model, dataset, batch_size, selectors=selectors, progress=False)
     for batch, _, detections in passes:
         for i in batch.valid.nonzero()[0]:
             yield int(batch.image_ids[i]), in_image(detections, i, threshold, model.config.labels)
+
+
+def check_threshold(threshold: float) -> None:
+    """For the beginning of what takes long.
+
+    Raises:
+        ValueError: if it is no score.
+    """
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"the threshold is a score from 0 to 1, not {threshold}")

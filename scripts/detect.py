@@ -12,7 +12,7 @@ import detr_jax
 from detr_jax import cli
 from detr_jax.data.given_images import GivenImages
 from detr_jax.data.scenes import ScenesDataset
-from detr_jax.detection import detect_each
+from detr_jax.detection import check_threshold, detect_each
 from detr_jax.evaluation.drawing import draw_detections
 from detr_jax.files import refuse_existing, replacing, write_json
 
@@ -49,6 +49,7 @@ def detect(arguments: Arguments) -> None:
             "name one or more image files, or ask for generated scenes by --scenes 4. The default detr-tiny knows only "
             "the shapes of those scenes; for photographs choose e.g. --model detr-r50"
         )
+    check_threshold(arguments.threshold)
     paths = arguments.images or tuple(Path(f"scene-{i}") for i in range(arguments.scenes))
     name, count = Counter(path.stem for path in paths).most_common(1)[0]
     if count > 1:
