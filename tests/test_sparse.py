@@ -16,7 +16,16 @@ from tiny import TINY_CONFIG, tiny_detector
 import detr_jax
 from detr_jax.kernels import Execution
 from detr_jax.sparsity.ordering import reorder
-from detr_jax.sparsity.selectors import Compensated, LinearGate, Lots, Oracle, Thresholded, TopK, low_rank_factors
+from detr_jax.sparsity.selectors import (
+    Compensated,
+    LinearGate,
+    Lots,
+    Oracle,
+    Sectioned,
+    Thresholded,
+    TopK,
+    low_rank_factors,
+)
 
 NAMES = TINY_CONFIG.ffn_names
 RNG = np.random.default_rng(0)
@@ -253,6 +262,13 @@ def test_what_the_execution_computes(sparse, pixels):
     tiles = np.asarray(layer.kept).reshape(2, -1, 4, 8, 4)
     assert 0 < layer.density < layer.executed < 1
     np.testing.assert_allclose(layer.executed, tiles.any((2, 4)).mean(), rtol=1e-6)
+    in_sections = Sectioned(Thresholded(Lots(4), jnp.float32(-0.5)), always=8, gated=16)
+    parts = sparse.with_plan(dataclasses.replace(sparse.plan, selectors={"encoder.0": in_sections}))
+    layer = parts.with_implementation(Execution(4, 4, implementation="xla")).inspect(*pixels)["encoder.0"]
+    tiles = np.asarray(layer.kept).reshape(2, -1, 4, 8, 4).any((2, 4))
+    assert tiles[..., :2].all() and 0 < tiles[..., 2:6].mean() < 1 and not tiles[..., 6:].any()
+    np.testing.assert_allclose(layer.executed, tiles.mean(), rtol=1e-6)
+    assert float(parts.with_threshold(-2.0).inspect(*pixels)["encoder.0"].density) == 0.75
     # Where nearly everything is needed, the dense FFN is faster.
     most = sparse.with_implementation("auto").inspect(*pixels)["encoder.0"]
     assert float(most.executed) == 1 > most.density
