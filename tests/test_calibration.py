@@ -18,6 +18,7 @@ from detr_jax.sparsity.calibration import (
     total_histograms,
 )
 from detr_jax.sparsity.carrier import BareFFNs, FFNInputs
+from detr_jax.sparsity.grouping import firing_groups
 from detr_jax.sparsity.selectors import (
     Importance,
     InputMagnitude,
@@ -26,6 +27,7 @@ from detr_jax.sparsity.selectors import (
     Thresholded,
 )
 from detr_jax.sparsity.statistics import FiringCounts, count_firing, total_counts
+from detr_jax.sparsity.tiles import count_tiles
 from detr_jax.training.calibration import calibrate, measure_scores
 from detr_jax.training.passes import StoredPasses
 
@@ -90,6 +92,23 @@ def test_histograms_count_tokens_that_exist_and_groups_that_fire():
     np.testing.assert_array_equal(histogram.all[populated], [tokens.sum()] * 3)
     np.testing.assert_array_equal(histogram.firing[populated], fires.sum((0, 1))[np.argsort(importance)])
     assert histogram.firing.sum() == fires.sum()
+
+
+@pytest.mark.parametrize("tile_size", [2, 4, 20])
+def test_thresholds_of_tiles_keep_a_share_of_the_tiles(tile_size):
+    rng = np.random.default_rng(1)
+    gate = LinearGate(jnp.float32(rng.standard_normal((6, 3))), jnp.float32(rng.standard_normal(3)))
+    weights, _, _ = tiny_ffn()
+    traces = [trace(weights, *tiny_ffn(seed=seed)[1:]) for seed in range(20)]
+    total = total_histograms({"f": score_histogram(gate, weights, what, tile_size)} for what in traces)["f"]
+    fires = [count_tiles(firing_groups(what.hidden, 3), what.tokens, tile_size) for what in traces]
+    assert (total.all.sum(), total.firing.sum()) == tuple(
+        sum(getattr(c, f) for c in fires) for f in ("pairs", "active")
+    )
+    chosen = Thresholded(gate, jnp.float32(density_threshold(total, 0.4)))
+    selected = [chosen(weights, what.inputs, what.tokens).active for what in traces]
+    counts = [count_tiles(active, what.tokens, tile_size) for active, what in zip(selected, traces, strict=True)]
+    assert 0.37 < sum(counts[1:], counts[0]).density <= 0.4
 
 
 @pytest.mark.parametrize("recall", [0.0, 0.3, 0.5, 0.9, 1.0])

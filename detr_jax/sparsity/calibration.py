@@ -14,7 +14,7 @@ import numpy as np
 from detr_jax.model import FFNTrace, FFNWeights
 from detr_jax.sparsity.grouping import firing_groups
 from detr_jax.sparsity.selectors.score import Score, ordered_bits
-from detr_jax.sparsity.tiles import of_tiles
+from detr_jax.sparsity.tiles import existing_tiles, existing_tokens, of_tiles
 
 _DROPPED_BITS = 14
 _BINS = 2 ** (32 - _DROPPED_BITS)
@@ -26,7 +26,7 @@ class ScoreHistogram:
     """Scores of one FFN; of a batch as int32, of many as int64.
 
     Attributes:
-        all: (bins,) scores of all tokens and groups, neurons or channels.
+        all: (bins,) scores of all tokens (or tiles of them) and groups, neurons or channels.
         firing: (bins,) of them, those of groups or neurons that fire; zeros for channels.
     """
 
@@ -38,21 +38,26 @@ class ScoreHistogram:
         return jax.tree.map(lambda a, b: np.asarray(a, np.int64) + np.asarray(b), self, other)
 
 
-def score_histogram(score: Score, weights: FFNWeights, trace: FFNTrace) -> ScoreHistogram:
+def score_histogram(score: Score, weights: FFNWeights, trace: FFNTrace, tile_size: int = 1) -> ScoreHistogram:
     """The scores of one batch; jittable.
 
     Args:
         score: of the FFN.
         weights: of the FFN.
         trace: what went through it.
+        tile_size: consecutive tokens that are computed together: the highest of their scores counts, once, because a
+            tile computes whatever one of its tokens needs.
     """
-    scores = of_tiles(score(weights, trace.inputs, trace.tokens), trace.tokens.shape[-1], score.traits.tile_size)
-    counted = jnp.broadcast_to(trace.tokens[..., None], scores.shape)
+    tokens = trace.tokens
+    scores = of_tiles(score(weights, trace.inputs, tokens), tokens.shape[-1], score.traits.tile_size)
     if score.traits.granularity == "channel":
-        fires = jnp.zeros_like(counted)
+        fires = jnp.zeros(scores.shape, bool)
     else:
-        fires = firing_groups(trace.hidden, scores.shape[-1]) & counted
-    bins = _bin(scores).ravel()
+        fires = firing_groups(trace.hidden, scores.shape[-1])
+    highest = existing_tokens(scores, tokens, tile_size, -jnp.inf).max(2)
+    fires = existing_tokens(fires, tokens, tile_size, False).any(2)
+    counted = jnp.broadcast_to(existing_tiles(tokens, tile_size)[..., None], highest.shape)
+    bins = _bin(highest).ravel()
     empty = jnp.zeros(_BINS, jnp.int32)
     return ScoreHistogram(*(empty.at[bins].add(which.ravel().astype(jnp.int32)) for which in (counted, fires)))
 

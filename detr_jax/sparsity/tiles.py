@@ -46,9 +46,25 @@ def count_tiles(active: jax.Array, tokens: jax.Array, tile_size: int) -> TileCou
     Raises:
         ValueError: if a tile would have no token.
     """
-    needed = tiles_of(active & tokens[..., None], tile_size).any(2)
-    exists = tiles_of(tokens[..., None], tile_size).any((2, 3))
-    return TileCounts(pairs=exists.sum() * active.shape[-1], active=needed.sum())
+    needed = existing_tokens(active, tokens, tile_size, False).any(2)
+    return TileCounts(pairs=existing_tiles(tokens, tile_size).sum() * active.shape[-1], active=needed.sum())
+
+
+def existing_tiles(tokens: jax.Array, tile_size: int) -> jax.Array:
+    """(images, tokens) bool, false for padding -> (images, tiles) bool, false for tiles of padding alone."""
+    return tiles_of(tokens[..., None], tile_size).any((2, 3))
+
+
+def existing_tokens(values: jax.Array, tokens: jax.Array, tile_size: int, padding: float | bool) -> jax.Array:
+    """(images, tokens, n) -> (images, tiles, tile_size, n), with a value for tokens that do not exist.
+
+    Args:
+        values: of consecutive tokens.
+        tokens: (images, tokens) bool, false for padding.
+        tile_size: tokens per tile, the last of which may be shorter.
+        padding: the value of padding and of what the last tile lacks.
+    """
+    return jnp.where(tiles_of(tokens[..., None], tile_size), tiles_of(values, tile_size), padding)
 
 
 def mean_of_tokens(values: jax.Array, tokens: jax.Array, tile_size: int | None) -> jax.Array:

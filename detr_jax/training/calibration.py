@@ -1,6 +1,7 @@
 """Calibration passes: what scores are on held-out images, and from that the thresholds."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +16,20 @@ from detr_jax.sparsity.tiles import mean_of_tokens
 from detr_jax.training.passes import Passes
 
 
-@jax.jit
-def _histograms(carrier, batch, scores, running):
+@partial(jax.jit, static_argnames="tile_size")
+def _histograms(carrier, batch, scores, running, *, tile_size):
     weights = carrier.ffn_weights()
     traces = carrier.traces(batch, running)
-    return {name: score_histogram(score, weights[name], traces[name]) for name, score in scores.items()}
+    return {name: score_histogram(score, weights[name], traces[name], tile_size) for name, score in scores.items()}
 
 
 def measure_scores(
-    carrier: FFNCarrier, passes: Passes, scores: Mapping[str, Score], running: Selectors | None = None
+    carrier: FFNCarrier,
+    passes: Passes,
+    scores: Mapping[str, Score],
+    running: Selectors | None = None,
+    *,
+    tile_size: int = 1,
 ) -> dict[str, ScoreHistogram]:
     """How the scores of every FFN are distributed.
 
@@ -32,12 +38,14 @@ def measure_scores(
         passes: data that nothing was trained on; one pass is made.
         scores: of each FFN by name.
         running: selectors that are in effect meanwhile; None for the dense FFNs.
+        tile_size: consecutive tokens that are computed together, see `score_histogram`.
 
     Raises:
         ValueError: if there are no images.
     """
     scores, running = dict(scores), dict(running or {})
-    return total_histograms(jax.device_get(_histograms(carrier, b, scores, running)) for b in passes.batches())
+    measure = partial(_histograms, tile_size=tile_size)
+    return total_histograms(jax.device_get(measure(carrier, b, scores, running)) for b in passes.batches())
 
 
 def collect_scores(carrier: FFNCarrier, passes: Passes, scores: Mapping[str, SharedScore]) -> dict[str, np.ndarray]:
@@ -83,6 +91,7 @@ def calibrate(
     threshold_of: Callable[[ScoreHistogram], float],
     *,
     in_turn: bool = False,
+    tile_size: int = 1,
 ) -> dict[str, Thresholded]:
     """Selectors from scores, each with a threshold of its own.
 
@@ -93,12 +102,14 @@ def calibrate(
         threshold_of: makes a threshold of a histogram: `density_threshold` or `recall_threshold` with its target.
         in_turn: calibrate each on the inputs that the earlier ones leave it, one pass per FFN, instead of all on the
             dense FFNs in one pass.
+        tile_size: consecutive tokens that are computed together: densities and recalls are those of tiles.
     """
     open_ = {name: Thresholded(score, jnp.float32(-jnp.inf)) for name, score in scores.items()}
     if not in_turn:
-        return {n: open_[n].at(threshold_of(h)) for n, h in measure_scores(carrier, passes, scores).items()}
+        histograms = measure_scores(carrier, passes, scores, tile_size=tile_size)
+        return {name: open_[name].at(threshold_of(histogram)) for name, histogram in histograms.items()}
     chosen = dict(open_)
     for name in scores:
-        histogram = measure_scores(carrier, passes, scores, chosen)[name]
+        histogram = measure_scores(carrier, passes, scores, chosen, tile_size=tile_size)[name]
         chosen[name] = open_[name].at(threshold_of(histogram))
     return chosen
