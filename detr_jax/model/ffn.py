@@ -54,6 +54,9 @@ def forward(weights: FFNWeights, x: jax.Array, selection: Selection) -> jax.Arra
         weights = weights._replace(w_out=jnp.concatenate([w_out.astype(x.dtype), never]), b_out=b_out.astype(x.dtype))
     if selection.execution is not None:
         return _execute(weights, x, selection)
+    if selection.mask is not None:
+        hidden = kernels.hidden_activations(x, weights.w_in, weights.b_in)
+        return (hidden * kernels.expand_groups(selection.mask, hidden.shape[-1])) @ weights.w_out + weights.b_out
     active = selection.per_token(x.shape[:-1], weights.w_in.shape[0])
     if selection.channels is None and selection.factors is None:
         return kernels.ffn(x, *weights, active)

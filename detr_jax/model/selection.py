@@ -73,6 +73,8 @@ class Selection:
         second: a second layer that makes up for what is left out; None for the FFN's own.
         channels: (..., tokens, d) bool, the channels of x that enter the first product; None for all of them.
         factors: what stands in for the rest; None leaves it out.
+        mask: (..., tokens, G) float of the values of `active`, through which gates get a gradient while they are
+            trained; None otherwise.
         execution: how the FFN is computed without the rest; None for the masked reference.
     """
 
@@ -80,6 +82,7 @@ class Selection:
     channels: jax.Array | None = None
     factors: LowRankFactors | None = None
     second: SecondLayer | None = None
+    mask: jax.Array | None = None
     tile_size: int | None = field(default=1, metadata={"static": True})
     sections: Sections | None = field(default=None, metadata={"static": True})
     execution: Execution | None = field(default=None, metadata={"static": True})

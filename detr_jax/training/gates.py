@@ -220,7 +220,7 @@ def train_gates(
     start, state = checkpoints.restore(state) or (0, state)
     if start:
         report(start, jnp.nan)
-    for step, batch in enumerate(_batches(passes, training, start), start + 1):
+    for step, batch in enumerate(batches_from(passes, training.epochs, start), start + 1):
         state, loss = take_step(state, thresholds, carrier, batch)
         report(step, loss)
         if step % training.checkpoint_steps == 0 or step == total:
@@ -241,7 +241,7 @@ def _initial_gates(carrier: FFNCarrier, kinds: Mapping[str, GateKind], training:
     }
 
 
-def _batches(passes: Passes, training: GateTraining, start: int) -> Iterator[Any]:
-    """The batches from step `start` on."""
-    for epoch in range(start // len(passes), training.epochs):
+def batches_from(passes: Passes, epochs: int, start: int) -> Iterator[Any]:
+    """The batches of several passes from step `start` on."""
+    for epoch in range(start // len(passes), epochs):
         yield from passes.batches(epoch, start % len(passes) if epoch == start // len(passes) else 0)
