@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,9 +33,10 @@ from detr_jax.sparsity.grouping import group_count
 from detr_jax.sparsity.ordering import cofiring_order, kmeans_order, reorder
 from detr_jax.sparsity.selectors import Thresholded, log_odds
 from detr_jax.training.activations import profile_activations
+from detr_jax.training.budget import BoundedChange, Budget, GateTuning, MeanDensity, Progress, meet, tune_gates
 from detr_jax.training.calibration import calibrate
 from detr_jax.training.gates import MGS, PAPER_THRESHOLD, Gates, GateTraining, train_gates
-from detr_jax.training.passes import ImagePasses
+from detr_jax.training.passes import ImagePasses, StoredPasses
 
 Selection = dict[str, Thresholded]
 
@@ -72,6 +74,12 @@ class Arguments:
     """Uniform threshold that is reported beside the calibrated ones."""
     recall: float = 0.99
     """Share of the firing groups that each gate must find at its calibrated threshold."""
+    density: float | None = None
+    """Also train the gates, all in effect, to this mean density over the FFNs; what the plan then holds."""
+    output_change: float | None = None
+    """Also train the gates, all in effect, to the least mean density at which the detector's outputs change by this
+    much, see `detr_jax.model.output_change`; what the plan then holds."""
+    tuning: GateTuning = field(default_factory=GateTuning)
     computation: Annotated[Computation, tyro.conf.OmitArgPrefixes] = field(default_factory=Computation)
     each_layer: bool = False
     """Also measure AP with each FFN alone gated at the uniform threshold."""
@@ -84,7 +92,7 @@ class Arguments:
 
 
 SCENES_TRAINING_IMAGES = 4096
-OUTPUTS = ("checkpoints", "activations.safetensors", "plan.safetensors", "gates.png")
+OUTPUTS = ("checkpoints", "tuned", "activations.safetensors", "plan.safetensors", "gates.png")
 
 
 def open_training_data(arguments: Arguments) -> tuple[Dataset, Dataset]:
@@ -135,6 +143,41 @@ def train(model: DETR, dataset: Dataset, arguments: Arguments) -> tuple[Gates, f
     return gates, float(arguments.training.batch_size / np.median(steps)) if len(steps) > 1 else None
 
 
+def budget_of(arguments: Arguments) -> Budget | None:
+    """The budget that is asked for, and what is wrong with it."""
+    if arguments.density is not None and arguments.output_change is not None:
+        raise ValueError("--density and --output-change are different budgets; choose one")
+    if arguments.density is not None:
+        return MeanDensity(arguments.density)
+    return None if arguments.output_change is None else BoundedChange(arguments.output_change)
+
+
+def train_to(
+    budget: Budget,
+    model: DETR,
+    gates: Mapping[str, Thresholded],
+    training_data: Dataset,
+    calibration_data: Dataset,
+    arguments: Arguments,
+) -> Selection:
+    """Gates that are trained to a budget, with thresholds that meet it on held-out images."""
+    tuning, batch_size = arguments.tuning, arguments.training.batch_size
+    stored = embedded_batches(model, calibration_data, batch_size, "embedding calibration images")
+    held_out = StoredPasses([batch.tokens for batch in stored])
+    passes = ImagePasses(model, training_data, batch_size, arguments.training.seed)
+    start = meet(model, held_out, gates, budget, tuning.tile_size)
+    with tqdm(total=tuning.epochs * len(passes), desc="training to a budget", unit="step") as bar:
+
+        def report(step: int, progress: Progress | None) -> None:
+            if progress is not None:
+                density = np.mean([float(of_one) for of_one in progress.densities.values()])
+                bar.set_postfix(loss=f"{float(progress.loss):.4f}", density=f"{density:.3f}", refresh=False)
+            bar.update(step - bar.n)
+
+        tuned = tune_gates(model, passes, start, budget, tuning, arguments.out / "tuned", report)
+    return meet(model, held_out, tuned, budget, tuning.tile_size)
+
+
 def measure(
     title: str, model: DETR, dataset: Dataset, ground_truth: dict, selectors: Selection, arguments: Arguments
 ) -> tuple[GatedRun, CocoScores]:
@@ -175,6 +218,7 @@ def main(arguments: Arguments) -> None:
     for name in ("threshold", "recall"):
         if not 0 <= getattr(arguments, name) <= 1:
             raise ValueError(f"--{name} must be between 0 and 1, not {getattr(arguments, name)}")
+    budget = budget_of(arguments)
     training_data, calibration_data = open_training_data(arguments)
     validation = open_dataset(arguments.coco, "val", arguments.eval_images)
     before = detr_jax.fingerprint(model)
@@ -196,6 +240,11 @@ def main(arguments: Arguments) -> None:
         f"all gated, threshold {arguments.threshold:g}": uniform,
         f"all gated, recall {arguments.recall:g}": calibrated,
     }
+    if budget is not None:
+        tuned = train_to(budget, ordered, uniform, training_data, calibration_data, arguments)
+        selections[f"all gated, {budget.title}"] = tuned
+    together = list(selections)[1:]
+    best_title = together[-1]
     if arguments.each_layer:
         selections |= {f"{name} alone, threshold {arguments.threshold:g}": {name: uniform[name]} for name in uniform}
     runs = {
@@ -207,7 +256,7 @@ def main(arguments: Arguments) -> None:
 
     dense_run, dense_scores = runs["dense"]
     results = {title: as_json(run, scores, dense_scores, selections[title]) for title, (run, scores) in runs.items()}
-    for title in list(selections)[1:3]:
+    for title in together:
         print(f"\n{title}")
         print(gate_table(runs[title][0].counts, {n: probability(g) for n, g in selections[title].items()}))
     rows = []
@@ -227,23 +276,25 @@ def main(arguments: Arguments) -> None:
         "order": arguments.order,
         "calibration": {"data": calibration_data.name, "recall": arguments.recall},
     }
-    calibrated_title = list(selections)[2]
+    if budget is not None:
+        training["calibration"] = {"data": calibration_data.name, "budget": budget.title}
+        training["tuning"] = provenance["arguments"]["tuning"]
     measured = {
         "data": validation.name,
         "images": len(validation),
         "implementation": arguments.computation.title,
         "device": provenance["device"],
         "dense_AP": dense_run.ap,
-        **{key: results[calibrated_title][key] for key in ("numbers", "AP_interval", "mean_group_sparsity", "ffns")},
+        **{key: results[best_title][key] for key in ("numbers", "AP_interval", "mean_group_sparsity", "ffns")},
     }
-    plan = Plan("mgs", before, calibrated, orders, training, measured, provenance["versions"])
+    plan = Plan("mgs", before, selections[best_title], orders, training, measured, provenance["versions"])
     save_plan(plan, arguments.out / "plan.safetensors")
     plot_gates(
         arguments.out / "gates.png",
         f"MGS on {arguments.model}, {len(validation)} images of {validation.name}, "
         f"groups of {arguments.training.group_size}" + (f" by {arguments.order}" if orders else ""),
         dense_run,
-        [runs[title][0] for title in list(selections)[1:3]],
+        [runs[title][0] for title in together],
     )
     seconds = time.perf_counter() - started
     write_json(
