@@ -75,6 +75,20 @@ def test_by_default_it_takes_the_embedded_detector_and_scenes(tmp_path):
     assert set(plan.orders) == set(model.config.ffn_names)
 
 
+def test_gates_that_are_trained_to_a_budget_are_the_plan(inputs, tmp_path):
+    few = ["--epochs", "1", "--tuning.epochs", "2", "--tuning.tile-size", "4"]
+    run(NAME, *inputs, *few, "--density", "0.3", "--out", tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["runs"])[1:] == ["all gated, threshold 0.5", "all gated, recall 0.99", "all gated, density 0.3"]
+    trained = results["runs"]["all gated, density 0.3"]
+    plan = load_plan(tmp_path / "plan.safetensors", tiny_detector())
+    assert plan.measured["mean_group_sparsity"] == trained["mean_group_sparsity"] > 0.7
+    assert plan.training["calibration"]["budget"] == "density 0.3"
+    assert (plan.training["tuning"]["epochs"], plan.training["tuning"]["tile_size"]) == (2, 4)
+    for name, selector in plan.selectors.items():
+        assert trained["ffns"][name]["threshold"] == float(expit(selector.threshold))
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -82,6 +96,8 @@ def test_by_default_it_takes_the_embedded_detector_and_scenes(tmp_path):
         (["--resume"], "holds a finished run"),
         (["--resume", "--overwrite"], "choose one"),
         (["--threshold", "1.5"], "--threshold must be between 0 and 1, not 1.5"),
+        (["--density", "1.5"], "a density must be above 0 and at most 1, not 1.5"),
+        (["--density", "0.1", "--output-change", "1"], "different budgets; choose one"),
         (["--recall", "-1"], "--recall must be between 0 and 1, not -1"),
         (["--group-size", "5"], "32 hidden neurons cannot be divided into groups of 5"),
         (["--calibration-images", "12"], "too few to hold out 12"),

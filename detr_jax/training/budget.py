@@ -19,13 +19,11 @@ from detr_jax.sparsity.selectors import Thresholded
 from detr_jax.sparsity.tiles import count_tiles, existing_tiles, existing_tokens, of_tiles
 from detr_jax.training.calibration import measure_scores
 from detr_jax.training.checkpoints import Checkpoints
-from detr_jax.training.gates import Objective, batches_from, gate_loss
+from detr_jax.training.gates import batches_from, gate_loss
 from detr_jax.training.passes import Passes
 
 _PROPORTIONAL = 10
 """Steps of ascent that the excess of one batch weighs at once, which damps the multipliers' swings about a solution."""
-
-
 _LEAST_UNIT = 1e-6
 """Of the objective, where gates begin without a loss."""
 _WIDEST_SHIFT = 16.0
@@ -139,13 +137,13 @@ def _check_density(density: float) -> None:
 class GateTuning:
     """How gates are trained to a budget."""
 
-    loss: Literal["output-change", Objective] = "output-change"
-    """The change of the detector's outputs, end to end through the frozen detector; or what the gates learned, see
-    `gate_loss`, on the inputs that the others leave them."""
+    loss: Literal["output-change", "firing", "contribution"] = "output-change"
+    """The change of the detector's outputs, end to end through the frozen detector; or labels, see `gate_loss`, on the
+    inputs that the other gates leave."""
     epochs: int = 2
     """Passes over the training images."""
     sampled: bool = True
-    """Draw decisions by their probabilities while training, see `StraightThrough`."""
+    """Draw decisions by their probabilities while training, instead of by the threshold."""
     seed: int = 0
     """Of the draws."""
     learning_rate: float = 3e-3
