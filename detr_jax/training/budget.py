@@ -39,11 +39,11 @@ class Budget(Protocol):
         """A few words for results."""
 
     @property
-    def constraints(self) -> int:
-        """How many bounds there are."""
+    def bounds(self) -> tuple[float, ...]:
+        """On each bounded value, above 0."""
 
-    def lagrangian(self, loss: jax.Array, densities: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """The objective (), and of each constraint (n,) the excess as a share of its bound, at most 0 where it is met.
+    def parts(self, loss: jax.Array, densities: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """The objective (), and the bounded values (n,).
 
         Args:
             loss: () of the gates.
@@ -70,11 +70,11 @@ class DensityOfEach:
         return "densities of each FFN"
 
     @property
-    def constraints(self) -> int:
-        return len(self.densities)
+    def bounds(self) -> tuple[float, ...]:
+        return tuple(self.densities.values())
 
-    def lagrangian(self, loss: jax.Array, densities: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return loss, jnp.stack([densities[name] / asked - 1 for name, asked in self.densities.items()])
+    def parts(self, loss: jax.Array, densities: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return loss, jnp.stack([densities[name] for name in self.densities])
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,11 @@ class MeanDensity:
         return f"density {self.density:g}"
 
     @property
-    def constraints(self) -> int:
-        return 1
+    def bounds(self) -> tuple[float, ...]:
+        return (self.density,)
 
-    def lagrangian(self, loss: jax.Array, densities: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return loss, jnp.stack(list(densities.values())).mean(keepdims=True) / self.density - 1
+    def parts(self, loss: jax.Array, densities: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return loss, jnp.stack(list(densities.values())).mean(keepdims=True)
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,11 @@ class BoundedChange:
         return f"change {self.change:g}"
 
     @property
-    def constraints(self) -> int:
-        return 1
+    def bounds(self) -> tuple[float, ...]:
+        return (self.change,)
 
-    def lagrangian(self, loss: jax.Array, densities: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return jnp.stack(list(densities.values())).mean(), loss[None] / self.change - 1
+    def parts(self, loss: jax.Array, densities: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return jnp.stack(list(densities.values())).mean(), loss[None]
 
 
 def _check_density(density: float) -> None:
@@ -245,9 +245,10 @@ def tune_gates(
 ) -> dict[str, Thresholded]:
     """Trains scores and thresholds of all FFNs together, or goes on from the latest checkpoint in `folder`.
 
-    The Lagrangian is objective / unit + sum_i m_i excess_i, the unit being the objective before the first step. Gates
-    descend, the multipliers m_i >= 0 ascend from 0. Gates are hard in the forward pass and probabilities in the
-    backward pass. The frozen weights are an argument of the compiled step that no gradient is taken of.
+    The Lagrangian is objective / unit + sum_i m_i (value_i / bound_i - 1), the unit being the objective before the
+    first step. Gates descend, the multipliers m_i >= 0 ascend from 0. Gates are hard in the forward pass and
+    probabilities in the backward pass. The frozen weights are an argument of the compiled step that no gradient is
+    taken of.
 
     Args:
         model: the detector, frozen.
@@ -271,12 +272,13 @@ def tune_gates(
     optimise = optax.adam(optax.cosine_decay_schedule(tuning.learning_rate, total))
 
     @jax.jit
-    def take_step(state, model, batch, step):
+    def take_step(state, model, batch, step, bounds):
         selectors, memory, multipliers, unit = state
 
         def value(selectors):
             loss, densities = _loss_and_densities(tuning, model, batch, selectors, step)
-            objective, excess = budget.lagrangian(loss, densities)
+            objective, bounded = budget.parts(loss, densities)
+            excess = bounded / bounds - 1
             # A batch of padding alone says nothing about either.
             seen = jnp.where(batch.valid.any(), jnp.clip(jax.lax.stop_gradient(excess), -1, 1), 0)
             first = (unit == 0) & batch.valid.any()
@@ -292,13 +294,13 @@ def tune_gates(
         return state, Progress(loss, densities, multipliers)
 
     selectors = dict(selectors)
-    state = (selectors, optimise.init(selectors), jnp.zeros(budget.constraints), jnp.float32(0))
+    state = (selectors, optimise.init(selectors), jnp.zeros(len(budget.bounds)), jnp.float32(0))
     checkpoints = Checkpoints(folder)
     start, state = checkpoints.restore(state) or (0, state)
     if start:
         report(start, None)
     for step, batch in enumerate(batches_from(passes, tuning.epochs, start), start + 1):
-        state, progress = take_step(state, model, batch, step)
+        state, progress = take_step(state, model, batch, step, jnp.array(budget.bounds))
         report(step, progress)
         if step % tuning.checkpoint_steps == 0 or step == total:
             checkpoints.save(step, state)
