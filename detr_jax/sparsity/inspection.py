@@ -85,8 +85,11 @@ def _executed_share(trace: FFNTrace) -> jax.Array:
         active = jnp.take_along_axis(active, signature_order(active, active.any(-1))[..., None], axis=1)
     tile_size, blocks = execution.tile_size or tokens, gated // execution.block_size
     needed = tiles_needing(active, tile_size, blocks).mean()
-    groups = active.shape[-1] if execution.exact else None
-    problem = Problem(trace.inputs.dtype, tile_size, trace.inputs.shape[-1], gated, blocks, groups)
+    problem = Problem(
+        *(trace.inputs.dtype, tile_size, trace.inputs.shape[-1], gated, blocks),
+        groups=active.shape[-1] if execution.exact else None,
+        tokens=trace.tokens.size,
+    )
     break_even = choose(problem, execution.implementation).break_even
     if break_even is not None:
         needed = jnp.where(needed > break_even, 1.0, needed)
