@@ -1,5 +1,6 @@
 """Trains MGS gates for every FFN of a frozen detector and measures what they cost and save."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Mapping
@@ -62,9 +63,12 @@ class Arguments:
     """Images to train on; default 4096 scenes, or all of COCO's training images that are not held out."""
     calibration_images: int = 128
     """Held-out training images for the thresholds."""
-    order: Literal["own", "cofiring", "kmeans"] = "cofiring"
+    recipe: Literal["default", "paper"] = "default"
+    """default: groups by co-firing, and a threshold for each layer; paper: the detector's own groups, and one threshold
+    for all."""
+    order: Literal["own", "cofiring", "kmeans"] | None = None
     """Order of the hidden neurons, which decides what is a group: the detector's own, those together that fire together
-    on training images, or those together that have similar input weights."""
+    on training images, or those together that have similar input weights; default what the recipe says."""
     order_images: int = 256
     """Training images for the order by firing."""
     eval_images: int | None = None
@@ -213,6 +217,8 @@ def as_json(run: GatedRun, scores: CocoScores, dense: CocoScores, selectors: Sel
 
 def main(arguments: Arguments) -> None:
     started = time.perf_counter()
+    if arguments.order is None:
+        arguments = dataclasses.replace(arguments, order="own" if arguments.recipe == "paper" else "cofiring")
     model = detr_jax.load(arguments.model, preset=arguments.preset, dtype=jnp.dtype(arguments.dtype))
     group_count(model.config.ffn_features, arguments.training.group_size)
     for name in ("threshold", "recall"):
@@ -230,16 +236,13 @@ def main(arguments: Arguments) -> None:
     gates, images_per_second = train(ordered, training_data, arguments)
     threshold = jnp.float32(log_odds(arguments.threshold))
     uniform = {name: Thresholded(gate, threshold) for name, gate in gates.items()}
-    batch_size = arguments.training.batch_size
-    held_out = ImagePasses(ordered, calibration_data, batch_size, progress="calibrating thresholds")
-    calibrated = calibrate(ordered, held_out, gates, partial(recall_threshold, recall=arguments.recall))
-
     ground_truth = validation.ground_truth()
-    selections = {
-        "dense": {},
-        f"all gated, threshold {arguments.threshold:g}": uniform,
-        f"all gated, recall {arguments.recall:g}": calibrated,
-    }
+    selections = {"dense": {}, f"all gated, threshold {arguments.threshold:g}": uniform}
+    if arguments.recipe == "default":
+        batch_size = arguments.training.batch_size
+        held_out = ImagePasses(ordered, calibration_data, batch_size, progress="calibrating thresholds")
+        found = partial(recall_threshold, recall=arguments.recall)
+        selections[f"all gated, recall {arguments.recall:g}"] = calibrate(ordered, held_out, gates, found)
     if budget is not None:
         tuned = train_to(budget, ordered, uniform, training_data, calibration_data, arguments)
         selections[f"all gated, {budget.title}"] = tuned
@@ -274,8 +277,9 @@ def main(arguments: Arguments) -> None:
         "recipe": provenance["arguments"]["training"],
         "data": training_data.name,
         "order": arguments.order,
-        "calibration": {"data": calibration_data.name, "recall": arguments.recall},
     }
+    if arguments.recipe == "default":
+        training["calibration"] = {"data": calibration_data.name, "recall": arguments.recall}
     if budget is not None:
         training["calibration"] = {"data": calibration_data.name, "budget": budget.title}
         training["tuning"] = provenance["arguments"]["tuning"]
