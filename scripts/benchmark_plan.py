@@ -23,7 +23,7 @@ from detr_jax.model import Selection, Selector
 from detr_jax.model.ffn import FFNTrace, forward
 from detr_jax.sparsity import load_plan
 from detr_jax.sparsity.ordering import reorder
-from detr_jax.sparsity.selectors import Executed
+from detr_jax.sparsity.selectors import Executed, executed
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,10 @@ def measure(weights: FFNWeights, trace: FFNTrace, selector: Selector, arguments:
     calls = {name: partial(_wait, run, weights, x, chosen) for name, chosen in contestants.items()}
     seconds = take_turns(calls, arguments.repeats)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    active = selector(weights, x, tokens).active & tokens[..., None]
+    features = len(weights.w_in)
+    active = selector(weights, x, tokens).per_token(tokens.shape, features) & tokens[..., None]
     order = signature_order(active, active.any(-1))[..., None]
     actives = {"given": active, "signature": jnp.take_along_axis(active, order, axis=1)}
-    features = len(weights.w_in)
     return [
         {
             "tile_size": tile_size,
@@ -123,11 +123,12 @@ def main(arguments: Arguments) -> None:
                 f"{model.config.ffn_features} hidden neurons cannot be divided into blocks of {block_size}"
             )
     dataset = open_dataset(arguments.coco, "val", arguments.images)
+    selectors = executed(plan.selectors, None)  # they are executed in each of the ways that are asked for
     (batch, *_) = embedded_batches(model, dataset, arguments.images, "embedding images")
-    traces, weights = jax.jit(type(model).traces)(model, batch.tokens, plan.selectors), model.ffn_weights()
+    traces, weights = jax.jit(type(model).traces)(model, batch.tokens, selectors), model.ffn_weights()
     rows = [
         {"ffn": name} | row
-        for name, selector in tqdm(plan.selectors.items(), desc="benchmarking", unit="FFN")
+        for name, selector in tqdm(selectors.items(), desc="benchmarking", unit="FFN")
         for row in measure(weights[name], traces[name], selector, arguments)
     ]
     write_json(arguments.out, {"rows": rows, "data": dataset.name, **cli.provenance(arguments)})

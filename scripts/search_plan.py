@@ -239,13 +239,17 @@ class Search:
         dense = sum(seconds[0] for seconds in self.seconds.values())
         return {name: seconds / dense for name, seconds in self.seconds.items()}
 
-    def ladder(self, shares: Sequence[float], kinds: Sequence[str]) -> list[dict[str, int]]:
-        """Choices for shares of the dense FFNs' time, as far as there are some that take so little."""
-        costs = self.costs("latency").items()
+    def cost(self, choice: dict[str, int], unit: str) -> float:
+        """What a choice costs, as a share of the dense FFNs."""
+        return float(sum(self.costs(unit)[name][i] for name, i in choice.items()))
+
+    def ladder(self, shares: Sequence[float], kinds: Sequence[str], unit: str = "latency") -> list[dict[str, int]]:
+        """Choices for shares of what the dense FFNs cost, as far as there are some that cost so little."""
+        costs = self.costs(unit).items()
         least = sum(
             min(cost[i] for i, c in enumerate(self.candidates[name]) if c.kind in kinds) for name, cost in costs
         )
-        return [self.choose("latency", share, kinds) for share in shares if share > least]
+        return [self.choose(unit, share, kinds) for share in shares if share > least]
 
     def within_loss(self, points: float, kinds: Sequence[str]) -> dict[str, int]:
         """The fastest choice that loses at most so many points of AP on the images for that, by bisection."""
@@ -307,7 +311,7 @@ CHOICES = {
 }
 """What is compared: the search, and what it would find without some of the candidates."""
 CURVE = (0.6, 0.5, 0.4, 0.33, 0.27, 0.22, 0.18, 0.14)
-"""Shares of the dense FFNs' time whose accuracy is measured for the figure."""
+"""Shares of the dense FFNs' time and density whose accuracy is measured for the figure."""
 
 
 def point(judge: Judge, choice: dict[str, int], time_share: float) -> Row:
@@ -335,13 +339,16 @@ def main(arguments: Arguments) -> None:
 
     judge = Judge(search, search.validation, "embedding validation images")
     measured = {title: point(judge, choice, shares[title]) for title, choice in choices.items()}
-    curves = {}
-    for title, kinds in CHOICES.items():
-        costs = search.costs("latency")
-        curves[title] = [
-            point(judge, choice, float(sum(costs[name][i] for name, i in choice.items())))
-            for choice in tqdm(search.ladder(CURVE, kinds), desc=f"measuring {title}", unit="plan")
-        ]
+    curves = {
+        unit: {
+            title: [
+                point(judge, choice, search.cost(choice, "latency"))
+                for choice in tqdm(search.ladder(CURVE, kinds, unit), desc=f"{title} by {unit}", unit="plan")
+            ]
+            for title, kinds in CHOICES.items()
+        }
+        for unit in ("latency", "density")
+    }
     plan = search.plan(choices["any"], measured["any"])
     save_plan(plan, arguments.out / "plan.safetensors")
     ffns = {

@@ -10,8 +10,9 @@ from tiny import annotation, tiny_detector, write_coco
 
 import detr_jax
 from detr_jax.evaluation import device_time
+from detr_jax.kernels import Execution
 from detr_jax.sparsity import Plan, save_plan
-from detr_jax.sparsity.selectors import Oracle
+from detr_jax.sparsity.selectors import Executed, Oracle, Sectioned
 
 ROOT = Path(__file__).parent.parent
 
@@ -215,6 +216,7 @@ def test_benchmark_plan(script, checkpoint, tmp_path, capsys):
     model = detr_jax.load(checkpoint)
     plan = tmp_path / "plan.safetensors"
     selectors = dict.fromkeys(model.config.ffn_names, Oracle(8))
+    selectors["encoder.0"] = Executed(Sectioned(None, 8), Execution())  # as a search makes it
     save_plan(Plan("oracle", detr_jax.fingerprint(model), selectors, {}, {}, {}, {}), plan)
     arguments = ("--model", checkpoint, "--plan", plan, "--images", 2, "--repeats", 1, "--out", tmp_path / "times.json")
     sizes = ("--block-sizes", 8, "--tile-sizes", 0, 4)
@@ -232,7 +234,7 @@ def test_benchmark_plan(script, checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["evaluate.py", "detect.py", "benchmark.py", "benchmark_kernels.py", "benchmark_plan.py"]
+    "name", ["evaluate.py", "detect.py", "benchmark.py", "benchmark_kernels.py", "benchmark_plan.py", "search_plan.py"]
 )
 def test_help(script, name, capsys):
     assert script(name, "--help") == 0

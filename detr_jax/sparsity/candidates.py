@@ -58,8 +58,9 @@ class Trial:
         return self.score.traits
 
     def cost(self, d_model: int, features: int) -> float:
-        """Multiply-adds per token of the decision."""
-        return self.score.cost(d_model, features)
+        """Multiply-adds per token of the decision about the neurons that are neither always nor never computed."""
+        gated = int((~np.asarray(self.always) & ~np.asarray(self.never)).sum())
+        return self.score.cost(d_model, gated) * (gated > 0)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class Sketch:
         return group_sums(hidden * self.norms, group_count(hidden.shape[-1], self.group_size))
 
     def cost(self, d_model: int, features: int) -> float:
-        return float(self.down.size + self.up.size)
+        return float(self.down.shape[1] * (d_model + features))
 
     def of_groups(self, groups: np.ndarray) -> "Sketch":
         """The score of some groups, (k,) indices, as of an FFN that has no others."""
