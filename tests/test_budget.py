@@ -140,12 +140,10 @@ def test_training_reaches_the_density_and_calibration_meets_it(model, passes, bu
     tuned = tune_gates(model, passes, start, budget, tuning, tmp_path, silent)
     asked = budget.density if isinstance(budget, MeanDensity) else budget.densities["encoder.0"]
     met = meet(model, passes, tuned, budget, tile_size)
-    calibrated = meet(model, passes, start, budget, tile_size)
-    changes, densities = zip(*(measure(model, passes, s, tile_size) for s in (tuned, met, calibrated)), strict=True)
-    print(budget, changes, densities)
-    assert abs(densities[0]["encoder.0"] - asked) < 0.03
-    assert all(asked - 0.01 < of["encoder.0"] <= asked for of in densities[1:])
-    assert changes[1] < 0.7 * changes[2]
+    (before, _), (_, trained), (change, densities) = (measure(model, passes, s, tile_size) for s in (start, tuned, met))
+    assert abs(trained["encoder.0"] - asked) < 0.03
+    assert asked - 0.01 < densities["encoder.0"] <= asked
+    assert change < before  # although the start is denser
 
 
 @pytest.fixture(scope="module")

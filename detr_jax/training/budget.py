@@ -166,8 +166,8 @@ class GateTuning:
 class StraightThrough:
     """A selector whose decisions have the gradient of probabilities (Bengio et al. 2013, arXiv 1308.3432).
 
-    Decisions that are drawn by their probabilities are what training needs: an open gate then feels what closing it
-    would cost, while one that is open for certain has a gradient as if its neurons were worth nothing by themselves.
+    Where decisions are drawn by their probabilities, an open gate feels what closing it would cost; one that is open
+    for certain has a gradient as if its neurons were worth nothing by themselves.
 
     Attributes:
         of: decides; its scores are in log-odds.
