@@ -36,6 +36,7 @@ from detr_jax.training.budget import (
     GateTuning,
     MeanDensity,
     Progress,
+    StraightThrough,
     measure,
     meet,
     tune_gates,
@@ -165,11 +166,13 @@ class Study:
 
             return tune_gates(self.model, self.passes, start, budget, tuning, folder, report)
 
-    def row(self, asked: str, gates: str, selectors: Mapping[str, Thresholded], **extra: float) -> None:
-        """Measures selectors on the validation images."""
-        scores = self._score(selectors)
+    def row(
+        self, asked: str, gates: str, selectors: Mapping[str, Thresholded], tile_size: int = 1, **extra: float
+    ) -> None:
+        """Measures selectors on the validation images, where tiles of tokens get what one of them needs."""
+        scores = self._score({name: StraightThrough(s, tile_size=tile_size) for name, s in selectors.items()})
         batches = StoredPasses([batch.tokens for batch in self.validation])
-        changes, densities = zip(*(measure(self.model, batches, selectors, s) for s in TILE_SIZES), strict=True)
+        measured = {size: measure(self.model, batches, selectors, size) for size in TILE_SIZES}
         samples = bootstrap(scores) - self.dense_samples
         row = {
             "asked": asked,
@@ -177,8 +180,8 @@ class Study:
             "AP": scores.numbers["AP"],
             "AP_minus_dense": scores.numbers["AP"] - self.dense.numbers["AP"],
             "AP_minus_dense_interval": confidence_interval(samples),
-            "change": changes[0],
-            "densities": dict(zip(map(str, TILE_SIZES), densities, strict=True)),
+            "change": measured[tile_size][0],
+            "densities": {str(size): densities for size, (_, densities) in measured.items()},
             **extra,
         }
         self.rows.append(row)
@@ -211,7 +214,7 @@ def compare_density(study: Study, density: float, tile_size: int) -> None:
     def add(title: str, selectors: Mapping[str, Thresholded], to: Budget = mean, **extra: float) -> None:
         met = meet(study.model, study.held_out, selectors, to, tile_size)
         asked = to.density if isinstance(to, MeanDensity) else density
-        study.row(f"{100 * asked:g} %{unit}", title, met, **extra)
+        study.row(f"{100 * asked:g} %{unit}", title, met, tile_size, **extra)
 
     def add_tuned(title: str, start: Mapping[str, Thresholded], to: Budget, how: GateTuning) -> None:
         tuned = study.tune(start, to, how)

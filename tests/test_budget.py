@@ -12,8 +12,9 @@ from tiny import TINY_CONFIG, annotation, tiny_detector, tiny_ffn, write_coco
 import detr_jax
 from detr_jax.data.coco import CocoDataset
 from detr_jax.data.embedding import embedded_batches
+from detr_jax.kernels import Execution
 from detr_jax.model.ffn import forward
-from detr_jax.sparsity.selectors import LinearGate, Thresholded
+from detr_jax.sparsity.selectors import Executed, LinearGate, Thresholded
 from detr_jax.sparsity.tiles import count_tiles
 from detr_jax.training.budget import (
     BoundedChange,
@@ -86,19 +87,33 @@ def test_hard_gates_have_the_gradient_of_their_probabilities():
     probabilities = 1 / (1 + np.exp(-margins))
     hidden = np.maximum(np.asarray(x) @ np.asarray(weights.w_in).T + weights.b_in, 0)
     worth = (hidden * (np.asarray(ahead) @ np.asarray(weights.w_out).T)).reshape(*tokens.shape, 3, 4).sum(-1)
-    expected = worth * probabilities * (1 - probabilities)
+    expected = np.where(tokens[..., None], worth * probabilities * (1 - probabilities), 0)
     np.testing.assert_allclose(found.score.bias, expected.sum((0, 1)), rtol=1e-4)
     np.testing.assert_allclose(found.score.kernel, np.einsum("bti,btg->ig", x, expected), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(found.threshold, -expected.sum(), rtol=1e-4)
 
 
-def test_hard_gates_compute_what_the_selector_computes():
+@pytest.mark.parametrize("tile_size", [1, 4])
+def test_hard_gates_compute_what_the_sparse_operation_computes(tile_size):
     weights, x, tokens = tiny_ffn()
     gate = LinearGate(jnp.float32(np.random.default_rng(1).standard_normal((6, 3))), jnp.zeros(3))
     selector = Thresholded(gate, jnp.float32(0.3))
-    hard, plain = (s(weights, x, tokens) for s in (StraightThrough(selector), selector))
-    np.testing.assert_array_equal(hard.mask, plain.active)
-    np.testing.assert_allclose(forward(weights, x, hard), forward(weights, x, plain), rtol=1e-6)
+    executed = Executed(selector, Execution(tile_size, block_size=4, implementation="xla"))
+    hard, sparse = (
+        forward(weights, x, s(weights, x, tokens)) for s in (StraightThrough(selector, tile_size=tile_size), executed)
+    )
+    np.testing.assert_allclose(hard[tokens], sparse[tokens], rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_of_a_tile_share_a_draw_and_draws_follow_the_probabilities():
+    weights, _, _ = tiny_ffn()
+    x, tokens = jnp.zeros((500, 8, 6)), jnp.ones((500, 8), bool)
+    selector = Thresholded(LinearGate(jnp.zeros((6, 3)), jnp.float32([-2, 0, 1])), jnp.float32(0.5))
+    mask = np.asarray(StraightThrough(selector, jax.random.key(0), tile_size=4)(weights, x, tokens).mask)
+    assert set(np.unique(mask)) == {0, 1}
+    tiles = mask.reshape(500, 2, 4, 3)
+    np.testing.assert_array_equal(tiles, np.broadcast_to(tiles[:, :, :1], tiles.shape))
+    np.testing.assert_allclose(tiles[:, :, 0].mean((0, 1)), 1 / (1 + np.exp([2.5, 0.5, -0.5])), atol=0.05)
 
 
 @pytest.mark.parametrize("tile_size", [1, 4, 20])

@@ -1,7 +1,7 @@
 """Training gates to a budget, in the frozen detector: all of them in effect, a Lagrange multiplier per constraint."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -151,7 +151,7 @@ class GateTuning:
     multiplier_rate: float = 0.02
     """Ascent of a multiplier per step and relative excess, in units of the objective at the start."""
     tile_size: int = 1
-    """Consecutive tokens that are computed together; densities are those of tiles."""
+    """Consecutive tokens that are computed together, each what one of them needs; densities are those of tiles."""
     checkpoint_steps: int = 200
     """Steps between checkpoints."""
 
@@ -172,52 +172,56 @@ class StraightThrough:
     Attributes:
         of: decides; its scores are in log-odds.
         key: to draw decisions with; None decides as `of` does.
+        tile_size: consecutive tokens that are computed together: each gets what one of them needs.
     """
 
     of: Thresholded
     key: jax.Array | None = None
+    tile_size: int = field(default=1, metadata={"static": True})
 
     def margins(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> jax.Array:
-        """(..., tokens, G) by how much the scores exceed the threshold; arguments as of a call."""
-        return self._per_token(self._decisions(ffn, x, tokens), tokens)
-
-    def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> Selection:
-        margins = self._decisions(ffn, x, tokens)
-        if self.key is not None:
-            margins += jax.random.logistic(self.key, margins.shape)
-        margins = self._per_token(margins, tokens)
-        active = margins >= 0
-        return Selection(active=active, mask=_hard(active, jax.nn.sigmoid(margins)))
-
-    def _decisions(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> jax.Array:
-        return self.of.score(ffn, x, tokens) - self.of.threshold
-
-    def _per_token(self, decisions: jax.Array, tokens: jax.Array) -> jax.Array:
+        """(images, tokens, G) by how much the scores exceed the threshold; arguments as of a call."""
+        decisions = self.of.score(ffn, x, tokens) - self.of.threshold
         return of_tiles(decisions, tokens.shape[-1], self.of.score.traits.tile_size)
 
+    def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> Selection:
+        margins = self.margins(ffn, x, tokens)
+        images, count, groups = margins.shape
+        if self.key is not None:
+            # Tokens that share a decision share the draw, or one of many would nearly always open the group.
+            together = max(self.tile_size, self.of.score.traits.tile_size or count)
+            draws = jax.random.logistic(self.key, (images, -(-count // together), groups))
+            margins += of_tiles(draws, count, together)
+        mask = of_tiles(tile_unions(margins, tokens, self.tile_size), count, self.tile_size)
+        return Selection(active=mask > 0, mask=mask)
 
-def _hard(values: jax.Array, soft: jax.Array) -> jax.Array:
-    """The first's values with the second's gradient."""
-    return values.astype(soft.dtype) + (soft - jax.lax.stop_gradient(soft))
 
+def tile_unions(margins: jax.Array, tokens: jax.Array, tile_size: int) -> jax.Array:
+    """1 where a token of a tile has a margin of at least 0, otherwise 0, with the gradient of a soft "or".
 
-def union_density(margins: jax.Array, tokens: jax.Array, tile_size: int) -> jax.Array:
-    """The share () of the pairs of tile and group in which a margin is at least 0, with the gradient of a soft "or".
-
-    The gradient is that of 1 - prod(1 - p) over a tile's tokens, p = sigmoid(margin): the chunk sparsity of Song et al.
-    2025, "BlockFFN". Where a token surely needs the group, the others have none: closing them saves nothing.
+    That is 1 - prod(1 - p) over a tile's tokens, p = sigmoid(margin): the chunk sparsity of Song et al. 2025,
+    "BlockFFN". Where a token surely needs the group, the others have no gradient: closing them saves nothing.
 
     Args:
         margins: (images, tokens, G).
         tokens: (images, tokens) bool, false for padding.
-        tile_size: tokens per tile; one is the plain density per token.
+        tile_size: tokens per tile; one gives a decision per token with the gradient of p.
+
+    Returns:
+        (images, tiles, G) float.
     """
     needed = existing_tokens(margins >= 0, tokens, tile_size, False).any(2)
     # The logarithm of the product is a sum that neither overflows nor loses small probabilities.
     none_needs = existing_tokens(jax.nn.log_sigmoid(-margins), tokens, tile_size, 0).sum(2)
+    soft = -jnp.expm1(none_needs)
+    return needed.astype(soft.dtype) + (soft - jax.lax.stop_gradient(soft))
+
+
+def union_density(margins: jax.Array, tokens: jax.Array, tile_size: int) -> jax.Array:
+    """The share () of the pairs of tile and group that are computed; arguments and gradient as of `tile_unions`."""
     counted = existing_tiles(tokens, tile_size)
-    share = jnp.where(counted[..., None], _hard(needed, -jnp.expm1(none_needs)), 0).sum()
-    return share / jnp.maximum(counted.sum() * margins.shape[-1], 1)
+    total = jnp.where(counted[..., None], tile_unions(margins, tokens, tile_size), 0).sum()
+    return total / jnp.maximum(counted.sum() * margins.shape[-1], 1)
 
 
 class Progress(NamedTuple):
@@ -314,7 +318,7 @@ def _loss_and_densities(
     """The loss () of gates that are in effect, and the density () of each FFN."""
     keys = jax.random.split(jax.random.fold_in(jax.random.key(tuning.seed), step), len(selectors))
     running = {
-        name: StraightThrough(selector, key if tuning.sampled else None)
+        name: StraightThrough(selector, key if tuning.sampled else None, tuning.tile_size)
         for (name, selector), key in zip(selectors.items(), keys, strict=True)
     }
     outputs = model.transform(batch, selectors=running, trace=True)
@@ -355,7 +359,8 @@ def measure(
 
 @partial(jax.jit, static_argnames="tile_size")
 def _measure(model, batch, selectors, *, tile_size):
-    outputs = model.transform(batch, selectors=selectors, trace=True)
+    running = {name: StraightThrough(selector, tile_size=tile_size) for name, selector in selectors.items()}
+    outputs = model.transform(batch, selectors=running, trace=True)
     changes = output_change(model.transform(batch), outputs)
 
     def count(trace):
@@ -386,7 +391,8 @@ def meet(
     if isinstance(budget, DensityOfEach):
         for name, density in budget.densities.items():
             scores = {name: chosen[name].score}
-            histogram = measure_scores(model, held_out, scores, chosen, tile_size=tile_size)[name]
+            running = {n: StraightThrough(selector, tile_size=tile_size) for n, selector in chosen.items()}
+            histogram = measure_scores(model, held_out, scores, running, tile_size=tile_size)[name]
             chosen[name] = chosen[name].at(density_threshold(histogram, density))
         return chosen
 
