@@ -13,7 +13,7 @@ from detr_jax.sparsity import load_plan
 from detr_jax.sparsity.ordering import reorder
 
 FEW = ("--statistics-images", 24, "--calibration-images", 16, "--accuracy-images", 8, "--eval-images", 8)
-FEW += ("--batch-size", 8, "--latency-images", 4, "--turns", 1, "--fixed", 0.5, 0.1, "--dynamic", 0.2)
+FEW += ("--batch-size", 8, "--latency-images", 4, "--turns", 1, "--fixed", 0.5, 0.1, "--dynamic", 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +32,11 @@ def test_the_budget_is_kept_and_everything_is_told(folder):
     for name, candidates in results["candidates"].items():
         kinds = [c["kind"] for c in candidates]
         assert kinds[:5] == ["dense", *["fixed", "refitted"] * 2]
-        assert kinds[5:] == (["dynamic"] if name.startswith("encoder") else kinds[5:])
+        assert kinds[5:] in ([], ["dynamic"])  # nothing to decide where so few neurons ever fire
         assert candidates[0]["loss"] == 0 and all(c["seconds"] > 0 for c in candidates)
         chosen = results["ffns"][name]
         assert any(c["kind"] == chosen["kind"] and c["density"] == chosen["density"] for c in candidates)
+    assert any(c["kind"] == "dynamic" for of in results["candidates"].values() for c in of)
     assert (folder / "search.png").stat().st_size > 10_000
 
 
