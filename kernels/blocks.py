@@ -67,6 +67,11 @@ def tiles_needing(active: jax.Array, tile_size: int, blocks: int) -> jax.Array:
     return padded.reshape(*batch, -1, tile_size, blocks, groups // blocks).any((-3, -1))
 
 
+def of_tiles(decisions: jax.Array, tokens: int, tile_size: int | None) -> jax.Array:
+    """(..., tiles, n) -> (..., tokens, n), what each token's tile has; a tile size of None is one tile for all."""
+    return jnp.repeat(decisions, tile_size or tokens, axis=-2)[..., :tokens, :]
+
+
 def pad_tokens(array: jax.Array, tile_size: int) -> jax.Array:
     """Appends zeros to (..., tokens, n) until tiles of `tile_size` tokens fill it."""
     padding = [(0, 0)] * array.ndim

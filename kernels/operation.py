@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from detr_jax.kernels import reference
-from detr_jax.kernels.blocks import BlockLists, lists_of, map_of, pad_tokens, tiles_needing
+from detr_jax.kernels.blocks import BlockLists, lists_of, map_of, of_tiles, pad_tokens, tiles_needing
 from detr_jax.kernels.dispatch import Choice, Problem, choose
 from detr_jax.kernels.ordering import signature_order
 from detr_jax.kernels.reference import FFNWeights
@@ -62,7 +62,7 @@ def sparse_ffn(
     shared_by, tile_size = shared_by or tokens, execution.tile_size or tokens
     at_once = shared_by == tile_size and not (execution.exact or execution.ordered)
     if not at_once and shared_by != 1:
-        active = jnp.repeat(active, shared_by, axis=-2)[..., :tokens, :]
+        active = of_tiles(active, tokens, shared_by)
     if execution.ordered:
         order = signature_order(active, active.any(-1))[..., None]
         x, active = (jnp.take_along_axis(array, order, axis=1) for array in (x, active))

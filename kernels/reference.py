@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from detr_jax.kernels.blocks import of_tiles
+
 
 class FFNWeights(NamedTuple):
     """An FFN as arrays: relu(x W_in^T + b_in) W_out + b_out.
@@ -97,7 +99,7 @@ def block_sparse_ffn(
     Returns:
         (..., tokens, d).
     """
-    per_token = jnp.repeat(needed, tile_size, axis=-2)[..., : x.shape[-2], :]
+    per_token = of_tiles(needed, x.shape[-2], tile_size)
     if active is not None:
         per_token = expand_groups(per_token, active.shape[-1]) & active
     return ffn(x, *weights, per_token)

@@ -10,7 +10,7 @@ import pytest
 from tiny import TINY_CONFIG, every_selector, tiny_detector, tiny_ffn
 
 from detr_jax import kernels
-from detr_jax.kernels import Execution
+from detr_jax.kernels import Execution, of_tiles
 from detr_jax.model import FFNWeights, Sections, Selection
 from detr_jax.model.ffn import forward, trace
 from detr_jax.sparsity.activations import ActivationStatistics, measure
@@ -40,7 +40,6 @@ from detr_jax.sparsity.selectors import (
     low_rank_factors,
     sketch,
 )
-from detr_jax.sparsity.tiles import of_tiles
 
 F, D, SIZE = 12, 6, 4
 WEIGHTS, X, TOKENS = tiny_ffn(F, D)

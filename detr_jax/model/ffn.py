@@ -49,11 +49,12 @@ def forward(weights: FFNWeights, x: jax.Array, selection: Selection) -> jax.Arra
         (..., d).
     """
     if selection.second is not None:
-        w_out, b_out = selection.second
-        never = jnp.zeros((len(weights.w_out) - len(w_out), w_out.shape[-1]), x.dtype)
-        weights = weights._replace(w_out=jnp.concatenate([w_out.astype(x.dtype), never]), b_out=b_out.astype(x.dtype))
+        w_out, b_out = (array.astype(x.dtype) for array in selection.second)
+        weights = weights._replace(w_out=w_out, b_out=b_out)
     if selection.execution is not None:
         return _execute(weights, x, selection)
+    if missing := len(weights.w_in) - len(weights.w_out):  # rows of neurons that are never computed
+        weights = weights._replace(w_out=jnp.pad(weights.w_out, ((0, missing), (0, 0))))
     if selection.mask is not None:
         hidden = kernels.hidden_activations(x, weights.w_in, weights.b_in)
         return (hidden * kernels.expand_groups(selection.mask, hidden.shape[-1])) @ weights.w_out + weights.b_out

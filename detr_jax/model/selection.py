@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from detr_jax.kernels import Execution, FFNWeights, expand_groups
+from detr_jax.kernels import Execution, FFNWeights, expand_groups, of_tiles
 
 
 class LowRankFactors(NamedTuple):
@@ -96,7 +96,7 @@ class Selection:
         """
         active = self.active
         if active is not None and self.tile_size != 1:
-            active = jnp.repeat(active, self.tile_size or shape[-1], axis=-2)[..., : shape[-1], :]
+            active = of_tiles(active, shape[-1], self.tile_size)
         if self.sections is None:
             return active
         always, gated = self.sections

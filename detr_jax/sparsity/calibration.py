@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from detr_jax.kernels import of_tiles
 from detr_jax.model import FFNTrace, FFNWeights
 from detr_jax.sparsity.grouping import firing_groups
 from detr_jax.sparsity.selectors.score import Score, ordered_bits
-from detr_jax.sparsity.tiles import existing_tiles, existing_tokens, of_tiles
+from detr_jax.sparsity.tiles import existing_tiles, existing_tokens
 
 _DROPPED_BITS = 14
 _BINS = 2 ** (32 - _DROPPED_BITS)

@@ -5,11 +5,10 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
-from detr_jax.kernels import signature_order, tiles_needing
+from detr_jax.kernels import of_tiles, signature_order, tiles_needing
 from detr_jax.kernels.dispatch import Problem, choose
 from detr_jax.model import FFNTrace
 from detr_jax.sparsity.statistics import neurons_computed
-from detr_jax.sparsity.tiles import of_tiles
 
 
 @jax.tree_util.register_dataclass

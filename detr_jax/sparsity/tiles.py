@@ -79,16 +79,9 @@ def mean_of_tokens(values: jax.Array, tokens: jax.Array, tile_size: int | None) 
         (..., tiles, n).
     """
     weights = tokens[..., None].astype(values.dtype)
-    values = values * weights
-    if tile_size is None:
-        return values.sum(-2, keepdims=True) / jnp.maximum(weights.sum(-2, keepdims=True), 1)
-    total, members = (tiles_of(array, tile_size).sum(-2) for array in (values, weights))
+    size = tile_size or tokens.shape[-1]
+    total, members = (tiles_of(array, size).sum(-2) for array in (values * weights, weights))
     return total / jnp.maximum(members, 1)
-
-
-def of_tiles(decisions: jax.Array, tokens: int, tile_size: int | None) -> jax.Array:
-    """(..., tiles, n) -> (..., tokens, n), each token's tile; arguments as of `mean_of_tokens`."""
-    return jnp.repeat(decisions, tile_size or tokens, axis=-2)[..., :tokens, :]
 
 
 def tiles_of(values: jax.Array, tile_size: int) -> jax.Array:

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from detr_jax.kernels import of_tiles
 from detr_jax.model import DETR, FFNTrace, FFNWeights, ImageTokens, Selection
 from detr_jax.model.output_change import output_change
 from detr_jax.pytrees import pytree
 from detr_jax.sparsity.calibration import density_threshold
 from detr_jax.sparsity.selectors import Thresholded
-from detr_jax.sparsity.tiles import count_tiles, existing_tiles, existing_tokens, of_tiles
+from detr_jax.sparsity.tiles import count_tiles, existing_tiles, existing_tokens
 from detr_jax.training.calibration import measure_scores
 from detr_jax.training.checkpoints import Checkpoints
 from detr_jax.training.gates import batches_from, gate_loss

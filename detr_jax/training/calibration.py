@@ -12,7 +12,7 @@ from detr_jax.sparsity.calibration import ScoreHistogram, score_histogram, total
 from detr_jax.sparsity.carrier import FFNCarrier
 from detr_jax.sparsity.selectors import Score, Thresholded
 from detr_jax.sparsity.selectors.score import SharedScore
-from detr_jax.sparsity.tiles import mean_of_tokens
+from detr_jax.sparsity.tiles import existing_tiles
 from detr_jax.training.passes import Passes
 
 
@@ -74,8 +74,8 @@ def _scores(carrier, batch, scores):
     weights = carrier.ffn_weights()
 
     def of_ffn(score, weights, trace):
-        counted = mean_of_tokens(trace.tokens[..., None].astype(float), trace.tokens, score.traits.tile_size)[..., 0]
-        return score(weights, trace.inputs, trace.tokens), counted > 0
+        exists = existing_tiles(trace.tokens, score.traits.tile_size or trace.tokens.shape[-1])
+        return score(weights, trace.inputs, trace.tokens), exists
 
     return {
         name: of_ffn(scores[name], weights[name], trace)
