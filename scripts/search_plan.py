@@ -3,37 +3,31 @@
 import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import numpy as np
+import tyro
 from tqdm import tqdm
 
 import detr_jax
 from detr_jax import cli
 from detr_jax.data.dataset import Dataset, Subset
-from detr_jax.data.embedding import EmbeddedBatch, embedded_batches
+from detr_jax.data.embedding import embedded_batches
 from detr_jax.data.sources import open_dataset
 from detr_jax.data.transforms import resized_size
 from detr_jax.evaluation.comparison import Comparison, Row
-from detr_jax.evaluation.ffn_times import measure_times
 from detr_jax.evaluation.flops import dense_flops
-from detr_jax.evaluation.frontier import OutputChange
 from detr_jax.evaluation.report import table
 from detr_jax.evaluation.search_plot import plot_search
 from detr_jax.files import write_json
-from detr_jax.kernels import Execution
+from detr_jax.model import DETR
+from detr_jax.plan_search import PlanSearch, SearchSettings
 from detr_jax.run_folder import RESULTS, open_run
 from detr_jax.sparsity import Plan, save_plan
-from detr_jax.sparsity.activations import ActivationStatistics
-from detr_jax.sparsity.allocation import Choice, greedy, undominated
-from detr_jax.sparsity.candidates import KINDS, Candidate, Material, candidates_of
-from detr_jax.sparsity.ordering import cofiring_order, reorder
-from detr_jax.sparsity.selectors import Pooled, sketch
-from detr_jax.training.activations import measure_moments, profile_activations
-from detr_jax.training.calibration import collect_scores
-from detr_jax.training.passes import StoredPasses
+from detr_jax.sparsity.candidates import KINDS
 
 OUTPUTS = ("plan.safetensors", "search.png", "activations.safetensors")
 BUDGETS = ("density", "latency", "ap-loss")
@@ -65,32 +59,11 @@ class Arguments:
     """Architecture of a checkpoint that does not say which it is, e.g. detr-r50."""
     coco: Path | None = None
     """Folder with train2017/, val2017/ and annotations/; without it, scenes are generated."""
-    window: int | None = None
-    """Consecutive tokens that share a choice; default all of an image."""
-    group_size: int = 1
-    """Neurons that are chosen together, by co-firing; what a CPU gathers may be single rows."""
-    block_size: int | None = None
-    """Neurons that are computed together; default the group size. Kernels for GPUs want 64."""
-    rank: int = 16
-    """Of the sketch of the first product, from which sets are chosen."""
-    fixed: tuple[float, ...] = (0.6, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.035, 0.025, 0.015)
-    """Densities of fixed sets to choose from."""
-    dynamic: tuple[float, ...] = (0.4, 0.3, 0.25, 0.2, 0.15, 0.12, 0.1, 0.08, 0.06, 0.04, 0.025, 0.015)
-    """Mean densities of chosen sets to choose from; none searches among fixed sets alone."""
-    statistics_images: int = 512
-    """Training images for statistics."""
-    calibration_images: int = 120
-    """Held-out training images for thresholds and for the change of the outputs."""
+    search: Annotated[SearchSettings, tyro.conf.OmitArgPrefixes] = field(default_factory=SearchSettings)
     accuracy_images: int = 400
     """Other held-out training images, on which ap-loss is measured."""
     eval_images: int = 500
     """Validation images."""
-    latency_images: int = 16
-    """Images of the batch that is timed."""
-    batch_size: int = 20
-    """Images per batch elsewhere."""
-    turns: int = 15
-    """Measured turns of the times."""
     out: Path = Path("runs/search_plan")
     """Folder for the results."""
     overwrite: bool = False
@@ -115,193 +88,65 @@ def read_budget(text: str) -> tuple[str, float]:
     return kind, value
 
 
-class Search:
-    """The candidates of every FFN with their losses and times, and what can be chosen among them."""
-
-    def __init__(self, arguments: Arguments):
-        self.arguments = arguments
-        self.own = model = detr_jax.load(arguments.model, preset=arguments.preset)
-        self.names = model.config.ffn_names
-        held_out = arguments.calibration_images + arguments.accuracy_images
-        training = open_dataset(arguments.coco, "train", arguments.statistics_images + held_out)
-        self.validation = open_dataset(arguments.coco, "val", arguments.eval_images)
-        if len(training) <= held_out:
-            raise ValueError(f"{training.name} has {len(training)} images, too few to hold out {held_out}")
-        ends = (0, len(training) - held_out, len(training) - arguments.accuracy_images, len(training))
-        sample, calibration, accuracy = (Subset(training, *part) for part in itertools.pairwise(ends))
-        self.data = {"statistics": sample.name, "calibration": calibration.name, "accuracy": accuracy.name}
-        self.data["validation"] = self.validation.name
-
-        size = arguments.group_size
-        with tqdm(total=len(sample), desc="activation statistics", unit="image") as bar:
-            path = arguments.out / "activations.safetensors"
-            profile = profile_activations(model, sample, arguments.batch_size, 1, path, bar.update)
-        self.orders = {name: np.arange(model.config.ffn_features) for name in self.names}
-        statistics = {name: profile.statistics[name] for name in self.names}
-        if size > 1:
-            self.orders = {name: cofiring_order(s.cofired, size) for name, s in statistics.items()}
-            statistics = {name: s.of_neurons(self.orders[name]) for name, s in statistics.items()}
-        self.model = reorder(model, self.orders)
-
-        self.held_out = self.embed(calibration, "embedding calibration images")
-        self.accuracy = Judge(self, accuracy, "embedding images for AP")
-        timed = Subset(calibration, 0, min(arguments.latency_images, len(calibration)))
-        (self._timed,) = embedded_batches(model, timed, len(timed), "embedding the batch that is timed")
-        self.change = OutputChange(self.model, self.held_out)
-        self.candidates = self._candidates(statistics, self.embed(sample, "embedding images for statistics"))
-        self.losses = self._losses()
-        self.seconds = self.times(self.candidates, "timing candidates")
-
-    def embed(self, dataset: Dataset, title: str) -> list[EmbeddedBatch]:
-        return list(embedded_batches(self.own, dataset, self.arguments.batch_size, title))
-
-    def _candidates(
-        self, statistics: dict[str, ActivationStatistics], sample: list[EmbeddedBatch]
-    ) -> dict[str, list[Candidate]]:
-        arguments, weights = self.arguments, self.model.ffn_weights()
-        passes = StoredPasses([batch.tokens for batch in self.held_out])
-        inputs, hidden = measure_moments(self.model, StoredPasses([batch.tokens for batch in sample]))
-        scores = {
-            name: Pooled(
-                sketch(weights[name], m.mean, m.covariance, arguments.rank, arguments.group_size),
-                odds=False,
-                window=arguments.window,
-            )
-            for name, m in inputs.items()
-        }
-        decisions = collect_scores(self.model, passes, scores)
-        execution = Execution(arguments.window, arguments.block_size or arguments.group_size)
-        return {
-            name: candidates_of(
-                Material(weights[name], statistics[name], hidden[name], scores[name], decisions[name], execution),
-                arguments.fixed,
-                arguments.dynamic,
-            )
-            for name in self.names
-        }
-
-    def _losses(self) -> dict[str, np.ndarray]:
-        """Of each FFN the change of the outputs with each of its candidates, the other FFNs being dense."""
-        total = sum(map(len, self.candidates.values()))
-        dense = {name: of[0].trial for name, of in self.candidates.items()}
-        with tqdm(total=total, desc="changes of the outputs", unit="candidate") as bar:
-
-            def loss(name: str, candidate: Candidate) -> float:
-                bar.update()
-                return 0.0 if candidate.kind == "dense" else self.change(dense | {name: candidate.trial})
-
-            return {name: np.array([loss(name, c) for c in of]) for name, of in self.candidates.items()}
-
-    def times(self, candidates: dict[str, Sequence[Candidate]], title: str) -> dict[str, np.ndarray]:
-        """Of each FFN the seconds of some candidates on a batch of calibration images."""
-        images = self._timed.tokens
-        traces = jax.jit(type(self.model).traces)(self.model, images, {})
-        weights = self.model.ffn_weights()
-        return {
-            name: np.array(
-                measure_times(
-                    weights[name],
-                    traces[name],
-                    [c.selector for c in candidates[name]],
-                    [c.order for c in candidates[name]],
-                    self.arguments.turns,
-                )
-            )
-            for name in tqdm(self.names, desc=title, unit="FFN")
-        }
-
-    def choose(self, unit: str, share: float, kinds: Sequence[str]) -> dict[str, int]:
-        """The candidate of each FFN that together lose least within a share of what the dense FFNs cost.
-
-        Args:
-            unit: "latency" or "density".
-            share: of the dense FFNs' cost.
-            kinds: of the candidates to choose from.
-
-        Raises:
-            ValueError: if no candidates cost so little.
-        """
-        kept, losses, costs = [], [], []
-        for name, cost in self.costs(unit).items():
-            allowed = np.array([i for i, c in enumerate(self.candidates[name]) if c.kind in kinds])
-            rows = allowed[undominated(self.losses[name][allowed], cost[allowed])]
-            kept.append(rows), losses.append(self.losses[name][rows]), costs.append(cost[rows])
-        # `greedy` wants as many settings of every FFN.
-        longest = max(map(len, kept))
-        tables = (np.stack([np.pad(row, (0, longest - len(row)), "edge") for row in rows]) for rows in (losses, costs))
-        choice: Choice = greedy(*tables, share)
-        return {name: int(rows[min(c, len(rows) - 1)]) for name, rows, c in zip(self.names, kept, choice, strict=True)}
-
-    def costs(self, unit: str) -> dict[str, np.ndarray]:
-        """Of each FFN what its candidates cost, as shares of all dense FFNs."""
-        if unit == "density":
-            return {name: np.array([c.density for c in of]) / len(self.names) for name, of in self.candidates.items()}
-        dense = sum(seconds[0] for seconds in self.seconds.values())
-        return {name: seconds / dense for name, seconds in self.seconds.items()}
-
-    def cost(self, choice: dict[str, int], unit: str) -> float:
-        """What a choice costs, as a share of the dense FFNs."""
-        return float(sum(self.costs(unit)[name][i] for name, i in choice.items()))
-
-    def ladder(self, shares: Sequence[float], kinds: Sequence[str], unit: str = "latency") -> list[dict[str, int]]:
-        """Choices for shares of what the dense FFNs cost, as far as there are some that cost so little."""
-        costs = self.costs(unit).items()
-        least = sum(
-            min(cost[i] for i, c in enumerate(self.candidates[name]) if c.kind in kinds) for name, cost in costs
-        )
-        return [self.choose(unit, share, kinds) for share in shares if share > least]
-
-    def within_loss(self, points: float, kinds: Sequence[str]) -> dict[str, int]:
-        """The fastest choice that loses at most so many points of AP on the images for that, by bisection."""
-        choices = [dict.fromkeys(self.names, 0), *self.ladder(LADDER, kinds)]
-        good, bad = 0, len(choices)
-        with tqdm(desc=f"AP, {' and '.join(kinds)}", unit="plan") as bar:
-            while bad - good > 1:
-                middle = (good + bad) // 2
-                lost = -100 * self.accuracy(choices[middle])["AP_minus_dense"]
-                bar.set_postfix(points=f"{-lost:+.2f}")
-                bar.update()
-                good, bad = (middle, bad) if lost <= points else (good, middle)
-        return choices[good]
-
-    def within(self, budget: tuple[str, float], kinds: Sequence[str]) -> dict[str, int]:
-        """The choice for a budget."""
-        kind, value = budget
-        return self.within_loss(value, kinds) if kind == "ap-loss" else self.choose(kind, value, kinds)
-
-    def chosen(self, choice: dict[str, int]) -> dict[str, Candidate]:
-        return {name: self.candidates[name][i] for name, i in choice.items()}
-
-    def plan(self, choice: dict[str, int], measured: Row) -> Plan:
-        """The plan of a choice, in the detector's own numbering of its neurons."""
-        sparse = {name: c for name, c in self.chosen(choice).items() if c.selector is not None}
-        return Plan(
-            method="search",
-            fingerprint=detr_jax.fingerprint(self.own),
-            selectors={name: c.selector for name, c in sparse.items()},
-            orders={name: self.orders[name][c.order] for name, c in sparse.items()},
-            training={"budget": self.arguments.budget, "data": self.data} | cli.settings(self.arguments),
-            measured=measured,
-            versions=cli.provenance(self.arguments)["versions"],
-        )
+def open_data(arguments: Arguments) -> tuple[Dataset, Dataset, Dataset]:
+    """Training images for statistics, others for thresholds, and others for AP."""
+    settings = arguments.search
+    held_out = settings.calibration_images + arguments.accuracy_images
+    training = open_dataset(arguments.coco, "train", settings.statistics_images + held_out)
+    if len(training) <= held_out:
+        raise ValueError(f"{training.name} has {len(training)} images, too few to hold out {held_out}")
+    ends = (0, len(training) - held_out, len(training) - arguments.accuracy_images, len(training))
+    sample, calibration, accuracy = (Subset(training, *part) for part in itertools.pairwise(ends))
+    return sample, calibration, accuracy
 
 
 class Judge:
-    """Measures choices on images, in the masked reference."""
+    """Measures the choices of a search on images, in the masked reference."""
 
-    def __init__(self, search: Search, dataset: Dataset, title: str):
-        config = search.own.config
+    def __init__(self, search: PlanSearch, model: DETR, dataset: Dataset, settings: SearchSettings, title: str):
+        config = model.config
         size = resized_size(np.median(dataset.image_sizes(), axis=0), config.shortest_side, config.longest_side)
-        flops = dense_flops(search.own, *size)
-        embedded = search.embed(dataset, title)
+        embedded = list(embedded_batches(model, dataset, settings.batch_size, title))
         self._search = search
-        self._comparison = Comparison(embedded, dataset.ground_truth(), flops, search.arguments.group_size, search.own)
+        self._comparison = Comparison(
+            embedded, dataset.ground_truth(), dense_flops(model, *size), settings.group_size, model
+        )
 
     def __call__(self, choice: dict[str, int]) -> Row:
         """AP and its difference to dense with their intervals, densities and work; see `Comparison.row`."""
         model = self._search.model
         trials = {name: candidate.trial for name, candidate in self._search.chosen(choice).items()}
         return self._comparison.row(model.config, trials, self._comparison.detect(model, trials))
+
+
+def within_loss(search: PlanSearch, judge: Judge, points: float, kinds: Sequence[str]) -> dict[str, int]:
+    """The fastest choice that loses at most so many points of AP on the judge's images, by bisection."""
+    choices = [dict.fromkeys(search.names, 0), *search.ladder(LADDER, kinds)]
+    good, bad = 0, len(choices)
+    with tqdm(desc=f"AP, {' and '.join(kinds)}", unit="plan") as bar:
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            lost = -100 * judge(choices[middle])["AP_minus_dense"]
+            bar.set_postfix(points=f"{-lost:+.2f}")
+            bar.update()
+            good, bad = (middle, bad) if lost <= points else (good, middle)
+    return choices[good]
+
+
+def plan_of(
+    search: PlanSearch, model: DETR, choice: dict[str, int], measured: Row, arguments: Arguments, data: dict[str, str]
+) -> Plan:
+    """The plan of a choice, in the detector's own numbering of its neurons."""
+    sparse = {name: c for name, c in search.chosen(choice).items() if c.selector is not None}
+    return Plan(
+        method="search",
+        fingerprint=detr_jax.fingerprint(model),
+        selectors={name: c.selector for name, c in sparse.items()},
+        orders={name: search.orders[name][c.order] for name, c in sparse.items()},
+        training={"budget": arguments.budget, "data": data} | cli.settings(arguments),
+        measured=measured,
+        versions=cli.provenance(arguments)["versions"],
+    )
 
 
 CHOICES = {
@@ -325,8 +170,19 @@ def main(arguments: Arguments) -> None:
     started = time.perf_counter()
     budget = read_budget(arguments.budget)
     open_run(arguments.out, cli.settings(arguments), OUTPUTS, resume=False, overwrite=arguments.overwrite)
-    search = Search(arguments)
-    choices = {title: search.within(budget, kinds) for title, kinds in CHOICES.items()}
+    model = detr_jax.load(arguments.model, preset=arguments.preset)
+    sample, calibration, accuracy = open_data(arguments)
+    validation = open_dataset(arguments.coco, "val", arguments.eval_images)
+    data = {"statistics": sample, "calibration": calibration, "accuracy": accuracy, "validation": validation}
+    data = {use: dataset.name for use, dataset in data.items()}
+    settings = arguments.search
+    search = PlanSearch(model, sample, calibration, settings, arguments.out / "activations.safetensors")
+    kind, bound = budget
+    if kind == "ap-loss":
+        judge = Judge(search, model, accuracy, settings, "embedding images for AP")
+        choices = {title: within_loss(search, judge, bound, kinds) for title, kinds in CHOICES.items()}
+    else:
+        choices = {title: search.choose(kind, bound, kinds) for title, kinds in CHOICES.items()}
 
     # Measured again, beside each other: what was chosen because it seemed fast is not quite as fast.
     contestants = {
@@ -337,7 +193,7 @@ def main(arguments: Arguments) -> None:
     dense, *others = sum(seconds.values())
     shares = dict(zip(choices, (float(other / dense) for other in others), strict=True))
 
-    judge = Judge(search, search.validation, "embedding validation images")
+    judge = Judge(search, model, validation, settings, "embedding validation images")
     measured = {title: point(judge, choice, shares[title]) for title, choice in choices.items()}
     curves = {
         unit: {
@@ -349,7 +205,7 @@ def main(arguments: Arguments) -> None:
         }
         for unit in ("latency", "density")
     }
-    plan = search.plan(choices["any"], measured["any"])
+    plan = plan_of(search, model, choices["any"], measured["any"], arguments, data)
     save_plan(plan, arguments.out / "plan.safetensors")
     ffns = {
         name: {
@@ -363,7 +219,7 @@ def main(arguments: Arguments) -> None:
     }
     report(measured, ffns)
     device = jax.devices()[0].device_kind
-    title = f"{arguments.model}, {arguments.budget}, {search.validation.name}, {device}"
+    title = f"{arguments.model}, {arguments.budget}, {validation.name}, {device}"
     plot_search(arguments.out / "search.png", title, curves, measured["any"], ffns)
     candidates = {
         name: [
@@ -373,7 +229,7 @@ def main(arguments: Arguments) -> None:
         for name, of in search.candidates.items()
     }
     taken = time.perf_counter() - started
-    results = {"choices": measured, "ffns": ffns, "curves": curves, "candidates": candidates, "data": search.data}
+    results = {"choices": measured, "ffns": ffns, "curves": curves, "candidates": candidates, "data": data}
     write_json(arguments.out / RESULTS, results | {"seconds": taken} | cli.provenance(arguments))
     print(f"\nplan.safetensors, results.json and search.png are in {arguments.out} after {taken:.0f} s")
 

@@ -1,0 +1,194 @@
+"""The search for a plan: of every FFN whether it stays dense, computes a fixed set of neurons, or one that is chosen
+anew for each image or window, by what that changes and how long it takes on this device."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from detr_jax.data.dataset import Dataset, Subset
+from detr_jax.data.embedding import EmbeddedBatch, embedded_batches
+from detr_jax.evaluation.ffn_times import measure_times
+from detr_jax.evaluation.frontier import OutputChange
+from detr_jax.kernels import Execution
+from detr_jax.model import DETR
+from detr_jax.sparsity.activations import ActivationStatistics
+from detr_jax.sparsity.allocation import Choice, greedy, undominated
+from detr_jax.sparsity.candidates import Candidate, Material, candidates_of
+from detr_jax.sparsity.ordering import cofiring_order, reorder
+from detr_jax.sparsity.selectors import Pooled, sketch
+from detr_jax.training.activations import measure_moments, profile_activations
+from detr_jax.training.calibration import collect_scores
+from detr_jax.training.passes import StoredPasses
+
+FIXED = (0.6, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.035, 0.025, 0.015)
+DYNAMIC = (0.4, 0.3, 0.25, 0.2, 0.15, 0.12, 0.1, 0.08, 0.06, 0.04, 0.025, 0.015)
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """What is searched among, and how it is measured."""
+
+    window: int | None = None
+    """Consecutive tokens that share a choice; default all of an image."""
+    group_size: int = 1
+    """Neurons that are chosen together, by co-firing; what a CPU gathers may be single rows."""
+    block_size: int | None = None
+    """Neurons that are computed together; default the group size. Kernels for GPUs want 64."""
+    rank: int = 16
+    """Of the sketch of the first product, from which sets are chosen."""
+    fixed: tuple[float, ...] = FIXED
+    """Densities of fixed sets to choose from."""
+    dynamic: tuple[float, ...] = DYNAMIC
+    """Mean densities of chosen sets to choose from; none searches among fixed sets alone."""
+    statistics_images: int = 512
+    """Training images for statistics."""
+    calibration_images: int = 120
+    """Held-out training images for thresholds and for the change of the outputs."""
+    latency_images: int = 16
+    """Images of the batch that is timed."""
+    batch_size: int = 20
+    """Images per batch elsewhere."""
+    turns: int = 15
+    """Measured turns of the times."""
+
+
+class PlanSearch:
+    """The candidates of every FFN with their losses and times, and what can be chosen among them.
+
+    Args:
+        model: the detector, in its own order.
+        statistics: training images for statistics.
+        calibration: held-out training images.
+        settings: what is searched among.
+        path: of the file for activation statistics, from which an interrupted pass goes on.
+
+    Attributes:
+        model: the detector in the order in which the candidates were made.
+        orders: (F,) of the detector's own neurons by name, which make that order.
+        candidates: of each FFN by name; the first one is dense.
+        losses: of each FFN the change of the outputs with each of its candidates, the other FFNs being dense.
+        seconds: of each FFN the times of its candidates on a batch of calibration images.
+    """
+
+    def __init__(self, model: DETR, statistics: Dataset, calibration: Dataset, settings: SearchSettings, path: Path):
+        self._settings, self._own, self.names = settings, model, model.config.ffn_names
+        with tqdm(total=len(statistics), desc="activation statistics", unit="image") as bar:
+            profile = profile_activations(model, statistics, settings.batch_size, 1, path, bar.update)
+        self.orders = {name: np.arange(model.config.ffn_features) for name in self.names}
+        of_neurons = {name: profile.statistics[name] for name in self.names}
+        if settings.group_size > 1:
+            self.orders = {name: cofiring_order(s.cofired, settings.group_size) for name, s in of_neurons.items()}
+            of_neurons = {name: s.of_neurons(self.orders[name]) for name, s in of_neurons.items()}
+        self.model = reorder(model, self.orders)
+
+        held_out = self._embed(calibration, "embedding calibration images")
+        timed = Subset(calibration, 0, min(settings.latency_images, len(calibration)))
+        (self._timed,) = embedded_batches(model, timed, len(timed), "embedding the batch that is timed")
+        sample = self._embed(statistics, "embedding images for statistics")
+        self.candidates = self._candidates(of_neurons, sample, held_out)
+        self.losses = self._losses(OutputChange(self.model, held_out))
+        self.seconds = self.times(self.candidates, "timing candidates")
+
+    def _embed(self, dataset: Dataset, title: str) -> list[EmbeddedBatch]:
+        return list(embedded_batches(self._own, dataset, self._settings.batch_size, title))
+
+    def _candidates(
+        self, statistics: Mapping[str, ActivationStatistics], sample: list[EmbeddedBatch], held_out: list[EmbeddedBatch]
+    ) -> dict[str, list[Candidate]]:
+        settings, weights = self._settings, self.model.ffn_weights()
+        inputs, hidden = measure_moments(self.model, StoredPasses([batch.tokens for batch in sample]))
+        scores = {
+            name: Pooled(
+                sketch(weights[name], m.mean, m.covariance, settings.rank, settings.group_size),
+                odds=False,
+                window=settings.window,
+            )
+            for name, m in inputs.items()
+        }
+        decisions = collect_scores(self.model, StoredPasses([batch.tokens for batch in held_out]), scores)
+        execution = Execution(settings.window, settings.block_size or settings.group_size)
+        return {
+            name: candidates_of(
+                Material(weights[name], statistics[name], hidden[name], scores[name], decisions[name], execution),
+                settings.fixed,
+                settings.dynamic,
+            )
+            for name in tqdm(self.names, desc="making candidates", unit="FFN")
+        }
+
+    def _losses(self, change: OutputChange) -> dict[str, np.ndarray]:
+        total = sum(map(len, self.candidates.values()))
+        dense = {name: of[0].trial for name, of in self.candidates.items()}
+        with tqdm(total=total, desc="changes of the outputs", unit="candidate") as bar:
+
+            def loss(name: str, candidate: Candidate) -> float:
+                bar.update()
+                return 0.0 if candidate.kind == "dense" else change(dense | {name: candidate.trial})
+
+            return {name: np.array([loss(name, c) for c in of]) for name, of in self.candidates.items()}
+
+    def times(self, candidates: Mapping[str, Sequence[Candidate]], title: str) -> dict[str, np.ndarray]:
+        """Of each FFN the seconds of some candidates on a batch of calibration images, measured beside each other."""
+        traces = jax.jit(type(self.model).traces)(self.model, self._timed.tokens, {})
+        weights = self.model.ffn_weights()
+        return {
+            name: np.array(
+                measure_times(
+                    weights[name],
+                    traces[name],
+                    [c.selector for c in candidates[name]],
+                    [c.order for c in candidates[name]],
+                    self._settings.turns,
+                )
+            )
+            for name in tqdm(self.names, desc=title, unit="FFN")
+        }
+
+    def choose(self, unit: str, share: float, kinds: Sequence[str]) -> dict[str, int]:
+        """The candidate of each FFN that together lose least within a share of what the dense FFNs cost.
+
+        Args:
+            unit: "latency" or "density".
+            share: of the dense FFNs' cost.
+            kinds: of the candidates to choose from.
+
+        Raises:
+            ValueError: if no candidates cost so little.
+        """
+        kept, losses, costs = [], [], []
+        for name, cost in self.costs(unit).items():
+            allowed = np.array([i for i, c in enumerate(self.candidates[name]) if c.kind in kinds])
+            rows = allowed[undominated(self.losses[name][allowed], cost[allowed])]
+            kept.append(rows), losses.append(self.losses[name][rows]), costs.append(cost[rows])
+        # `greedy` wants as many settings of every FFN.
+        longest = max(map(len, kept))
+        tables = (np.stack([np.pad(row, (0, longest - len(row)), "edge") for row in rows]) for rows in (losses, costs))
+        choice: Choice = greedy(*tables, share)
+        return {name: int(rows[min(c, len(rows) - 1)]) for name, rows, c in zip(self.names, kept, choice, strict=True)}
+
+    def costs(self, unit: str) -> dict[str, np.ndarray]:
+        """Of each FFN what its candidates cost, as shares of all dense FFNs."""
+        if unit == "density":
+            return {name: np.array([c.density for c in of]) / len(self.names) for name, of in self.candidates.items()}
+        dense = sum(seconds[0] for seconds in self.seconds.values())
+        return {name: seconds / dense for name, seconds in self.seconds.items()}
+
+    def cost(self, choice: Mapping[str, int], unit: str) -> float:
+        """What a choice costs, as a share of the dense FFNs."""
+        return float(sum(self.costs(unit)[name][i] for name, i in choice.items()))
+
+    def ladder(self, shares: Sequence[float], kinds: Sequence[str], unit: str = "latency") -> list[dict[str, int]]:
+        """Choices for shares of what the dense FFNs cost, as far as there are some that cost so little."""
+        costs = self.costs(unit).items()
+        least = sum(
+            min(cost[i] for i, c in enumerate(self.candidates[name]) if c.kind in kinds) for name, cost in costs
+        )
+        return [self.choose(unit, share, kinds) for share in shares if share > least]
+
+    def chosen(self, choice: Mapping[str, int]) -> dict[str, Candidate]:
+        """The candidates of a choice."""
+        return {name: self.candidates[name][i] for name, i in choice.items()}
