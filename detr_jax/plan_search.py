@@ -19,8 +19,8 @@ from detr_jax.sparsity.activations import ActivationStatistics
 from detr_jax.sparsity.allocation import Choice, greedy, undominated
 from detr_jax.sparsity.candidates import Candidate, Material, candidates_of
 from detr_jax.sparsity.ordering import cofiring_order, reorder
-from detr_jax.sparsity.selectors import Pooled, sketch
-from detr_jax.training.activations import measure_moments, profile_activations
+from detr_jax.sparsity.selectors import Pooled, fit_pooled_statistics, sketch
+from detr_jax.training.activations import measure_moments, measure_pooled, profile_activations
 from detr_jax.training.calibration import collect_scores
 from detr_jax.training.passes import StoredPasses
 
@@ -100,23 +100,27 @@ class PlanSearch:
         self, statistics: Mapping[str, ActivationStatistics], sample: list[EmbeddedBatch], held_out: list[EmbeddedBatch]
     ) -> dict[str, list[Candidate]]:
         settings, weights = self._settings, self.model.ffn_weights()
-        inputs, hidden = measure_moments(self.model, StoredPasses([batch.tokens for batch in sample]))
-        scores = {
-            name: Pooled(
-                sketch(weights[name], m.mean, m.covariance, settings.rank, settings.group_size),
-                odds=False,
-                window=settings.window,
-            )
-            for name, m in inputs.items()
+        passes = StoredPasses([batch.tokens for batch in sample])
+        inputs, hidden = measure_moments(self.model, passes)
+        size, window = settings.group_size, settings.window
+        sketches = {
+            name: sketch(weights[name], m.mean, m.covariance, settings.rank, size) for name, m in inputs.items()
         }
-        decisions = collect_scores(self.model, StoredPasses([batch.tokens for batch in held_out]), scores)
-        execution = Execution(settings.window, settings.block_size or settings.group_size)
+        pooled = measure_pooled(self.model, passes, window)
+        scores = {
+            "sketched": {name: Pooled(of, odds=False, window=window) for name, of in sketches.items()},
+            "pooled": {name: fit_pooled_statistics(moments, size, window) for name, moments in pooled.items()},
+        }
+        calibration = StoredPasses([batch.tokens for batch in held_out])
+        decisions = {kind: collect_scores(self.model, calibration, of) for kind, of in scores.items()}
+        execution = Execution(window, settings.block_size or size)
+
+        def material(name: str) -> Material:
+            of_kinds = ({kind: of[name] for kind, of in by_kind.items()} for by_kind in (scores, decisions))
+            return Material(weights[name], statistics[name], hidden[name], *of_kinds, execution)
+
         return {
-            name: candidates_of(
-                Material(weights[name], statistics[name], hidden[name], scores[name], decisions[name], execution),
-                settings.fixed,
-                settings.dynamic,
-            )
+            name: candidates_of(material(name), settings.fixed, settings.dynamic)
             for name in tqdm(self.names, desc="making candidates", unit="FFN")
         }
 

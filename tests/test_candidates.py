@@ -10,12 +10,13 @@ from detr_jax.kernels import Execution, ffn
 from detr_jax.model.ffn import forward, trace
 from detr_jax.sparsity.activations import measure
 from detr_jax.sparsity.allocation import undominated
-from detr_jax.sparsity.candidates import KINDS, Material, candidates_of
+from detr_jax.sparsity.candidates import DYNAMIC, KINDS, Material, candidates_of
 from detr_jax.sparsity.carrier import BareFFNs, FFNInputs
 from detr_jax.sparsity.moments import moments_of
 from detr_jax.sparsity.ordering import permute
-from detr_jax.sparsity.selectors import Pooled, sketch
+from detr_jax.sparsity.selectors import Pooled, fit_pooled_statistics, sketch
 from detr_jax.sparsity.statistics import count_firing
+from detr_jax.training.activations import measure_pooled
 from detr_jax.training.calibration import collect_scores
 from detr_jax.training.passes import StoredPasses
 
@@ -26,19 +27,30 @@ WEIGHTS, X, TOKENS = tiny_ffn(F, 6, images=40)
 def material(window: int | None, block_size: int) -> Material:
     of = trace(WEIGHTS, X, TOKENS)
     inputs = moments_of(X, TOKENS)
-    score = Pooled(sketch(WEIGHTS, inputs.mean, inputs.covariance, 6, SIZE), odds=False, window=window)
+    carrier = BareFFNs({"f": WEIGHTS})
     passes = StoredPasses([FFNInputs({"f": X[i : i + 8]}, {"f": TOKENS[i : i + 8]}) for i in range(0, 40, 8)])
-    decisions = collect_scores(BareFFNs({"f": WEIGHTS}), passes, {"f": score})["f"]
+    scores = {
+        "sketched": Pooled(sketch(WEIGHTS, inputs.mean, inputs.covariance, 6, SIZE), odds=False, window=window),
+        "pooled": fit_pooled_statistics(measure_pooled(carrier, passes, window)["f"], SIZE, window),
+    }
+    decisions = {kind: collect_scores(carrier, passes, {"f": score})["f"] for kind, score in scores.items()}
     statistics = measure(WEIGHTS, of, jnp.zeros(TOKENS.shape, int), kinds_count=1, group_size=SIZE)
-    return Material(
-        *(WEIGHTS, statistics, moments_of(of.hidden, TOKENS), score, decisions), Execution(window, block_size)
-    )
+    hidden = moments_of(of.hidden, TOKENS)
+    return Material(WEIGHTS, statistics, hidden, scores, decisions, Execution(window, block_size))
 
 
 @pytest.mark.parametrize(("window", "block_size"), [(None, SIZE), (4, 2 * SIZE)])
 def test_a_plan_computes_what_was_tried(window, block_size):
     found = candidates_of(material(window, block_size), (0.6, 0.25), (0.5, 0.2))
-    assert [c.kind for c in found] == ["dense", "fixed", "refitted", "fixed", "refitted", "dynamic", "dynamic"]
+    assert [c.kind for c in found] == [
+        "dense",
+        "fixed",
+        "refitted",
+        "fixed",
+        "refitted",
+        *["sketched"] * 2,
+        *["pooled"] * 2,
+    ]
     assert set(KINDS) == {c.kind for c in found}
     dense = np.asarray(ffn(X, *WEIGHTS))
     for candidate in found:
@@ -50,7 +62,7 @@ def test_a_plan_computes_what_was_tried(window, block_size):
             continue
         planned = np.asarray(forward(ordered, X, candidate.selector(ordered, X, TOKENS)))
         assert np.abs(tried - dense).max() > 0.01
-        if block_size == SIZE or candidate.kind != "dynamic":
+        if block_size == SIZE or candidate.kind not in DYNAMIC:
             np.testing.assert_allclose(planned[np.asarray(TOKENS)], tried[np.asarray(TOKENS)], atol=1e-4)
         else:  # whole blocks are computed where one of their groups is wanted
             assert np.linalg.norm(planned - dense) <= np.linalg.norm(tried - dense) + 1e-3
@@ -58,7 +70,9 @@ def test_a_plan_computes_what_was_tried(window, block_size):
 
 
 def test_densities_are_what_is_computed():
-    for candidate, density in zip(candidates_of(material(None, SIZE), (0.5,), (0.3,)), (1, 0.5, 0.5, 0.3), strict=True):
+    for candidate, density in zip(
+        candidates_of(material(None, SIZE), (0.5,), (0.3,)), (1, 0.5, 0.5, 0.3, 0.3), strict=True
+    ):
         counts = jax.device_get(count_firing(trace(WEIGHTS, X, TOKENS, candidate.trial), 1))
         # Images weigh by their tokens there, and as decisions here.
         assert candidate.density == pytest.approx(counts.density, abs=0.02)

@@ -14,6 +14,7 @@ from detr_jax.kernels import Execution, of_tiles
 from detr_jax.model import FFNWeights, Sections, Selection
 from detr_jax.model.ffn import forward, trace
 from detr_jax.sparsity.activations import ActivationStatistics, measure
+from detr_jax.sparsity.carrier import BareFFNs, FFNInputs
 from detr_jax.sparsity.selectors import (
     Compensated,
     ContributionGate,
@@ -36,10 +37,15 @@ from detr_jax.sparsity.selectors import (
     by_contribution,
     by_firing,
     find_indicators,
+    fit_pooled_statistics,
     log_odds,
     low_rank_factors,
     sketch,
 )
+from detr_jax.sparsity.selectors.pooled_statistics import RIDGE, pooled_statistics
+from detr_jax.sparsity.tiles import existing_tiles, mean_of_tokens
+from detr_jax.training.activations import measure_pooled
+from detr_jax.training.passes import StoredPasses
 
 F, D, SIZE = 12, 6, 4
 WEIGHTS, X, TOKENS = tiny_ffn(F, D)
@@ -304,6 +310,35 @@ def test_a_contribution_gate_adds_up_what_tokens_need(window):
     assert np.isfinite(scores).all()
 
 
+@pytest.mark.parametrize("window", [None, 4])
+def test_pooled_statistics_are_of_the_tokens_of_a_window(window):
+    pooled = np.asarray(pooled_statistics(X, TOKENS, window))
+    length = window or X.shape[1]
+    for i, tile in np.ndindex(pooled.shape[:2]):
+        members = [t for t in range(tile * length, min((tile + 1) * length, X.shape[1])) if TOKENS[i, t]]
+        of = np.asarray(X[i, np.array(members, int)], np.float64) if members else np.zeros((1, D))
+        np.testing.assert_allclose(pooled[i, tile], np.concatenate([of.mean(0), of.std(0), of.max(0)]), atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_pooled_statistics_are_fitted_by_ridge_regression(window):
+    passes = StoredPasses([FFNInputs({"f": X[:2]}, {"f": TOKENS[:2]}), FFNInputs({"f": X[2:]}, {"f": TOKENS[2:]})])
+    moments = measure_pooled(BareFFNs({"f": WEIGHTS}), passes, window)["f"]
+    scores = np.asarray(fit_pooled_statistics(moments, SIZE, window)(WEIGHTS, X, TOKENS))
+    exists = np.asarray(existing_tiles(TOKENS, window or X.shape[1]))
+    features = np.asarray(pooled_statistics(X, TOKENS, window), np.float64)[exists]
+    per_token = HIDDEN * np.linalg.norm(WEIGHTS.w_out, axis=1)
+    wanted = np.asarray(mean_of_tokens(jnp.asarray(per_token), TOKENS, window), np.float64)[exists]
+    wanted = wanted.reshape(len(wanted), -1, SIZE).sum(-1)
+    centred = (features - features.mean(0)) / np.maximum(features.std(0), 1e-6)
+    # Ridge as least squares with further observations.
+    weight = np.sqrt(RIDGE * len(features))
+    rows = np.concatenate([centred, weight * np.eye(features.shape[1])])
+    targets = np.concatenate([wanted - wanted.mean(0), np.zeros((features.shape[1], wanted.shape[1]))])
+    fitted = centred @ np.linalg.lstsq(rows, targets)[0] + wanted.mean(0)
+    np.testing.assert_allclose(scores[exists], fitted, atol=1e-3)
+
+
 def test_a_sketch_of_full_rank_knows_what_neurons_contribute():
     rng = np.random.default_rng(0)
     mean, root = rng.standard_normal(D), rng.standard_normal((D, D))
@@ -522,6 +557,7 @@ EXPECTED_TRAITS_AND_COST = {
     "pooled windows": (Traits("training", "image", "both", tile_size=4), D * GROUPS),
     "pooled gate": (Traits("training", "image", "both", tile_size=None), 2 * D),
     "gate of windows": (Traits("training", "image", "both", tile_size=4), 2 * D + 2 * 3 / 4),
+    "pooled statistics": (Traits("statistics", "image", "both", tile_size=None), D),
     "contribution gate": (Traits("training", "image", "both", tile_size=None), 2 * (D + GROUPS)),
     "fixed set": (Traits("statistics", "group", "both", dynamic=False, tile_size=None), 0),
     "sketch": (Traits("statistics", "group", "both"), 3 * (D + F)),

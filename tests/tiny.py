@@ -78,6 +78,7 @@ def every_selector(weights: FFNWeights, group_size: int, seed: int = 1) -> dict[
             selectors.PooledGate(random(d_model, 2), random(2), random(2, groups), random(groups), 4),
             0.1,
         ),
+        "pooled statistics": (selectors.PooledStatistics(random(3 * d_model, groups), random(groups)), 0.1),
         "contribution gate": (selectors.ContributionGate(random(d_model, 2), random(2, groups), random(groups)), -0.1),
         "sketch": (selectors.sketch(weights, np.ones(d_model), np.eye(d_model), 3, group_size), 2.0),
     }

@@ -6,11 +6,13 @@ from pathlib import Path
 import matplotlib
 
 from detr_jax.files import replacing
+from detr_jax.sparsity.candidates import DYNAMIC
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-COLOURS = {"dense": "0.6", "fixed": "tab:orange", "refitted": "tab:green", "dynamic": "tab:blue"}
+COLOURS = {"dense": "0.6", "fixed": "tab:orange", "refitted": "tab:green"}
+COLOURS |= {"sketched": "tab:blue", "pooled": "tab:purple"}
 
 
 def plot_search(
@@ -54,12 +56,12 @@ def plot_search(
     for i, of_ffn in enumerate(ffns.values()):
         colour = COLOURS[of_ffn["kind"]]
         layers.bar(i, of_ffn["density"], color=colour)
-        if of_ffn["kind"] == "dynamic":
+        if of_ffn["kind"] in DYNAMIC:
             layers.bar(i, of_ffn["always"], color=colour, hatch="//", edgecolor="white")
     for kind in dict.fromkeys(of_ffn["kind"] for of_ffn in ffns.values()):
         layers.bar(0, 0, color=COLOURS[kind], label=kind)
-    if any(of_ffn["kind"] == "dynamic" for of_ffn in ffns.values()):
-        layers.bar(0, 0, color="white", hatch="//", edgecolor="tab:blue", label="of that, always computed")
+    if any(of_ffn["kind"] in DYNAMIC for of_ffn in ffns.values()):
+        layers.bar(0, 0, color="white", hatch="//", edgecolor="0.3", label="of that, always computed")
     layers.set_xticks(range(len(ffns)), list(ffns), rotation=30, ha="right")
     layers.set(ylabel="share of the neurons that the plan computes")
     layers.legend()

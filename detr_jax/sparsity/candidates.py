@@ -6,7 +6,8 @@ those that (nearly) every decision wants are always computed, those that (nearly
 decides about the others alone.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -23,7 +24,9 @@ from detr_jax.sparsity.refit import elimination_order, refit
 from detr_jax.sparsity.selectors import Executed, Sectioned, Thresholded, by_contribution
 from detr_jax.sparsity.selectors.score import SharedScore, Traits
 
-KINDS = ("dense", "fixed", "refitted", "dynamic")
+KINDS = ("dense", "fixed", "refitted", "sketched", "pooled")
+DYNAMIC = ("sketched", "pooled")
+"""Those with a score that decides for each image or window."""
 ALWAYS = 0.95
 """Share of the decisions from which on a group is always computed."""
 NEVER = 0.005
@@ -36,31 +39,34 @@ class Trial:
     """What a candidate computes, whatever its kind; for the masked reference.
 
     Attributes:
-        score: decides about the groups that are neither always nor never computed.
+        scores: one of them decides about the groups that are neither always nor never computed.
+        which: () int32, the index of that one.
         threshold: () float32.
         always: (F,) bool.
         never: (F,) bool.
         second: of all neurons, the FFN's own where nothing was fitted.
     """
 
-    score: SharedScore
+    scores: tuple[SharedScore, ...]
+    which: jax.Array
     threshold: jax.Array
     always: jax.Array
     never: jax.Array
     second: SecondLayer
 
     def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> Selection:
-        wanted = expand_groups(self.score(ffn, x, tokens) >= self.threshold, len(self.never)) & ~self.never
+        scores = jnp.stack([score(ffn, x, tokens) for score in self.scores])[self.which]
+        wanted = expand_groups(scores >= self.threshold, len(self.never)) & ~self.never
         return Selection(active=wanted | self.always, second=self.second, tile_size=self.traits.tile_size)
 
     @property
     def traits(self) -> Traits:
-        return self.score.traits
+        return self.scores[0].traits
 
     def cost(self, d_model: int, features: int) -> float:
         """Multiply-adds per token of the decision about the neurons that are neither always nor never computed."""
         gated = int((~np.asarray(self.always) & ~np.asarray(self.never)).sum())
-        return self.score.cost(d_model, gated) * (gated > 0)
+        return self.scores[int(self.which)].cost(d_model, gated) * (gated > 0)
 
 
 @dataclass(frozen=True)
@@ -92,33 +98,34 @@ class Material:
         weights: of the FFN.
         statistics: of its activations on training images.
         hidden: moments of its hidden activations on training images.
-        score: of groups of its neurons, for many tokens at once.
-        decisions: (decisions, G) scores on calibration images.
+        scores: of groups of its neurons, for many tokens at once, by the kinds of `DYNAMIC`.
+        decisions: (decisions, G) of each the scores on calibration images.
         execution: how groups are left out; tiles of as many tokens as a decision is about, blocks of whole groups.
     """
 
     weights: FFNWeights
     statistics: ActivationStatistics
     hidden: Moments
-    score: SharedScore
-    decisions: np.ndarray
+    scores: Mapping[str, SharedScore]
+    decisions: Mapping[str, np.ndarray]
     execution: Execution
 
 
 def candidates_of(material: Material, fixed: Sequence[float], dynamic: Sequence[float]) -> list[Candidate]:
     """The dense FFN; fixed sets of groups by their contribution; fixed sets of neurons by elimination, with a second
-    layer fitted to them; and sets of groups that the score chooses.
+    layer fitted to them; and sets of groups that a score chooses.
 
     Args:
         material: of the FFN.
         fixed: densities of fixed sets.
-        dynamic: mean densities of chosen ones; those are left out where the score has nothing to decide about.
+        dynamic: mean densities of chosen ones; those are left out where a score has nothing to decide about.
 
     Raises:
         ValueError: if the decisions do not fit the FFN, or a density is not between 0 and 1.
     """
     weights = material.weights
-    features, groups = len(weights.w_in), material.decisions.shape[-1]
+    (groups,) = {of_kind.shape[-1] for of_kind in material.decisions.values()}
+    features = len(weights.w_in)
     size = features // group_count(features, features // groups)
     if wrong := [density for density in (*fixed, *dynamic) if not 0 < density < 1]:
         raise ValueError(f"densities of candidates must be above 0 and below 1, not {wrong[0]}")
@@ -131,12 +138,13 @@ def candidates_of(material: Material, fixed: Sequence[float], dynamic: Sequence[
         found.append(_candidate(material, "fixed", np.inf, kept, ~kept))
         kept = np.isin(np.arange(features), survivors[: max(round(density * features), 1)])
         found.append(_candidate(material, "refitted", np.inf, kept, ~kept, refit(weights, material.hidden, kept)))
-    for density in dynamic:
-        threshold = np.quantile(material.decisions, 1 - density, method="higher").astype(np.float32)
-        share = (material.decisions >= threshold).mean(0)
+    for kind, density in itertools.product(material.scores, dynamic):
+        decisions = material.decisions[kind]
+        threshold = np.quantile(decisions, 1 - density, method="higher").astype(np.float32)
+        share = (decisions >= threshold).mean(0)
         always, never = share >= ALWAYS, share <= NEVER
         if not (always | never).all():
-            found.append(_candidate(material, "dynamic", threshold, always, never))
+            found.append(_candidate(material, kind, threshold, always, never))
     return found
 
 
@@ -149,14 +157,15 @@ def _candidate(
     second: SecondLayer | None = None,
 ) -> Candidate:
     """`always` and `never` are about groups; of a refitted set, which has no gated section, about neurons."""
-    features, groups = len(material.weights.w_in), material.decisions.shape[-1]
-    size = features // len(always)
-    share = (material.decisions >= threshold).mean(0)
-    if kind == "dynamic":
+    size = len(material.weights.w_in) // len(always)
+    which = list(material.scores).index(kind) if kind in DYNAMIC else 0
+    score = list(material.scores.values())[which]
+    if kind in DYNAMIC:
+        share = (material.decisions[kind] >= threshold).mean(0)
         # Blocks are whole in the section that is decided about: the groups that come closest are taken in.
         missing = -int((~always & ~never).sum()) % max(material.execution.block_size // size, 1)
         out = np.flatnonzero(never)
-        never = never & ~np.isin(np.arange(groups), out[np.argsort(-share[out], kind="stable")][:missing])
+        never = never & ~np.isin(np.arange(len(always)), out[np.argsort(-share[out], kind="stable")][:missing])
         in_order = np.lexsort((-share, np.where(always, 0, np.where(never, 2, 1))))
     else:
         in_order = np.argsort(never, kind="stable")
@@ -164,10 +173,11 @@ def _candidate(
     order = (in_order[:, None] * size + np.arange(size)).ravel()
     per_neuron = [jnp.asarray(np.repeat(section, size)) for section in (always, never)]
     own = SecondLayer(material.weights.w_out, material.weights.b_out)
-    trial = Trial(material.score, jnp.float32(threshold), *per_neuron, own if second is None else second)
+    second_of_all = own if second is None else second
+    trial = Trial(tuple(material.scores.values()), jnp.int32(which), jnp.float32(threshold), *per_neuron, second_of_all)
     selector = None
     if kind != "dense":
-        gate = Thresholded(material.score.of_groups(gated), jnp.float32(threshold)) if len(gated) else None
+        gate = Thresholded(score.of_groups(gated), jnp.float32(threshold)) if len(gated) else None
         rows = None if second is None else SecondLayer(second.w_out[order[: int(always.sum())]], second.b_out)
         selector = Executed(Sectioned(gate, int(always.sum()) * size, len(gated) * size, rows), material.execution)
     density = float(always.mean() + (share[gated].sum() / len(always) if len(gated) else 0))

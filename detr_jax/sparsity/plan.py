@@ -41,6 +41,7 @@ _CLASSES = {
             selectors.LowRankGate,
             selectors.PooledGate,
             selectors.ContributionGate,
+            selectors.PooledStatistics,
             selectors.Sketch,
         ),
         *(selectors.Fixed, selectors.Sectioned),

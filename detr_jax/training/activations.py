@@ -18,7 +18,10 @@ from detr_jax.model.parameters import fingerprint
 from detr_jax.sparsity.activations import ActivationProfile, ActivationStatistics, load_profile, measure, save_profile
 from detr_jax.sparsity.carrier import FFNCarrier
 from detr_jax.sparsity.grouping import group_count
-from detr_jax.sparsity.moments import Moments, moments_of
+from detr_jax.sparsity.moments import CrossMoments, Moments, cross_moments_of, moments_of
+from detr_jax.sparsity.need import contributions
+from detr_jax.sparsity.selectors.pooled_statistics import pooled_statistics
+from detr_jax.sparsity.tiles import existing_tiles, mean_of_tokens
 from detr_jax.training.losses import Targets
 from detr_jax.training.matching import match
 from detr_jax.training.passes import Passes
@@ -165,6 +168,42 @@ def _measure_moments(carrier, batch):
     traces = carrier.traces(batch, {})
     inputs = {name: moments_of(trace.inputs, trace.tokens) for name, trace in traces.items()}
     return inputs, {name: moments_of(trace.hidden, trace.tokens) for name, trace in traces.items()}
+
+
+def measure_pooled(carrier: FFNCarrier, passes: Passes, window: int | None) -> dict[str, CrossMoments]:
+    """What pooled inputs of every FFN say of what its neurons contribute while all run dense.
+
+    Args:
+        carrier: of the FFNs.
+        passes: data; one pass is made.
+        window: consecutive tokens that are pooled; None for all of an image.
+
+    Returns:
+        by name of the FFN the moments of `selectors.pooled_statistics` and of the means over the same tokens of
+        h_j ||W_out[j]||.
+
+    Raises:
+        ValueError: if there are no images.
+    """
+    totals: dict[str, CrossMoments] = {}
+    for batch in passes.batches():
+        for name, moments in jax.device_get(_measure_pooled(carrier, batch, window=window)).items():
+            totals[name] = totals[name] + moments if name in totals else moments
+    if not totals:
+        raise ValueError("there are no images to measure pooled inputs on")
+    return totals
+
+
+@partial(jax.jit, static_argnames="window")
+def _measure_pooled(carrier, batch, *, window):
+    weights = carrier.ffn_weights()
+
+    def of_ffn(weights, trace):
+        pooled = pooled_statistics(trace.inputs, trace.tokens, window)
+        contributed = mean_of_tokens(contributions(weights, trace), trace.tokens, window)
+        return cross_moments_of(pooled, contributed, existing_tiles(trace.tokens, window or trace.tokens.shape[-1]))
+
+    return {name: of_ffn(weights[name], trace) for name, trace in carrier.traces(batch, {}).items()}
 
 
 def object_tokens(batch: Batch, model: DETR) -> np.ndarray:

@@ -6,6 +6,7 @@ from detr_jax.sparsity.selectors.gates import Gate, LinearGate, LowRankGate, log
 from detr_jax.sparsity.selectors.magnitude import HiddenMagnitude, InputMagnitude
 from detr_jax.sparsity.selectors.oracle import Oracle
 from detr_jax.sparsity.selectors.pooled_gate import ContributionGate, PooledGate
+from detr_jax.sparsity.selectors.pooled_statistics import PooledStatistics, fit_pooled_statistics
 from detr_jax.sparsity.selectors.random import Lots
 from detr_jax.sparsity.selectors.rsparse import Compensated, low_rank_factors
 from detr_jax.sparsity.selectors.score import Score, Thresholded, Traits, at_threshold
@@ -30,6 +31,7 @@ __all__ = [
     "Oracle",
     "Pooled",
     "PooledGate",
+    "PooledStatistics",
     "Score",
     "Sectioned",
     "ShareOfLargest",
@@ -44,6 +46,7 @@ __all__ = [
     "by_firing",
     "executed",
     "find_indicators",
+    "fit_pooled_statistics",
     "log_odds",
     "low_rank_factors",
     "sketch",
