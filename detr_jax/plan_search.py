@@ -17,15 +17,12 @@ from detr_jax.kernels import Execution
 from detr_jax.model import DETR
 from detr_jax.sparsity.activations import ActivationStatistics
 from detr_jax.sparsity.allocation import Choice, greedy, undominated
-from detr_jax.sparsity.candidates import Candidate, Material, candidates_of
+from detr_jax.sparsity.candidates import DYNAMIC, Candidate, Material, candidates_of, refitted
 from detr_jax.sparsity.ordering import cofiring_order, reorder
 from detr_jax.sparsity.selectors import Pooled, fit_pooled_statistics, sketch
-from detr_jax.training.activations import measure_moments, measure_pooled, profile_activations
+from detr_jax.training.activations import measure_kept, measure_moments, measure_pooled, profile_activations
 from detr_jax.training.calibration import collect_scores
 from detr_jax.training.passes import StoredPasses
-
-FIXED = (0.6, 0.5, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.07, 0.05, 0.035, 0.025, 0.015)
-DYNAMIC = (0.4, 0.3, 0.25, 0.2, 0.15, 0.12, 0.1, 0.08, 0.06, 0.04, 0.025, 0.015)
 
 
 @dataclass(frozen=True)
@@ -40,9 +37,9 @@ class SearchSettings:
     """Neurons that are computed together; default the group size. Kernels for GPUs want 64."""
     rank: int = 16
     """Of the sketch of the first product, from which sets are chosen."""
-    fixed: tuple[float, ...] = FIXED
+    fixed: tuple[float, ...] = (0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.06, 0.03)
     """Densities of fixed sets to choose from."""
-    dynamic: tuple[float, ...] = DYNAMIC
+    dynamic: tuple[float, ...] = (0.4, 0.3, 0.2, 0.15, 0.1, 0.06, 0.03, 0.015)
     """Mean densities of chosen sets to choose from; none searches among fixed sets alone."""
     statistics_images: int = 512
     """Training images for statistics."""
@@ -119,10 +116,18 @@ class PlanSearch:
             of_kinds = ({kind: of[name] for kind, of in by_kind.items()} for by_kind in (scores, decisions))
             return Material(weights[name], statistics[name], hidden[name], *of_kinds, execution)
 
-        return {
+        found = {
             name: candidates_of(material(name), settings.fixed, settings.dynamic)
             for name in tqdm(self.names, desc="making candidates", unit="FFN")
         }
+        # One pass measures what a candidate of every FFN keeps.
+        choosing = {name: [c for c in of if c.kind in DYNAMIC] for name, of in found.items()}
+        for turn in tqdm(range(max(map(len, choosing.values()))), desc="fitting second layers", unit="candidate"):
+            of_turn = {name: of[turn] for name, of in choosing.items() if turn < len(of)}
+            kept = measure_kept(self.model, passes, {name: c.trial for name, c in of_turn.items()})
+            for name, candidate in of_turn.items():
+                found[name].append(refitted(candidate, weights[name], kept[name]))
+        return found
 
     def _losses(self, change: OutputChange) -> dict[str, np.ndarray]:
         total = sum(map(len, self.candidates.values()))

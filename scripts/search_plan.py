@@ -27,7 +27,7 @@ from detr_jax.model import DETR
 from detr_jax.plan_search import PlanSearch, SearchSettings
 from detr_jax.run_folder import RESULTS, open_run
 from detr_jax.sparsity import Plan, save_plan
-from detr_jax.sparsity.candidates import DYNAMIC, KINDS
+from detr_jax.sparsity.candidates import KINDS
 
 OUTPUTS = ("plan.safetensors", "search.png", "activations.safetensors")
 BUDGETS = ("density", "latency", "ap-loss")
@@ -151,7 +151,7 @@ def plan_of(
 
 CHOICES = {
     "any": KINDS,
-    "fixed or dynamic sets": ("dense", "fixed", *DYNAMIC),
+    "fixed sets, fitted or not": ("dense", "fixed", "fixed, refitted"),
     "fixed sets": ("dense", "fixed"),
 }
 """What is compared: the search, and what it would find without some of the candidates."""

@@ -32,7 +32,7 @@ from detr_jax.plan_search import PlanSearch, SearchSettings
 from detr_jax.run_folder import RESULTS, open_run
 from detr_jax.sparsity.allocation import greedy
 from detr_jax.sparsity.calibration import density_threshold
-from detr_jax.sparsity.candidates import DYNAMIC, KINDS
+from detr_jax.sparsity.candidates import KINDS
 from detr_jax.sparsity.selectors import Executed, Thresholded, log_odds
 from detr_jax.training.budget import (
     DensityOfEach,
@@ -296,11 +296,13 @@ def main(arguments: Arguments) -> None:
     study.calibrated("labels by contribution", study.model, gates["contribution"])
     frontier = study.calibrated("one gate for an image", study.model, gates["contributions"])
     study.tuned("that, trained through the detector", frontier)
-    study.searched("a sketch's sets for an image", ("dense", "sketched"))
-    study.searched("sets for an image by pooled inputs", ("dense", "pooled"))
+    study.searched("an image's sets by a sketch", ("dense", "sketched"))
+    study.searched("that, with fitted second layers", ("dense", "sketched, refitted"))
+    study.searched("an image's sets by pooled inputs", ("dense", "pooled"))
+    study.searched("those, with fitted second layers", ("dense", "pooled, refitted"))
     study.searched("fixed sets", ("dense", "fixed"))
-    study.searched("fixed or for an image", ("dense", "fixed", *DYNAMIC))
-    study.searched("+ fitted second layers", KINDS)
+    study.searched("fixed sets with fitted second layers", ("dense", "fixed, refitted"))
+    study.searched("whatever is best", KINDS)
     study.measure_times()
     if detr_jax.fingerprint(own) != before:
         raise AssertionError("the frozen detector changed")

@@ -6,13 +6,13 @@ from pathlib import Path
 import matplotlib
 
 from detr_jax.files import replacing
-from detr_jax.sparsity.candidates import DYNAMIC
+from detr_jax.sparsity.candidates import KINDS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-COLOURS = {"dense": "0.6", "fixed": "tab:orange", "refitted": "tab:green"}
-COLOURS |= {"sketched": "tab:blue", "pooled": "tab:purple"}
+_PAIRS = plt.get_cmap("tab20").colors
+COLOURS = dict(zip(KINDS, ("0.6", _PAIRS[3], _PAIRS[2], _PAIRS[1], _PAIRS[0], _PAIRS[9], _PAIRS[8]), strict=True))
 
 
 def plot_search(
@@ -54,13 +54,13 @@ def plot_search(
     by_time.legend()
 
     for i, of_ffn in enumerate(ffns.values()):
-        colour = COLOURS[of_ffn["kind"]]
+        colour, chosen = COLOURS[of_ffn["kind"]], 0 < of_ffn["always"] < of_ffn["density"]
         layers.bar(i, of_ffn["density"], color=colour)
-        if of_ffn["kind"] in DYNAMIC:
+        if chosen:
             layers.bar(i, of_ffn["always"], color=colour, hatch="//", edgecolor="white")
     for kind in dict.fromkeys(of_ffn["kind"] for of_ffn in ffns.values()):
         layers.bar(0, 0, color=COLOURS[kind], label=kind)
-    if any(of_ffn["kind"] in DYNAMIC for of_ffn in ffns.values()):
+    if any(0 < of_ffn["always"] < of_ffn["density"] for of_ffn in ffns.values()):
         layers.bar(0, 0, color="white", hatch="//", edgecolor="0.3", label="of that, always computed")
     layers.set_xticks(range(len(ffns)), list(ffns), rotation=30, ha="right")
     layers.set(ylabel="share of the neurons that the plan computes")

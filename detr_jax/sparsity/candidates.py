@@ -6,6 +6,7 @@ those that (nearly) every decision wants are always computed, those that (nearly
 decides about the others alone.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,14 +20,14 @@ from detr_jax.model import SecondLayer, Selection, Selector
 from detr_jax.pytrees import pytree
 from detr_jax.sparsity.activations import ActivationStatistics
 from detr_jax.sparsity.grouping import group_count
-from detr_jax.sparsity.moments import Moments
-from detr_jax.sparsity.refit import elimination_order, refit
+from detr_jax.sparsity.moments import CrossMoments, Moments
+from detr_jax.sparsity.refit import elimination_order, refit, refit_to_kept
 from detr_jax.sparsity.selectors import Executed, Sectioned, Thresholded, by_contribution
 from detr_jax.sparsity.selectors.score import SharedScore, Traits
 
-KINDS = ("dense", "fixed", "refitted", "sketched", "pooled")
+KINDS = ("dense", "fixed", "fixed, refitted", "sketched", "sketched, refitted", "pooled", "pooled, refitted")
 DYNAMIC = ("sketched", "pooled")
-"""Those with a score that decides for each image or window."""
+"""Those with a score that decides for each image or window, their second layers not fitted."""
 ALWAYS = 0.95
 """Share of the decisions from which on a group is always computed."""
 NEVER = 0.005
@@ -137,7 +138,9 @@ def candidates_of(material: Material, fixed: Sequence[float], dynamic: Sequence[
         kept = np.isin(np.arange(groups), ranked[: max(round(density * groups), 1)])
         found.append(_candidate(material, "fixed", np.inf, kept, ~kept))
         kept = np.isin(np.arange(features), survivors[: max(round(density * features), 1)])
-        found.append(_candidate(material, "refitted", np.inf, kept, ~kept, refit(weights, material.hidden, kept)))
+        found.append(
+            _candidate(material, "fixed, refitted", np.inf, kept, ~kept, refit(weights, material.hidden, kept))
+        )
     for kind, density in itertools.product(material.scores, dynamic):
         decisions = material.decisions[kind]
         threshold = np.quantile(decisions, 1 - density, method="higher").astype(np.float32)
@@ -146,6 +149,26 @@ def candidates_of(material: Material, fixed: Sequence[float], dynamic: Sequence[
         if not (always | never).all():
             found.append(_candidate(material, kind, threshold, always, never))
     return found
+
+
+def refitted(candidate: Candidate, weights: FFNWeights, moments: CrossMoments) -> Candidate:
+    """A candidate that chooses, with a second layer that is fitted to what it computes.
+
+    Args:
+        candidate: of a kind of `DYNAMIC`.
+        weights: of the FFN.
+        moments: of what it keeps, see `training.activations.measure_kept`.
+    """
+    second = refit_to_kept(weights, moments)
+    sectioned = candidate.selector.selector
+    rows = second.w_out[candidate.order[: sectioned.always + sectioned.gated]]
+    sectioned = dataclasses.replace(sectioned, second=SecondLayer(rows, second.b_out))
+    return dataclasses.replace(
+        candidate,
+        kind=f"{candidate.kind}, refitted",
+        trial=dataclasses.replace(candidate.trial, second=second),
+        selector=dataclasses.replace(candidate.selector, selector=sectioned),
+    )
 
 
 def _candidate(

@@ -1,4 +1,4 @@
-"""Fixed sets of neurons whose second layer makes up, as well as it can, for the neurons that are left out.
+"""Second layers that make up, as well as they can, for the neurons that are left out, of fixed sets or of others.
 
 With h the hidden activations and K the neurons that are kept, W' and b' minimise the mean of ||h_K W' + b' - y||^2,
 where y = h W_out + b_out: least squares, in closed form from the mean and covariance of h. Which neurons to keep is
@@ -12,7 +12,7 @@ import numpy as np
 from scipy.linalg.blas import dger
 
 from detr_jax.model import FFNWeights, SecondLayer
-from detr_jax.sparsity.moments import Moments
+from detr_jax.sparsity.moments import CrossMoments, Moments
 
 RIDGE = 1e-3
 """Of the mean variance, added to each: neurons that hardly ever fire are not relied on."""
@@ -67,13 +67,47 @@ def refit(weights: FFNWeights, moments: Moments, kept: np.ndarray) -> SecondLaye
     if kept.shape != (len(weights.w_in),) or kept.dtype != bool:
         raise ValueError(f"{len(weights.w_in)} neurons are kept or not: a bool for each, not {kept.dtype} {kept.shape}")
     own = np.asarray(weights.w_out, np.float64)
-    fitted = np.zeros_like(own)
-    if kept.any():
-        covariance = moments.covariance
-        among, to_others = covariance[np.ix_(kept, kept)], covariance[np.ix_(kept, ~kept)]
-        fitted[kept] = own[kept] + np.linalg.solve(_ridged(among), to_others @ own[~kept])
+    covariance = moments.covariance
+    fitted = _fitted(own, kept, covariance[np.ix_(kept, kept)], covariance[np.ix_(kept, ~kept)] @ own[~kept])
     bias = np.asarray(weights.b_out, np.float64) + moments.mean @ (own - fitted)
     return SecondLayer(jnp.asarray(fitted, jnp.float32), jnp.asarray(bias, jnp.float32))
+
+
+def refit_to_kept(weights: FFNWeights, moments: CrossMoments) -> SecondLayer:
+    """The second layer of an FFN that computes other neurons for other tokens.
+
+    Args:
+        weights: of the FFN.
+        moments: of the hidden activations (F,), 0 where they are left out, as inputs, and h W_out (d,) as outputs.
+
+    Returns:
+        `w_out` (F, d) with zeros for neurons that are always left out.
+
+    Raises:
+        ValueError: if the moments do not fit the FFN.
+    """
+    _check(weights, moments)
+    own = np.asarray(weights.w_out, np.float64)
+    kept = np.diag(moments.products) > 0
+    among = moments.covariance[np.ix_(kept, kept)]
+    fitted = _fitted(own, kept, among, moments.cross_covariance[kept] - among @ own[kept])
+    bias = np.asarray(weights.b_out, np.float64) + moments.output_mean - moments.mean @ fitted
+    return SecondLayer(jnp.asarray(fitted, jnp.float32), jnp.asarray(bias, jnp.float32))
+
+
+def _fitted(own: np.ndarray, kept: np.ndarray, among: np.ndarray, missing: np.ndarray) -> np.ndarray:
+    """(F, d): the detector's own rows and what makes up for the rest.
+
+    Args:
+        own: (F, d) rows.
+        kept: (F,) bool.
+        among: (k, k) covariance of the activations that are kept.
+        missing: (k, d) covariance of those with what their own rows leave of the output.
+    """
+    fitted = np.zeros_like(own)
+    if kept.any():
+        fitted[kept] = own[kept] + np.linalg.solve(_ridged(among), missing)
+    return fitted
 
 
 def _ridged(covariance: np.ndarray) -> np.ndarray:
@@ -82,6 +116,6 @@ def _ridged(covariance: np.ndarray) -> np.ndarray:
     return covariance + max(RIDGE * variance, np.finfo(np.float32).tiny) * np.eye(size)
 
 
-def _check(weights: FFNWeights, moments: Moments) -> None:
+def _check(weights: FFNWeights, moments: Moments | CrossMoments) -> None:
     if np.shape(moments.sums) != (len(weights.w_in),):
         raise ValueError(f"moments of {np.shape(moments.sums)} activations do not fit {len(weights.w_in)} neurons")

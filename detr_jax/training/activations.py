@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from detr_jax.data.dataset import Dataset
 from detr_jax.data.loading import Batch, batches, layout_batches
-from detr_jax.model import DETR
+from detr_jax.kernels import expand_groups
+from detr_jax.model import DETR, Selectors
 from detr_jax.model.parameters import fingerprint
 from detr_jax.sparsity.activations import ActivationProfile, ActivationStatistics, load_profile, measure, save_profile
 from detr_jax.sparsity.carrier import FFNCarrier
@@ -204,6 +205,42 @@ def _measure_pooled(carrier, batch, *, window):
         return cross_moments_of(pooled, contributed, existing_tiles(trace.tokens, window or trace.tokens.shape[-1]))
 
     return {name: of_ffn(weights[name], trace) for name, trace in carrier.traces(batch, {}).items()}
+
+
+def measure_kept(carrier: FFNCarrier, passes: Passes, selectors: Selectors) -> dict[str, CrossMoments]:
+    """What the neurons that selectors keep say of an FFN's whole output, the inputs being those of dense FFNs.
+
+    Args:
+        carrier: of the FFNs, which run dense.
+        passes: data; one pass is made.
+        selectors: by name of the FFN.
+
+    Returns:
+        by name the moments of the hidden activations, 0 where they are left out, and of h W_out.
+
+    Raises:
+        ValueError: if there are no images.
+    """
+    totals: dict[str, CrossMoments] = {}
+    for batch in passes.batches():
+        for name, moments in jax.device_get(_measure_kept(carrier, batch, dict(selectors))).items():
+            totals[name] = totals[name] + moments if name in totals else moments
+    if not totals:
+        raise ValueError("there are no images to measure kept neurons on")
+    return totals
+
+
+@jax.jit
+def _measure_kept(carrier, batch, selectors):
+    weights, traces = carrier.ffn_weights(), carrier.traces(batch, {})
+
+    def of_ffn(selector, weights, trace):
+        features = trace.hidden.shape[-1]
+        kept = selector(weights, trace.inputs, trace.tokens).per_token(trace.tokens.shape, features)
+        outputs = jnp.matmul(trace.hidden, weights.w_out, precision="highest")
+        return cross_moments_of(jnp.where(expand_groups(kept, features), trace.hidden, 0), outputs, trace.tokens)
+
+    return {name: of_ffn(selector, weights[name], traces[name]) for name, selector in selectors.items()}
 
 
 def object_tokens(batch: Batch, model: DETR) -> np.ndarray:
