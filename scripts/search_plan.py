@@ -1,6 +1,7 @@
 """Searches the plan that is fastest on this device, or sparsest, within a budget."""
 
 import itertools
+import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -229,9 +230,12 @@ def main(arguments: Arguments) -> None:
         for name, of in search.candidates.items()
     }
     taken = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     results = {"choices": measured, "ffns": ffns, "curves": curves, "candidates": candidates, "data": data}
-    write_json(arguments.out / RESULTS, results | {"seconds": taken} | cli.provenance(arguments))
-    print(f"\nplan.safetensors, results.json and search.png are in {arguments.out} after {taken:.0f} s")
+    results |= {"seconds": taken, "peak_memory_bytes": peak}
+    write_json(arguments.out / RESULTS, results | cli.provenance(arguments))
+    print(f"\nplan.safetensors, results.json and search.png are in {arguments.out}")
+    print(f"after {taken:.0f} s, with at most {peak / 1e9:.1f} GB of memory")
 
 
 def report(measured: dict[str, Row], ffns: dict[str, dict]) -> None:
