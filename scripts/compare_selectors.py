@@ -39,7 +39,7 @@ from detr_jax.sparsity.grouping import group_count
 from detr_jax.sparsity.methods import METHODS, Ingredients
 from detr_jax.sparsity.ordering import cofiring_order, kmeans_order, reorder
 from detr_jax.sparsity.selectors import Oracle, Thresholded, find_indicators, log_odds
-from detr_jax.training.activations import measure_moments, profile_activations
+from detr_jax.training.activations import measure_moments, measure_pooled, profile_activations
 from detr_jax.training.calibration import calibrate, measure_scores
 from detr_jax.training.gates import KINDS, MGS, PAPER_THRESHOLD, GateKind, Gates, GateTraining, train_gates
 from detr_jax.training.passes import StoredPasses
@@ -168,6 +168,7 @@ class Workbench:
         sampled = -(-len(sample) // arguments.training.batch_size)
         sample_passes = StoredPasses([batch.tokens for batch in self.training[:sampled]])
         self.inputs, self.hidden = measure_moments(self.ordered, sample_passes)
+        self.pooled = measure_pooled(self.ordered, sample_passes, None)
         self.calibration = self._embed(calibration, arguments.eval_batch_size, "embedding calibration images")
         self.validation = self._embed(validation, arguments.eval_batch_size, "embedding validation images")
         sizes = validation.image_sizes()
@@ -254,7 +255,7 @@ class Workbench:
         size = self.arguments.training.group_size
         return {
             name: Ingredients(
-                *(weights, self.statistics[name], self.inputs[name], self.hidden[name]),
+                *(weights, self.statistics[name], self.inputs[name], self.hidden[name], self.pooled[name]),
                 {kind: of[name] for kind, of in gates.items()},
                 size,
             )

@@ -33,7 +33,7 @@ from detr_jax.sparsity.carrier import BareFFNs
 from detr_jax.sparsity.grouping import group_count
 from detr_jax.sparsity.methods import METHODS, SKETCH_RANK, Ingredients
 from detr_jax.sparsity.ordering import cofiring_order, kmeans_order, permute
-from detr_jax.sparsity.refit import elimination_order, refit
+from detr_jax.sparsity.refit import elimination_order, refit, refit_to_kept
 from detr_jax.sparsity.selectors import (
     ContributionGate,
     Fixed,
@@ -41,12 +41,14 @@ from detr_jax.sparsity.selectors import (
     Oracle,
     Pooled,
     Score,
+    Sectioned,
     TopK,
     by_contribution,
     find_indicators,
+    fit_pooled_statistics,
     sketch,
 )
-from detr_jax.training.activations import measure_activations, measure_moments
+from detr_jax.training.activations import measure_activations, measure_kept, measure_moments, measure_pooled
 from detr_jax.training.calibration import measure_scores
 from detr_jax.training.gates import KINDS, GateKind, Gates, GateTraining, train_gates
 from detr_jax.training.passes import StoredPasses
@@ -174,7 +176,8 @@ SHARES = (0.25, 0.125)
 def shared_sets(ffns: BareFFNs, halves: Halves, training: GateTraining) -> dict[str, dict[str, dict[str, float]]]:
     """By share of the neurons and how they are chosen, of each FFN the error of its output.
 
-    Fixed sets, then for whole images and for windows what a sketch chooses, what a trained gate chooses, and the best.
+    Fixed sets, then for whole images and for windows what pooled inputs choose, what a sketch chooses, both also with
+    a second layer that is fitted to the choices, what a trained gate chooses, and the best.
     """
     statistics = measure_activations(ffns, halves.calibration, 1)
     inputs, hidden = measure_moments(ffns, halves.calibration)
@@ -200,12 +203,27 @@ def shared_sets(ffns: BareFFNs, halves: Halves, training: GateTraining) -> dict[
             kept = np.isin(np.arange(len(order)), order[: count[name]])
             return Fixed(jnp.asarray(kept), refit(ffns.weights[name], hidden[name], kept))
 
+        def measure_refitted(scores: Mapping[str, Score], count: dict[str, int] = count) -> dict[str, float]:
+            selectors = {name: TopK(scores[name], jnp.int32(k)) for name, k in count.items()}
+            kept = measure_kept(ffns, halves.calibration, selectors)
+            fitted = {
+                name: Sectioned(selectors[name], 0, len(weights.w_in), refit_to_kept(weights, kept[name]))
+                for name, weights in ffns.weights.items()
+            }
+            return {n: e.error for n, e in measure_effects(ffns, halves.test.batches(), fitted).items()}
+
         of_share = {"fixed": measure(lambda name: by_contribution(statistics[name], ffns.weights[name], 1))}
         effects = measure_effects(ffns, halves.test.batches(), {name: refitted(name) for name in ffns.weights})
         of_share["fixed, refitted"] = {name: effect.error for name, effect in effects.items()}
         for title, window in (("per image", None), (f"per {WINDOW} tokens", WINDOW)):
+            of_pooled = measure_pooled(ffns, halves.calibration, window)
+            by_sketch = {name: Pooled(of_one, False, window) for name, of_one in sketches.items()}
+            by_inputs = {name: fit_pooled_statistics(moments, 1, window) for name, moments in of_pooled.items()}
             of_share |= {
-                f"sketch, {title}": measure(lambda name, window=window: Pooled(sketches[name], False, window)),
+                f"pooled inputs, {title}": measure(by_inputs.get),
+                f"pooled inputs, refitted, {title}": measure_refitted(by_inputs),
+                f"sketch, {title}": measure(by_sketch.get),
+                f"sketch, refitted, {title}": measure_refitted(by_sketch),
                 f"trained gate, {title}": measure(lambda name, window=window: replace(gates[name], window=window)),
                 f"best, {title}": measure(lambda name, window=window: Pooled(contributions, False, window)),
             }
@@ -238,9 +256,10 @@ def compare_selectors(ffns: BareFFNs, gates: Mapping[str, Gates], halves: Halves
     size = arguments.training.group_size
     statistics = measure_activations(ffns, halves.calibration, size)
     inputs, hidden = measure_moments(ffns, halves.calibration)
+    pooled = measure_pooled(ffns, halves.calibration, None)
     ingredients = {
         name: Ingredients(
-            *(weights, statistics[name], inputs[name], hidden[name]),
+            *(weights, statistics[name], inputs[name], hidden[name], pooled[name]),
             {kind: of_kind[name] for kind, of_kind in gates.items()},
             size,
         )

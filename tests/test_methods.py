@@ -9,9 +9,12 @@ from tiny import tiny_ffn
 from detr_jax.model.ffn import trace
 from detr_jax.sparsity.activations import measure
 from detr_jax.sparsity.calibration import score_histogram
+from detr_jax.sparsity.carrier import BareFFNs, FFNInputs
 from detr_jax.sparsity.methods import METHODS, Ingredients
 from detr_jax.sparsity.moments import moments_of
 from detr_jax.sparsity.selectors import ContributionGate, LinearGate, LowRankGate, PooledGate
+from detr_jax.training.activations import measure_pooled
+from detr_jax.training.passes import StoredPasses
 
 SIZE = 4
 
@@ -36,7 +39,9 @@ def ingredients(ffn):
     kinds = jnp.zeros(tokens.shape, int)
     statistics = measure(weights, trace(weights, x, tokens), kinds, kinds_count=1, group_size=SIZE)
     moments = (moments_of(values, tokens) for values in (x, trace(weights, x, tokens).hidden))
-    return Ingredients(weights, jax.tree.map(np.asarray, statistics), *moments, gates, SIZE)
+    passes = StoredPasses([FFNInputs({"f": x}, {"f": tokens})])
+    pooled = measure_pooled(BareFFNs({"f": weights}), passes, None)["f"]
+    return Ingredients(weights, jax.tree.map(np.asarray, statistics), *moments, pooled, gates, SIZE)
 
 
 def keys_of(*shape: int) -> jax.Array:

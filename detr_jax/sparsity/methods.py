@@ -9,7 +9,7 @@ import numpy as np
 from detr_jax.model import FFNWeights, Selector
 from detr_jax.sparsity.activations import ActivationStatistics
 from detr_jax.sparsity.calibration import ScoreHistogram, density_threshold
-from detr_jax.sparsity.moments import Moments
+from detr_jax.sparsity.moments import CrossMoments, Moments
 from detr_jax.sparsity.refit import elimination_order, refit
 from detr_jax.sparsity.selectors import (
     Compensated,
@@ -27,6 +27,7 @@ from detr_jax.sparsity.selectors import (
     TopK,
     by_contribution,
     by_firing,
+    fit_pooled_statistics,
     low_rank_factors,
     sketch,
 )
@@ -41,6 +42,7 @@ class Ingredients:
         statistics: of its activations on training images.
         inputs: moments of its inputs on training images.
         hidden: moments of its hidden activations on training images.
+        pooled: moments of its pooled inputs and contributions of whole training images.
         gates: trained ones by their names in `training.gates.KINDS`.
         group_size: neurons per group.
     """
@@ -49,6 +51,7 @@ class Ingredients:
     statistics: ActivationStatistics
     inputs: Moments
     hidden: Moments
+    pooled: CrossMoments
     gates: Mapping[str, Gate]
     group_size: int
 
@@ -120,6 +123,7 @@ METHODS = {
     "d2dmoe": Method(lambda i: ShareOfLargest(i.gates["norm"])),
     "stat-topk": Method(lambda i: Standardised(i.gates["firing"])),
     "core": Method(lambda i: Pooled(i.gates["firing"], odds=True)),
+    "pooled inputs": Method(lambda i: fit_pooled_statistics(i.pooled, i.group_size, None)),
     "pooled features": Method(lambda i: i.gates["features"]),
     "pooled contributions": Method(lambda i: i.gates["contributions"]),
     "sketch": Method(lambda i: Pooled(sketch_of(i), odds=False), by_rank=True),
