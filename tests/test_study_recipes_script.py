@@ -1,0 +1,43 @@
+"""scripts/study_recipes.py, on a few scenes, and what its tables say."""
+
+import json
+
+from commands import run
+
+from detr_jax.evaluation.recipe_report import best_table, points_table
+
+FEW = ("--train-images", 16, "--eval-images", 8, "--epochs", 1, "--allocation-images", 8, "--tuning.epochs", 1)
+FEW += ("--search.statistics-images", 16, "--search.calibration-images", 8, "--search.latency-images", 4)
+FEW += ("--search.batch-size", 8, "--search.turns", 1, "--search.fixed", 0.3, "--search.dynamic", 0.2)
+FEW += ("--thresholds", 0.5, "--densities", 0.3, "--tuned-densities", 0.3, "--shares", 0.4)
+
+
+def test_every_recipe_is_measured_in_three_ways(tmp_path):
+    run("study_recipes.py", *FEW, "--out", tmp_path / "run")
+    points = json.loads((tmp_path / "run" / "results.json").read_text())["points"]
+    assert len({point["recipe"] for point in points}) == 14
+    for point in points:
+        low, high = point["AP_minus_dense_interval"]
+        assert 0 < point["density"] <= 1 and point["time"] > 0 and low <= high
+    assert (tmp_path / "run" / "recipes.png").stat().st_size > 10_000
+    assert best_table(points) in (tmp_path / "run" / "recipes.md").read_text()
+
+
+def test_the_best_points_are_those_that_lose_little():
+    def point(recipe, lost, density, time):
+        interval = [-(lost + 1) / 100, (1 - lost) / 100]
+        return {"recipe": recipe, "setting": f"{density:g}", "AP_minus_dense": -lost / 100} | {
+            "AP_minus_dense_interval": interval,
+            "density": density,
+            "time": time,
+        }
+
+    points = [point("a", 0.1, 0.5, 0.8), point("a", 0.4, 0.3, 0.9), point("a", 0.6, 0.1, 0.1), point("b", 2, 0.2, 0.2)]
+    (a, b) = best_table(points).splitlines()[2:]
+    assert [cell.strip() for cell in a.strip("|").split("|")] == [
+        *("a", "0.300", "-0.40 [-1.40, +0.60]"),
+        *("0.80", "-0.10 [-1.10, +0.90]", "1.25"),
+    ]
+    assert [cell.strip() for cell in b.strip("|").split("|")] == ["b", *["-"] * 5]
+    rows = points_table(points).splitlines()[2:]
+    assert len(rows) == 4 and rows[0].split("|")[4].strip() == "0.500"  # the densest first
