@@ -1,7 +1,9 @@
 """What all commands share: arguments, errors a user can understand, and where a result came from."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
+import os
 import platform
 import sys
 from collections.abc import Callable
@@ -11,21 +13,35 @@ from typing import Any, TypeVar
 import jax
 import tyro
 
+from detr_jax.mesh import is_first_process, join_cluster
+
 Arguments = TypeVar("Arguments")
 
 
-def run(command: Callable[[Arguments], None], arguments: type[Arguments]) -> None:
+def run(
+    command: Callable[[Arguments], None], arguments: type[Arguments], *, many_processes: bool = False
+) -> None:
     """Parses the command line and runs a command; bad input becomes one line on stderr and exit status 2.
 
     Args:
         command: does the work.
         arguments: a dataclass whose docstring describes the command and whose fields are its options.
+        many_processes: the command runs on the hosts of a cluster together, see `detr_jax.mesh.join_cluster`. Only the
+            first process shows what it does; errors are shown by all.
     """
     parsed = tyro.cli(arguments, config=(tyro.conf.FlagCreatePairsOff,))
+    errors = sys.stderr
     try:
-        command(parsed)
+        with contextlib.ExitStack() as stack:
+            if many_processes:
+                join_cluster()
+                if not is_first_process():
+                    nowhere = stack.enter_context(open(os.devnull, "w"))
+                    stack.enter_context(contextlib.redirect_stdout(nowhere))
+                    stack.enter_context(contextlib.redirect_stderr(nowhere))
+            command(parsed)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=errors)
         sys.exit(2)
 
 
@@ -38,6 +54,7 @@ def provenance(arguments: Any) -> dict:
         "versions": {"python": platform.python_version()}
         | {package: importlib.metadata.version(package) for package in packages},
         "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
     }
 
 

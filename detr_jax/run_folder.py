@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from detr_jax.files import write_json
+from detr_jax.mesh import is_first_process, wait_for_all
 
 RESULTS = "results.json"
 """Written last: a folder that holds it holds a finished run."""
@@ -14,6 +15,8 @@ RESULTS = "results.json"
 
 def open_run(folder: Path, settings: dict[str, Any], outputs: Sequence[str], *, resume: bool, overwrite: bool) -> None:
     """Prepares the output folder of a run; only `resume` goes on with one and only `overwrite` deletes one.
+
+    The processes of a job have to see the same folder.
 
     Args:
         folder: of the run.
@@ -24,7 +27,7 @@ def open_run(folder: Path, settings: dict[str, Any], outputs: Sequence[str], *, 
 
     Raises:
         FileExistsError: if there is a run that may neither be resumed nor deleted.
-        FileNotFoundError: if there is no run to resume.
+        FileNotFoundError: if there is no run to resume, or the first process' folder is not this one's.
         ValueError: if both are asked for, or the run to resume has other settings.
     """
     settings = json.loads(json.dumps(settings, default=str))
@@ -43,7 +46,15 @@ def open_run(folder: Path, settings: dict[str, Any], outputs: Sequence[str], *, 
             listing = ", ".join(f"{key} was {before.get(key)}, now {settings[key]}" for key in changed)
             raise ValueError(f"{folder} cannot be resumed with other settings: {listing}")
         return
-    if overwrite:
-        for path in (folder / name for name in ("settings.json", RESULTS, *outputs)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    write_json(stored, settings)
+    wait_for_all("looked into the output folder")
+    if is_first_process():
+        if overwrite:
+            for path in (folder / name for name in ("settings.json", RESULTS, *outputs)):
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        write_json(stored, settings)
+    wait_for_all("prepared the output folder")
+    if not stored.exists():
+        raise FileNotFoundError(
+            f"{folder} on this host is not the folder of the job's first process; --out has to be one that all hosts "
+            "share, such as a mounted bucket"
+        )

@@ -17,6 +17,7 @@ from detr_jax.evaluation.coco_ap import CocoScores, bootstrap, confidence_interv
 from detr_jax.evaluation.detections import detect_dataset
 from detr_jax.evaluation.padding import padding_effect
 from detr_jax.files import refuse_existing, write_json
+from detr_jax.mesh import is_first_process, replicate
 from detr_jax.sparsity import load_plan
 from detr_jax.sparsity.ordering import reorder
 
@@ -102,7 +103,9 @@ def evaluate(arguments: Arguments) -> None:
     warn_of_other_classes(model.config.labels, ground_truth["categories"])
 
     started = time.perf_counter()
-    results = detect_dataset(model, dataset, arguments.batch_size, selectors=selectors, exact=arguments.exact_shapes)
+    # Images of their own size have no batch that devices could share.
+    placed = model if arguments.exact_shapes else replicate(model)
+    results = detect_dataset(placed, dataset, arguments.batch_size, selectors=selectors, exact=arguments.exact_shapes)
     seconds = time.perf_counter() - started
     scores = score(ground_truth, results, dataset.image_ids())
     interval = confidence_interval(bootstrap(scores))
@@ -120,8 +123,9 @@ def evaluate(arguments: Arguments) -> None:
     if sample is not None:
         report["padding"] = padding_effect(model, sample, arguments.batch_size)
         print(padding_table(report["padding"]))
-    write_json(arguments.out, report | cli.provenance(arguments))
+    if is_first_process():
+        write_json(arguments.out, report | cli.provenance(arguments))
 
 
 if __name__ == "__main__":
-    cli.run(evaluate, Arguments)
+    cli.run(evaluate, Arguments, many_processes=True)

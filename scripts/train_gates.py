@@ -26,6 +26,7 @@ from detr_jax.evaluation.detections import measure_dataset
 from detr_jax.evaluation.plots import GatedRun, plot_gates
 from detr_jax.evaluation.report import gate_table, table
 from detr_jax.files import write_json
+from detr_jax.mesh import is_first_process, mesh_of, replicate
 from detr_jax.model import DETR
 from detr_jax.run_folder import RESULTS, open_run
 from detr_jax.sparsity import Plan, save_plan
@@ -167,7 +168,7 @@ def train_to(
     """Gates that are trained to a budget, with thresholds that meet it on held-out images."""
     tuning, batch_size = arguments.tuning, arguments.training.batch_size
     stored = embedded_batches(model, calibration_data, batch_size, "embedding calibration images")
-    held_out = StoredPasses([batch.tokens for batch in stored])
+    held_out = StoredPasses([batch.tokens for batch in stored], mesh=mesh_of(model))
     passes = ImagePasses(model, training_data, batch_size, arguments.training.seed)
     start = meet(model, held_out, gates, budget, tuning.tile_size)
     with tqdm(total=tuning.epochs * len(passes), desc="training to a budget", unit="step") as bar:
@@ -219,7 +220,7 @@ def main(arguments: Arguments) -> None:
     started = time.perf_counter()
     if arguments.order is None:
         arguments = dataclasses.replace(arguments, order="own" if arguments.recipe == "paper" else "cofiring")
-    model = detr_jax.load(arguments.model, preset=arguments.preset, dtype=jnp.dtype(arguments.dtype))
+    model = replicate(detr_jax.load(arguments.model, preset=arguments.preset, dtype=jnp.dtype(arguments.dtype)))
     group_count(model.config.ffn_features, arguments.training.group_size)
     for name in ("threshold", "recall"):
         if not 0 <= getattr(arguments, name) <= 1:
@@ -256,6 +257,8 @@ def main(arguments: Arguments) -> None:
     }
     if detr_jax.fingerprint(model) != before:
         raise AssertionError("the frozen detector changed")
+    if not is_first_process():
+        return
 
     dense_run, dense_scores = runs["dense"]
     results = {title: as_json(run, scores, dense_scores, selections[title]) for title, (run, scores) in runs.items()}
@@ -317,4 +320,4 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Arguments)
+    cli.run(main, Arguments, many_processes=True)

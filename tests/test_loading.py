@@ -1,5 +1,6 @@
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from tiny import TINY_CONFIG, annotation, write_coco
@@ -20,9 +21,8 @@ def dataset(tmp_path):
 
 
 def equal(a, b):
-    return all(
-        np.array_equal(x, y) if isinstance(x, np.ndarray) else all(map(np.array_equal, x, y))
-        for x, y in zip(vars(a).values(), vars(b).values(), strict=True)
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(
+        map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b))
     )
 
 

@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from detr_jax.data.dataset import Dataset
-from detr_jax.data.loading import Batch, batches
+from detr_jax.data.loading import Batch, ahead, batches
+from detr_jax.mesh import fetch_own, mesh_of, on_each, share
 from detr_jax.model import DETR, ImageTokens
 
 
@@ -17,7 +20,7 @@ class EmbeddedBatch:
     """A batch behind the backbone.
 
     Attributes:
-        tokens: what the transformer gets, in host memory.
+        tokens: what the transformer gets, in host memory; where several hosts share the batch, of the own images.
         sizes: (batch, 2) int, original height and width in pixels.
         image_ids: (batch,) int.
         valid: (batch,) bool, false for copies that fill the batch.
@@ -31,14 +34,17 @@ class EmbeddedBatch:
     grid: tuple[int, int]
 
 
-@jax.jit
-def _embed(model: DETR, pixel_values: jax.Array, pixel_mask: jax.Array, valid: jax.Array) -> ImageTokens:
-    return model.embed(pixel_values, pixel_mask, valid)
+@partial(jax.jit, static_argnames="mesh")
+def _embed(
+    model: DETR, pixel_values: jax.Array, pixel_mask: jax.Array, valid: jax.Array, *, mesh: Mesh | None
+) -> ImageTokens:
+    return on_each(mesh, lambda model, images: model.embed(*images))(model, (pixel_values, pixel_mask, valid))
 
 
 def embed_batch(model: DETR, batch: Batch) -> ImageTokens:
-    """What the transformer gets of a batch, on the device."""
-    return _embed(model, batch.pixel_values, batch.pixel_mask, batch.valid)
+    """What the transformer gets of a batch, on the devices of the detector."""
+    mesh = mesh_of(model)
+    return _embed(model, *share(mesh, (batch.pixel_values, batch.pixel_mask, batch.valid[batch.own])), mesh=mesh)
 
 
 def embedded_batches(model: DETR, dataset: Dataset, batch_size: int, progress: str) -> Iterator[EmbeddedBatch]:
@@ -51,10 +57,13 @@ def embedded_batches(model: DETR, dataset: Dataset, batch_size: int, progress: s
         dataset: the images.
         batch_size: images per batch.
         progress: title of the bar.
+
+    Raises:
+        ValueError: if the devices of the detector cannot share a batch.
     """
+    loaded = batches(dataset, model.config, batch_size, mesh=mesh_of(model))
     with tqdm(total=len(dataset), unit="image", desc=progress) as bar:
-        for batch in batches(dataset, model.config, batch_size):
-            tokens = jax.device_get(embed_batch(model, batch))
+        for batch, tokens in ahead((batch, embed_batch(model, batch)) for batch in loaded):
             grid = model.token_grid(batch.pixel_mask.shape[1:])
-            yield EmbeddedBatch(tokens, batch.sizes, batch.image_ids, batch.valid, grid)
+            yield EmbeddedBatch(fetch_own(tokens), batch.sizes, batch.image_ids, batch.valid, grid)
             bar.update(int(batch.valid.sum()))

@@ -1,20 +1,27 @@
 """Batches of preprocessed images in a few padded shapes, loaded while the last ones are computed."""
 
-from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import grain
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from detr_jax.data.dataset import Dataset
 from detr_jax.data.transforms import preprocess, resized_size
+from detr_jax.mesh import own_rows
 from detr_jax.model import DetrConfig
 
 LONG_SIDES = 5
 """Lengths of the longer side, from square to the cap; a program is compiled for each of them and orientation."""
 
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+_MOST_PROCESSES = 16
+_WORTH_PROCESSES = 2000
 
 
 @dataclass(frozen=True)
@@ -30,21 +37,23 @@ class BatchLayout:
     shape: tuple[int, int, int]
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
     """Images in the top left corners of one shape, and their objects.
 
     Where images ran out, the batch is filled up with copies of its first one; they are marked and have no entries
-    in `boxes` and `labels`.
+    in `boxes` and `labels`. Of a batch that several hosts share, each has pixels and objects of its own images only.
 
     Attributes:
-        pixel_values: (batch, height, width, 3) float32, zero where there is padding.
-        pixel_mask: (batch, height, width) bool, true where the image is.
+        pixel_values: (own, height, width, 3) float32, zero where there is padding.
+        pixel_mask: (own, height, width) bool, true where the image is.
         sizes: (batch, 2) int, original height and width in pixels.
         image_ids: (batch,) int.
         valid: (batch,) bool, false for copies.
-        boxes: of each valid image, (objects, 4) float32, (x0, y0, x1, y1) in original pixels.
-        labels: of each valid image, (objects,) int32.
+        boxes: of each valid own image, (objects, 4) float32, (x0, y0, x1, y1) in original pixels.
+        labels: of each valid own image, (objects,) int32.
+        first: index in the batch of the first own image.
     """
 
     pixel_values: np.ndarray
@@ -54,6 +63,12 @@ class Batch:
     valid: np.ndarray
     boxes: tuple[np.ndarray, ...]
     labels: tuple[np.ndarray, ...]
+    first: int = field(default=0, metadata={"static": True})
+
+    @property
+    def own(self) -> slice:
+        """Which images of the batch are this host's: all, where there is one host."""
+        return slice(self.first, self.first + len(self.pixel_values))
 
 
 def padded_size(size: tuple[int, int], config: DetrConfig) -> tuple[int, int]:
@@ -113,27 +128,40 @@ def layout_batches(
     return layouts if rng is None else [layouts[i] for i in rng.permutation(len(layouts))]
 
 
-def load_batch(dataset: Dataset, config: DetrConfig, layout: BatchLayout) -> Batch:
-    """Reads and preprocesses the images of one batch."""
-    pixel_values = np.zeros((*layout.shape, 3), np.float32)
-    pixel_mask = np.zeros(layout.shape, bool)
-    examples = [dataset[index] for index in layout.indices]
-    for i, example in enumerate(examples):
-        pixels = preprocess(example.image, config)
-        height, width, _ = pixels.shape
-        pixel_values[i, :height, :width] = pixels
+def load_batch(
+    dataset: Dataset, config: DetrConfig, layout: BatchLayout, sizes: np.ndarray, ids: np.ndarray, rows: slice
+) -> Batch:
+    """Reads and preprocesses the images of one batch.
+
+    Args:
+        dataset: the images.
+        config: says how they are resized.
+        layout: of the batch.
+        sizes: (images, 2) of the data set.
+        ids: (images,) of the data set.
+        rows: of the batch, which are loaded.
+    """
+    filled = np.resize(layout.indices, layout.shape[0])
+    filled[len(layout.indices) :] = layout.indices[0]
+    valid = np.arange(layout.shape[0]) < len(layout.indices)
+    examples = {index: dataset[index] for index in dict.fromkeys(filled[rows].tolist())}
+    preprocessed = {index: preprocess(example.image, config) for index, example in examples.items()}
+
+    own = (len(filled[rows]), *layout.shape[1:])
+    pixel_values, pixel_mask = np.zeros((*own, 3), np.float32), np.zeros(own, bool)
+    for i, index in enumerate(filled[rows].tolist()):
+        height, width, _ = preprocessed[index].shape
+        pixel_values[i, :height, :width] = preprocessed[index]
         pixel_mask[i, :height, :width] = True
-    pixel_values[len(examples) :] = pixel_values[0]
-    pixel_mask[len(examples) :] = pixel_mask[0]
-    filled = examples + examples[:1] * (layout.shape[0] - len(examples))
     return Batch(
         pixel_values=pixel_values,
         pixel_mask=pixel_mask,
-        sizes=np.array([e.image.shape[:2] for e in filled]),
-        image_ids=np.array([e.image_id for e in filled]),
-        valid=np.arange(layout.shape[0]) < len(examples),
-        boxes=tuple(e.boxes for e in examples),
-        labels=tuple(e.labels for e in examples),
+        sizes=sizes[filled],
+        image_ids=ids[filled],
+        valid=valid,
+        boxes=tuple(examples[index].boxes for index in filled[rows][valid[rows]].tolist()),
+        labels=tuple(examples[index].labels for index in filled[rows][valid[rows]].tolist()),
+        first=rows.start,
     )
 
 
@@ -146,23 +174,59 @@ def batches(
     shuffle_seed: int | None = None,
     epoch: int = 0,
     start: int = 0,
+    mesh: Mesh | None = None,
+    processes: int | None = None,
 ) -> Iterator[Batch]:
     """One pass over a data set, loaded in the background.
 
     Args:
         dataset: the images.
         config: of the detector that will see them.
-        batch_size: images per batch.
+        batch_size: images per batch, over all devices.
         exact, shuffle_seed, epoch: see `layout_batches`, which also tells how many batches a pass has.
         start: index of the first batch, to go on where another run stopped.
+        mesh: devices that will share every batch, see `detr_jax.mesh`.
+        processes: that load, 0 for threads of this one; None chooses by the number of images and of CPU cores.
 
     Raises:
-        ValueError: if the batch size is not positive, or the pass has fewer than `start` batches.
+        ValueError: if the batch size is not positive, the devices cannot share a batch, or the pass has fewer than
+            `start` batches.
     """
-    layouts = layout_batches(
-        dataset.image_sizes(), config, batch_size, exact=exact, shuffle_seed=shuffle_seed, epoch=epoch
-    )
+    sizes, ids = dataset.image_sizes(), np.array(dataset.image_ids())
+    layouts = layout_batches(sizes, config, batch_size, exact=exact, shuffle_seed=shuffle_seed, epoch=epoch)
     if not 0 <= start <= len(layouts):
         raise ValueError(f"cannot start at batch {start} of {len(layouts)}")
-    loaded = grain.MapDataset.source(layouts[start:]).map(lambda layout: load_batch(dataset, config, layout))
-    return iter(loaded.to_iter_dataset(_READ_OPTIONS))
+    layouts = layouts[start:]
+    rows = {size: own_rows(mesh, size) for size in {layout.shape[0] for layout in layouts}}
+
+    def load(layout: BatchLayout) -> Batch:
+        return load_batch(dataset, config, layout, sizes, ids, rows[layout.shape[0]])
+
+    if processes is None:
+        processes = _processes(sum(len(range(*rows[layout.shape[0]].indices(layout.shape[0]))) for layout in layouts))
+    loaded = grain.MapDataset.source(layouts).map(load).to_iter_dataset(_READ_OPTIONS)
+    if processes:
+        loaded = loaded.mp_prefetch(grain.MultiprocessingOptions(processes))
+    return iter(loaded)
+
+
+def _processes(images: int) -> int:
+    """Processes that load so many images: none where starting them takes longer than they save, or cores are few."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores // 2, _MOST_PROCESSES) if cores > 4 and images >= _WORTH_PROCESSES else 0
+
+
+Item = TypeVar("Item")
+
+
+def ahead(computed: Iterable[Item]) -> Iterator[Item]:
+    """The same items, each once the next one has been asked for.
+
+    What JAX computes it computes in the background: so the device has the next batch before anybody waits for this one.
+    """
+    waiting: deque[Item] = deque()
+    for item in computed:
+        waiting.append(item)
+        if len(waiting) == 2:
+            yield waiting.popleft()
+    yield from waiting

@@ -7,19 +7,27 @@ from functools import partial
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from detr_jax.data.dataset import Dataset
 from detr_jax.data.embedding import EmbeddedBatch
-from detr_jax.data.loading import Batch, batches
+from detr_jax.data.loading import Batch, ahead, batches
+from detr_jax.mesh import beside, fetch, mesh_of, on_each, own_rows, share
 from detr_jax.model import DETR, DetrOutputs, ImageTokens, Selectors
 from detr_jax.model.postprocess import Detections, postprocess
 from detr_jax.sparsity.statistics import FiringCounts, count_firing, total_counts
 
 
-@jax.jit
+@partial(jax.jit, static_argnames="mesh")
 def detect(
-    model: DETR, pixel_values: jax.Array, pixel_mask: jax.Array, sizes: jax.Array, selectors: Selectors | None = None
+    model: DETR,
+    pixel_values: jax.Array,
+    pixel_mask: jax.Array,
+    sizes: jax.Array,
+    selectors: Selectors | None = None,
+    *,
+    mesh: Mesh | None = None,
 ) -> tuple[DetrOutputs, Detections]:
     """One batch, compiled once per shape and kind of detector, not per value of its weights or selectors.
 
@@ -29,20 +37,37 @@ def detect(
         pixel_mask: (batch, height, width) bool.
         sizes: (batch, 2) original height and width in pixels.
         selectors: selector of each sparse FFN by name.
+        mesh: devices that share the batch, see `detr_jax.mesh`.
     """
-    outputs = model(pixel_values, pixel_mask, selectors=selectors)
-    return outputs, postprocess(outputs.logits, outputs.boxes, sizes)
+
+    def of_images(held, images):
+        (model, selectors), (pixel_values, pixel_mask, sizes) = held, images
+        outputs = model(pixel_values, pixel_mask, selectors=selectors)
+        return outputs, postprocess(outputs.logits, outputs.boxes, sizes)
+
+    return on_each(mesh, of_images)((model, selectors), (pixel_values, pixel_mask, sizes))
 
 
-@partial(jax.jit, static_argnames="group_size")
+@partial(jax.jit, static_argnames=("group_size", "mesh"))
 def detect_and_count(
-    model: DETR, tokens: ImageTokens, sizes: jax.Array, selectors: Selectors, *, group_size: int
+    model: DETR,
+    tokens: ImageTokens,
+    sizes: jax.Array,
+    selectors: Selectors,
+    *,
+    group_size: int,
+    mesh: Mesh | None = None,
 ) -> tuple[DetrOutputs, Detections, dict[str, FiringCounts]]:
-    """As `detect`, from what the backbone gave, and what fires in every FFN in groups of `group_size`."""
-    outputs = model.transform(tokens, selectors=selectors, trace=True)
-    counts = {name: count_firing(trace, group_size) for name, trace in outputs.traces.items()}
-    seen = dataclasses.replace(outputs, traces=None)
-    return seen, postprocess(outputs.logits, outputs.boxes, sizes), counts
+    """As `detect`, from what the backbone gave, and what fires in every FFN in groups of `group_size`, per device."""
+
+    def of_images(held, images):
+        (model, selectors), (tokens, sizes) = held, images
+        outputs = model.transform(tokens, selectors=selectors, trace=True)
+        counts = {name: count_firing(trace, group_size) for name, trace in outputs.traces.items()}
+        seen = dataclasses.replace(outputs, traces=None)
+        return seen, postprocess(outputs.logits, outputs.boxes, sizes), jax.tree.map(lambda count: count[None], counts)
+
+    return on_each(mesh, of_images)((model, selectors), (tokens, sizes))
 
 
 def predictions(
@@ -65,13 +90,19 @@ def predictions(
         progress: show a bar with images per second.
 
     Raises:
-        ValueError: if a score is not finite.
+        ValueError: if a score is not finite, or the devices of the detector cannot share a batch.
     """
+    mesh = mesh_of(model)
+    selectors = beside(model, selectors)
+
+    def compute(batch: Batch) -> tuple[Batch, tuple[DetrOutputs, Detections]]:
+        images = share(mesh, (batch.pixel_values, batch.pixel_mask, batch.sizes[batch.own]))
+        return batch, detect(model, *images, selectors, mesh=mesh)
+
+    loaded = batches(dataset, model.config, batch_size, exact=exact, mesh=mesh)
     with tqdm(total=len(dataset), unit="image", disable=not progress) as bar:
-        for batch in batches(dataset, model.config, batch_size, exact=exact):
-            outputs, detections = jax.device_get(
-                detect(model, batch.pixel_values, batch.pixel_mask, batch.sizes, selectors)
-            )
+        for batch, computed in ahead(map(compute, loaded)):
+            outputs, detections = fetch(computed)
             if not np.isfinite(detections.scores).all():
                 raise ValueError(f"the detector's scores for images {batch.image_ids.tolist()} are not finite")
             yield batch, outputs, detections
@@ -133,11 +164,16 @@ def measure_dataset(
         selectors: selector of each sparse FFN by name; empty for the dense detector.
         group_size: neurons per group, for the counts.
     """
+    mesh = mesh_of(model)
+    selectors = beside(model, selectors)
+
+    def compute(batch: EmbeddedBatch) -> tuple[EmbeddedBatch, tuple]:
+        images = share(mesh, (batch.tokens, batch.sizes[own_rows(mesh, len(batch.sizes))]))
+        return batch, detect_and_count(model, *images, selectors, group_size=group_size, mesh=mesh)
+
     results, counts = [], []
-    for batch in embedded:
-        _, detections, counted = jax.device_get(
-            detect_and_count(model, batch.tokens, batch.sizes, selectors, group_size=group_size)
-        )
+    for batch, computed in ahead(map(compute, embedded)):
+        _, detections, counted = fetch(computed)
         results += coco_results(batch, detections)
         counts.append(counted)
     totals = total_counts(counts)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from detr_jax.kernels import expand_groups
 from detr_jax.model import FFNTrace
@@ -118,11 +119,11 @@ def neurons_computed(trace: FFNTrace) -> jax.Array:
 
 
 def total_counts(batches: Iterable[Mapping[str, FiringCounts]]) -> dict[str, FiringCounts]:
-    """The sum of the counts of batches, in Python's unbounded integers."""
+    """The sum of the counts of batches, single or one for each device, in Python's unbounded integers."""
     totals: dict[str, dict[str, int]] = {}
     for batch in batches:
         for name, counts in batch.items():
             total = totals.setdefault(name, dict.fromkeys((f.name for f in fields(FiringCounts)), 0))
             for field in total:
-                total[field] += int(getattr(counts, field))
+                total[field] += int(np.asarray(getattr(counts, field), np.int64).sum())
     return {name: FiringCounts(**total) for name, total in totals.items()}

@@ -1,6 +1,5 @@
 """Activation statistics of FFNs over data: of a detector by what the tokens stand for, or of any carrier of FFNs."""
 
-import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -8,12 +7,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from detr_jax.data.dataset import Dataset
-from detr_jax.data.loading import Batch, batches, layout_batches
+from detr_jax.data.loading import Batch, ahead, batches, layout_batches
 from detr_jax.kernels import expand_groups
+from detr_jax.mesh import beside, everywhere, fetch, is_first_process, mesh_of, share
 from detr_jax.model import DETR, Selectors
 from detr_jax.model.parameters import fingerprint
 from detr_jax.sparsity.activations import ActivationProfile, ActivationStatistics, load_profile, measure, save_profile
@@ -42,28 +40,23 @@ def profile_activations(
     report: Callable[[int], None],
     *,
     checkpoint_batches: int = 50,
-    devices: int | None = None,
 ) -> ActivationProfile:
     """Measures what every FFN does on a data set, or goes on from what an interrupted pass left at `path`.
 
     Args:
-        model: the detector, which runs dense.
+        model: the detector, which runs dense, on one device or replicated over several by `detr_jax.mesh`.
         dataset: images with their objects.
         batch_size: images per batch, over all devices.
         group_size: neurons per group.
         path: of the safetensors file of the statistics.
         report: called with the number of images of every batch, at the beginning with that of the earlier ones.
         checkpoint_batches: batches after which the file is written.
-        devices: to share each batch; default as many as divide it.
 
     Raises:
-        ValueError: if the batch cannot be shared by the devices, the group size does not divide the hidden neurons, or
-            the file is of another detector, data set, group size or batch size.
+        ValueError: if the devices cannot share a batch, the group size does not divide the hidden neurons, or the file
+            is of another detector, data set, group size or batch size.
     """
-    devices = math.gcd(batch_size, jax.device_count()) if devices is None else devices
-    mesh = jax.make_mesh((devices,), ("batch",), axis_types=(AxisType.Auto,))
-    if batch_size % mesh.size:
-        raise ValueError(f"a batch of {batch_size} images cannot be shared by {mesh.size} devices")
+    mesh = mesh_of(model)
     config = model.config
     group_count(config.ffn_features, group_size)
     kinds = {name: ENCODER_KINDS if name.startswith("encoder") else DECODER_KINDS for name in config.ffn_names}
@@ -78,7 +71,7 @@ def profile_activations(
                 f"of {group_size}; choose another file"
             )
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=everywhere(mesh))
     def measure_batch(model, pixel_values, pixel_mask, on_object, targets):
         outputs = model(pixel_values, pixel_mask, trace=True)
         matched = _matched(outputs.logits, outputs.boxes, targets)
@@ -97,17 +90,21 @@ def profile_activations(
 
     layouts = layout_batches(dataset.image_sizes(), config, batch_size)
     report(sum(len(layout.indices) for layout in layouts[: profile.batches]))
-    model = jax.device_put(model, NamedSharding(mesh, P()))
-    for batch in batches(dataset, config, batch_size, start=profile.batches):
-        arrays = (
+
+    def compute(batch: Batch) -> tuple[int, dict[str, ActivationStatistics]]:
+        own = (
             batch.pixel_values,
             batch.pixel_mask,
             object_tokens(batch, model),
             query_targets(batch, config.queries),
         )
-        profile = profile.plus(measure_batch(model, *jax.device_put(arrays, NamedSharding(mesh, P("batch")))))
-        report(int(batch.valid.sum()))
-        if profile.batches % checkpoint_batches == 0 or profile.batches == len(layouts):
+        return int(batch.valid.sum()), measure_batch(model, *share(mesh, own))
+
+    loaded = batches(dataset, config, batch_size, start=profile.batches, mesh=mesh)
+    for images, computed in ahead(map(compute, loaded)):
+        profile = profile.plus(computed)
+        report(images)
+        if (profile.batches % checkpoint_batches == 0 or profile.batches == len(layouts)) and is_first_process():
             save_profile(profile, path)
     return profile
 
@@ -128,7 +125,7 @@ def measure_activations(carrier: FFNCarrier, passes: Passes, group_size: int) ->
     """
     totals: dict[str, ActivationStatistics] = {}
     for batch in passes.batches():
-        for name, counts in jax.device_get(_measure_carrier(carrier, batch, group_size=group_size)).items():
+        for name, counts in fetch(_measure_carrier(carrier, batch, group_size=group_size)).items():
             totals[name] = totals[name] + counts if name in totals else counts
     if not totals:
         raise ValueError("there are no images to measure activations on")
@@ -156,7 +153,7 @@ def measure_moments(carrier: FFNCarrier, passes: Passes) -> tuple[dict[str, Mome
     """
     totals: tuple[dict[str, Moments], dict[str, Moments]] = ({}, {})
     for batch in passes.batches():
-        for total, measured in zip(totals, jax.device_get(_measure_moments(carrier, batch)), strict=True):
+        for total, measured in zip(totals, fetch(_measure_moments(carrier, batch)), strict=True):
             for name, moments in measured.items():
                 total[name] = total[name] + moments if name in total else moments
     if not totals[0]:
@@ -188,7 +185,7 @@ def measure_pooled(carrier: FFNCarrier, passes: Passes, window: int | None) -> d
     """
     totals: dict[str, CrossMoments] = {}
     for batch in passes.batches():
-        for name, moments in jax.device_get(_measure_pooled(carrier, batch, window=window)).items():
+        for name, moments in fetch(_measure_pooled(carrier, batch, window=window)).items():
             totals[name] = totals[name] + moments if name in totals else moments
     if not totals:
         raise ValueError("there are no images to measure pooled inputs on")
@@ -221,9 +218,9 @@ def measure_kept(carrier: FFNCarrier, passes: Passes, selectors: Selectors) -> d
     Raises:
         ValueError: if there are no images.
     """
-    totals: dict[str, CrossMoments] = {}
+    selectors, totals = beside(carrier, dict(selectors)), {}
     for batch in passes.batches():
-        for name, moments in jax.device_get(_measure_kept(carrier, batch, dict(selectors))).items():
+        for name, moments in fetch(_measure_kept(carrier, batch, selectors)).items():
             totals[name] = totals[name] + moments if name in totals else moments
     if not totals:
         raise ValueError("there are no images to measure kept neurons on")
@@ -244,27 +241,28 @@ def _measure_kept(carrier, batch, selectors):
 
 
 def object_tokens(batch: Batch, model: DETR) -> np.ndarray:
-    """(batch, tokens) int32: 1 for encoder tokens whose centre is over an object, 0 for others, -1 in copies."""
+    """(own, tokens) int32: 1 for encoder tokens whose centre is over an object, 0 for others, -1 in copies."""
     rows, columns = model.token_grid(batch.pixel_mask.shape[1:])
     y, x = (np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")) + 0.5) * (
         model.config.backbone.stride
     )
-    kinds = np.full((len(batch.valid), rows, columns), -1, np.int32)
-    for i, (boxes, mask) in enumerate(zip(batch.boxes, batch.pixel_mask, strict=False)):
+    kinds = np.full((len(batch.pixel_mask), rows, columns), -1, np.int32)
+    for i, (boxes, mask, size) in enumerate(zip(batch.boxes, batch.pixel_mask, batch.sizes[batch.own], strict=False)):
         resized = np.array([mask[0].sum(), mask[:, 0].sum()])  # width, height
-        x0, y0, x1, y1 = (boxes * np.tile(resized / batch.sizes[i, ::-1], 2)).T[..., None, None]
+        x0, y0, x1, y1 = (boxes * np.tile(resized / size[::-1], 2)).T[..., None, None]
         kinds[i] = ((x0 <= x) & (x < x1) & (y0 <= y) & (y < y1)).any(0)
     return kinds.reshape(len(kinds), -1)
 
 
 def query_targets(batch: Batch, queries: int) -> Targets:
-    """The objects of each image, as many as there are queries at most; the largest, where there are more."""
-    shape = (len(batch.valid), queries)
+    """The objects of each own image, as many as there are queries at most; the largest, where there are more."""
+    shape = (len(batch.pixel_mask), queries)
     labels, boxes, valid = np.zeros(shape, np.int32), np.full((*shape, 4), 0.5, np.float32), np.zeros(shape, bool)
+    sizes = batch.sizes[batch.own]
     for i, (corners, classes) in enumerate(zip(batch.boxes, batch.labels, strict=True)):
         extent = corners[:, 2:] - corners[:, :2]
         largest = np.argsort(-extent.prod(1), kind="stable")[:queries]
-        size = batch.sizes[i, ::-1]
+        size = sizes[i, ::-1]
         centre = (corners[:, :2] + corners[:, 2:]) / 2
         labels[i, : len(largest)] = classes[largest]
         boxes[i, : len(largest)] = np.concatenate([centre / size, extent / size], axis=1)[largest]

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from detr_jax.kernels import of_tiles
+from detr_jax.mesh import beside, everywhere, fetch, mesh_of
 from detr_jax.model import DETR, FFNTrace, FFNWeights, ImageTokens, Selection
 from detr_jax.model.output_change import output_change
 from detr_jax.pytrees import pytree
@@ -276,7 +277,7 @@ def tune_gates(
     total = tuning.epochs * len(passes)
     optimise = optax.adam(optax.cosine_decay_schedule(tuning.learning_rate, total))
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=everywhere(mesh_of(model)))
     def take_step(state, model, batch, step, bounds):
         selectors, memory, multipliers, unit = state
 
@@ -299,7 +300,7 @@ def tune_gates(
         return state, Progress(loss, densities, multipliers)
 
     selectors = dict(selectors)
-    state = (selectors, optimise.init(selectors), jnp.zeros(len(budget.bounds)), jnp.float32(0))
+    state = beside(model, (selectors, optimise.init(selectors), jnp.zeros(len(budget.bounds)), jnp.float32(0)))
     checkpoints = Checkpoints(folder)
     start, state = checkpoints.restore(state) or (0, state)
     if start:
@@ -352,7 +353,8 @@ def measure(
         tile_size: consecutive tokens that are computed together.
     """
     count = partial(_measure, tile_size=tile_size)
-    measured = [jax.device_get(count(model, batch, dict(selectors))) for batch in passes.batches()]
+    selectors = beside(model, dict(selectors))
+    measured = [fetch(count(model, batch, selectors)) for batch in passes.batches()]
     changes, valid, tiles = zip(*measured, strict=True)
     densities = {name: sum((t[name] for t in tiles[1:]), tiles[0][name]).density for name in selectors}
     return float(np.sum(changes) / np.sum(valid)), densities

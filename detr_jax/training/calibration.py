@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from detr_jax.mesh import beside, fetch
 from detr_jax.model import Selectors
 from detr_jax.sparsity.calibration import ScoreHistogram, score_histogram, total_histograms
 from detr_jax.sparsity.carrier import FFNCarrier
@@ -43,9 +44,9 @@ def measure_scores(
     Raises:
         ValueError: if there are no images.
     """
-    scores, running = dict(scores), dict(running or {})
+    scores, running = beside(carrier, (dict(scores), dict(running or {})))
     measure = partial(_histograms, tile_size=tile_size)
-    return total_histograms(jax.device_get(measure(carrier, b, scores, running)) for b in passes.batches())
+    return total_histograms(fetch(measure(carrier, b, scores, running)) for b in passes.batches())
 
 
 def collect_scores(carrier: FFNCarrier, passes: Passes, scores: Mapping[str, SharedScore]) -> dict[str, np.ndarray]:
@@ -62,7 +63,8 @@ def collect_scores(carrier: FFNCarrier, passes: Passes, scores: Mapping[str, Sha
     Raises:
         ValueError: if there are no images.
     """
-    batches = [jax.device_get(_scores(carrier, batch, dict(scores))) for batch in passes.batches()]
+    scores = beside(carrier, dict(scores))
+    batches = [fetch(_scores(carrier, batch, scores)) for batch in passes.batches()]
     if not batches:
         raise ValueError("there are no images to calibrate thresholds on")
     return {name: np.concatenate([batch[name][0][batch[name][1]] for batch in batches]) for name in scores}

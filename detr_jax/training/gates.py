@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from detr_jax.mesh import beside, everywhere, mesh_of
 from detr_jax.model import FFNTrace, FFNWeights
 from detr_jax.sparsity.carrier import FFNCarrier
 from detr_jax.sparsity.grouping import firing_groups, group_count
@@ -172,6 +174,8 @@ def train_gates(
     The frozen weights are an argument of the compiled step that no gradient is taken of and nothing is returned of:
     they stay as they are, bit for bit.
 
+    Devices that the carrier was replicated over share every batch, see `detr_jax.mesh`.
+
     Args:
         carrier: of the FFNs, frozen.
         passes: training data.
@@ -190,7 +194,7 @@ def train_gates(
     optimise = optax.adam(optax.cosine_decay_schedule(training.learning_rate, total))
     thresholds = {kind: {name: s.threshold for name, s in chosen.items()} for kind, chosen in (running or {}).items()}
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=everywhere(mesh_of(carrier)))
     def take_step(state, thresholds, carrier, batch):
         gates, memory = state
         weights = carrier.ffn_weights()
@@ -215,7 +219,7 @@ def train_gates(
     gates = _initial_gates(carrier, kinds, training) | dict(start or {})
     if running is not None:
         gates = {kind: {name: running[kind][name].score for name in gates[kind]} for kind in kinds}
-    state = (gates, optimise.init(gates))
+    state, thresholds = beside(carrier, ((gates, optimise.init(gates)), thresholds))
     checkpoints = Checkpoints(folder)
     start, state = checkpoints.restore(state) or (0, state)
     if start:

@@ -4,11 +4,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from detr_jax.data.dataset import Dataset
 from detr_jax.data.embedding import embed_batch
-from detr_jax.data.loading import batches, layout_batches
+from detr_jax.data.loading import ahead, batches, layout_batches
+from detr_jax.mesh import mesh_of, share
 from detr_jax.model import DETR, ImageTokens
 
 
@@ -26,9 +28,9 @@ class ImagePasses:
     """Images of a data set, read again in every pass.
 
     Args:
-        model: the detector whose backbone they go through.
+        model: the detector whose backbone they go through, on its devices.
         dataset: the images.
-        batch_size: images per batch.
+        batch_size: images per batch, over all devices.
         shuffle_seed: of the order, another one in every pass; None keeps the data set's.
         progress: title of a bar for every pass; None shows none.
     """
@@ -49,23 +51,30 @@ class ImagePasses:
 
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[ImageTokens]:
         loaded = batches(
-            self._dataset, self._model.config, self._batch_size, shuffle_seed=self._seed, epoch=epoch, start=start
+            self._dataset,
+            self._model.config,
+            self._batch_size,
+            shuffle_seed=self._seed,
+            epoch=epoch,
+            start=start,
+            mesh=mesh_of(self._model),
         )
+        embedded = ahead(embed_batch(self._model, batch) for batch in loaded)
         hidden = self._progress is None
-        for batch in tqdm(loaded, self._progress, len(self), initial=start, unit="batch", disable=hidden):
-            yield embed_batch(self._model, batch)
+        yield from tqdm(embedded, self._progress, len(self), initial=start, unit="batch", disable=hidden)
 
 
 class StoredPasses:
     """Batches that are in memory, such as the tokens of an embedded data set.
 
     Args:
-        stored: the batches.
+        stored: the batches; where devices share them, the rows of this process.
         shuffle_seed: of their order, another one in every pass; None keeps it.
+        mesh: devices that share every batch, see `detr_jax.mesh`.
     """
 
-    def __init__(self, stored: Sequence[Any], shuffle_seed: int | None = None):
-        self._stored, self._seed = stored, shuffle_seed
+    def __init__(self, stored: Sequence[Any], shuffle_seed: int | None = None, mesh: Mesh | None = None):
+        self._stored, self._seed, self._mesh = stored, shuffle_seed, mesh
 
     def __len__(self) -> int:
         return len(self._stored)
@@ -74,4 +83,4 @@ class StoredPasses:
         order = np.arange(len(self._stored))
         if self._seed is not None:
             order = np.random.default_rng([self._seed, epoch]).permutation(order)
-        return (self._stored[i] for i in order[start:])
+        return (share(self._mesh, self._stored[i]) for i in order[start:])

@@ -1,0 +1,158 @@
+"""Many devices, of one host or of several: images are shared among them, everything else is on each.
+
+Batches go where the detector is. `replicate` puts it on every device of the job; whatever computes batches with it then
+shares them by image, and each host loads only its own. A detector that was just loaded is on one device, and nothing
+here changes what is computed.
+"""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXIS = "images"
+
+Tree = TypeVar("Tree")
+
+
+def join_cluster() -> None:
+    """Connects this process with the others of its job, if it is one of several; before anything touches a device.
+
+    That is so on the hosts of a TPU pod, in a SLURM step of several tasks, and where JAX_COORDINATOR_ADDRESS
+    (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID say so.
+
+    Raises:
+        ValueError: if only some of the three variables are set, or the last two are no numbers.
+    """
+    if jax.distributed.is_initialized():
+        return
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    if given:
+        if len(given) < len(names):
+            raise ValueError(f"{', '.join(given)} without {', '.join(set(names) - set(given))}: set all three or none")
+        count, index = (_number(name, given[name]) for name in names[1:])
+        jax.distributed.initialize(given[names[0]], count, index, cluster_detection_method="deactivate")
+    elif _in_slurm_step() or _on_tpu_vm():
+        jax.distributed.initialize()
+
+
+def _number(name: str, value: str) -> int:
+    if not value.isdigit():
+        raise ValueError(f"{name} is {value!r}, not a number")
+    return int(value)
+
+
+def _in_slurm_step() -> bool:
+    return "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
+
+
+def _on_tpu_vm() -> bool:
+    # JAX sets the variable as it is imported where it finds libtpu and TPU chips.
+    platforms = jax.config.jax_platforms or ""
+    return os.environ.get("TPU_ML_PLATFORM") == "JAX" and "tpu" in platforms
+
+
+def is_first_process() -> bool:
+    """Whether this process writes what all have computed."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Returns once every process of the job is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def replicate(tree: Tree) -> Tree:
+    """The arrays of a detector, or of anything else, on every device of the job; as they are where there is only one."""
+    if jax.device_count() == 1:
+        return tree
+    # By process, so that the images of one host are consecutive.
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return _place(tree, Mesh(np.array(devices), (AXIS,)), P())
+
+
+def beside(tree: Any, other: Tree) -> Tree:
+    """The arrays of `other` on every device that `tree` was replicated over."""
+    mesh = mesh_of(tree)
+    return other if mesh is None else _place(other, mesh, P())
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """The devices that `replicate` put a pytree on, or None where it did not."""
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == (AXIS,):
+            return sharding.mesh
+    return None
+
+
+def everywhere(mesh: Mesh | None) -> NamedSharding | None:
+    """Of a compiled function's outputs that every device is to have."""
+    return None if mesh is None else NamedSharding(mesh, P())
+
+
+def own_rows(mesh: Mesh | None, batch_size: int) -> slice:
+    """Which images of a batch this process loads.
+
+    Raises:
+        ValueError: if the devices cannot share the batch.
+    """
+    if mesh is None:
+        return slice(0, batch_size)
+    if batch_size % mesh.size:
+        raise ValueError(
+            f"a batch of {batch_size} images cannot be shared by {mesh.size} devices; its size has to be a multiple of "
+            f"{mesh.size}"
+        )
+    part = batch_size // jax.process_count()
+    return slice(jax.process_index() * part, (jax.process_index() + 1) * part)
+
+
+def share(mesh: Mesh | None, own: Tree) -> Tree:
+    """Arrays of a whole batch, on the devices that share it, from this process' rows of them."""
+    return own if mesh is None else _place(own, mesh, P(AXIS))
+
+
+def _place(tree: Tree, mesh: Mesh, spec: P) -> Tree:
+    sharding = NamedSharding(mesh, spec)
+    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), tree)
+
+
+def on_each(mesh: Mesh | None, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """A function of what every device has and of the images, which runs on each device for its own images.
+
+    Kernels need that: the compiler cannot divide them among devices. What the function returns has an axis of images,
+    or one entry for each device, in front.
+    """
+    if mesh is None:
+        return function
+    return jax.shard_map(function, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS), check_vma=False)
+
+
+def fetch(tree: Tree) -> Tree:
+    """Results as numpy arrays, whole on every host."""
+    mesh = mesh_of(tree)
+    if mesh is not None and jax.process_count() > 1:
+        tree = _gather(tree, mesh=mesh)
+    return jax.device_get(tree)
+
+
+@partial(jax.jit, static_argnames="mesh")
+def _gather(tree, *, mesh):
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))
+
+
+def fetch_own(tree: Tree) -> Tree:
+    """This process' rows of what the devices share, as numpy arrays."""
+    mesh = mesh_of(tree)
+    if mesh is not None and jax.process_count() > 1:
+        tree = multihost_utils.global_array_to_host_local_array(tree, mesh, P(AXIS))
+    return jax.device_get(tree)
