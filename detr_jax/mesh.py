@@ -36,7 +36,7 @@ def join_cluster() -> None:
     given = {name: os.environ[name] for name in names if name in os.environ}
     if given:
         if len(given) < len(names):
-            raise ValueError(f"{', '.join(given)} without {', '.join(set(names) - set(given))}: set all three or none")
+            raise ValueError(f"{', '.join(given)} without {', '.join(name for name in names if name not in given)}: set all three or none")
         count, index = (_number(name, given[name]) for name in names[1:])
         jax.distributed.initialize(given[names[0]], count, index, cluster_detection_method="deactivate")
     elif _in_slurm_step() or _on_tpu_vm():

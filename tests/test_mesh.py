@@ -1,0 +1,168 @@
+"""Many devices give what one gives: eight of one process, and four of each of two, one of which is killed."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from jax.sharding import AbstractMesh
+from mesh_job import EPOCHS
+from tiny import TINY_CONFIG, annotation, tiny_detector, write_coco
+
+import detr_jax
+from detr_jax.data.coco import CocoDataset
+from detr_jax.data.loading import batches
+from detr_jax.mesh import AXIS, join_cluster, mesh_of, own_rows, replicate
+
+TESTS = Path(__file__).parent
+EIGHT = AbstractMesh((8,), (AXIS,))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A detector and a data set whose images do not fill the last batch."""
+    root = tmp_path_factory.mktemp("inputs")
+    boxes = [annotation(i, 1 + i % 11, (2 * i, i, 10 + i, 12), category_id=1 + i % 2) for i in range(1, 12)]
+    for split in ("train2017", "val2017"):
+        write_coco(root, [(32, 40)] * 11, boxes, split)
+    detr_jax.save(tiny_detector(), root / "detector.safetensors")
+    return root
+
+
+def start(inputs: Path, out: Path, devices: int, *options: str, **environment: object) -> subprocess.Popen:
+    # What is compiled runs for a moment only.
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    variables = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | {name: str(v) for name, v in environment.items()}
+    out.mkdir(exist_ok=True)
+    with (out / f"log-{environment.get('JAX_PROCESS_ID', 0)}.txt").open("a") as log:
+        command = [sys.executable, str(TESTS / "mesh_job.py"), str(inputs), str(out), *options]
+        return subprocess.Popen(command, env=os.environ | variables, stdout=log, stderr=log)
+
+
+def start_two(inputs: Path, out: Path, *options: str) -> list[subprocess.Popen]:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        address = f"localhost:{found.getsockname()[1]}"
+    job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": 2}
+    return [start(inputs, out, 4, *options, **job, JAX_PROCESS_ID=index) for index in range(2)]
+
+
+def finish(out: Path, *processes: subprocess.Popen) -> Path:
+    for process in processes:
+        assert process.wait(600) == 0, "\n".join(log.read_text()[-3000:] for log in out.glob("log-*.txt"))
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(inputs, tmp_path_factory):
+    """Output folders of a run on one device, and of one on eight."""
+    root = tmp_path_factory.mktemp("runs")
+    processes = {count: start(inputs, root / str(count), count) for count in (1, 8)}
+    return [finish(root / str(count), process) for count, process in processes.items()]
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Compares all that two runs measured; sums of floats are added up in another order."""
+    plans = [safetensors.numpy.load_file(out / "plan.safetensors") for out in (one, other)]
+    profiles = [safetensors.numpy.load_file(out / "activations.safetensors") for out in (one, other)]
+    found = [dict(np.load(out / "found.npz")) for out in (one, other)]
+    for first, second in (plans, profiles, found):
+        assert first.keys() == second.keys() and first
+        for name, array in first.items():
+            if np.issubdtype(array.dtype, np.integer):
+                np.testing.assert_array_equal(array, second[name], err_msg=name)
+            else:
+                np.testing.assert_allclose(array, second[name], rtol=1e-4, atol=1e-4, err_msg=name)
+    results = [json.loads((out / "results.json").read_text())["runs"] for out in (one, other)]
+    for first, second in zip(*(jax.tree.leaves(r) for r in results), strict=True):
+        assert first == pytest.approx(second, abs=1e-4)
+
+
+def test_eight_devices_give_what_one_gives(runs):
+    one, eight = runs
+    assert_same(one, eight)
+    assert [json.loads((out / "results.json").read_text())["devices"] for out in runs] == [1, 8]
+
+
+def test_two_processes_give_what_one_device_gives_though_one_was_killed(inputs, runs, tmp_path):
+    first, second = start_two(inputs, tmp_path)
+    deadline = time.monotonic() + 300
+    while not any(path.name.isdigit() for path in (tmp_path / "checkpoints").glob("*")):
+        assert first.poll() is None and second.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    second.send_signal(signal.SIGKILL)
+    first.send_signal(signal.SIGKILL)
+    assert [process.wait() for process in (first, second)] == [-signal.SIGKILL] * 2
+    kept = max(int(path.name) for path in (tmp_path / "checkpoints").glob("*") if path.name.isdigit())
+    assert 5 <= kept < EPOCHS and not (tmp_path / "plan.safetensors").exists()
+
+    assert_same(runs[0], finish(tmp_path, *start_two(inputs, tmp_path, "--resume")))
+    # The first process speaks for all.
+    assert "all gated" in (tmp_path / "log-0.txt").read_text()
+    assert "all gated" not in (tmp_path / "log-1.txt").read_text()
+
+
+def test_hosts_load_their_own_images_of_the_same_batch(inputs, monkeypatch):
+    dataset = CocoDataset(inputs, "val2017")
+    whole = list(batches(dataset, TINY_CONFIG, 8))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    parts = []
+    for index in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        parts.append(list(batches(dataset, TINY_CONFIG, 8, mesh=EIGHT)))
+    assert len(whole) == len(parts[0]) == len(parts[1]) == 2 and whole[1].valid.sum() == 3
+    for batch, *own in zip(whole, *parts, strict=True):
+        for name in ("pixel_values", "pixel_mask"):
+            halves = [getattr(part, name) for part in own]
+            assert [len(half) for half in halves] == [4, 4]
+            np.testing.assert_array_equal(np.concatenate(halves), getattr(batch, name))
+        for name in ("image_ids", "sizes", "valid"):
+            for part in own:
+                np.testing.assert_array_equal(getattr(part, name), getattr(batch, name))
+        assert [part.own for part in own] == [slice(0, 4), slice(4, 8)]
+        np.testing.assert_array_equal(np.concatenate(own[0].boxes + own[1].boxes), np.concatenate(batch.boxes))
+
+
+def test_a_batch_that_devices_cannot_share_is_refused(inputs):
+    with pytest.raises(ValueError, match=r"12 images cannot be shared by 8 devices.* multiple of 8"):
+        own_rows(EIGHT, 12)
+    with pytest.raises(ValueError, match="6 images cannot be shared by 8 devices"):
+        batches(CocoDataset(inputs, "val2017"), TINY_CONFIG, 6, mesh=EIGHT)
+    assert own_rows(None, 12) == slice(0, 12)
+
+
+def test_a_single_device_and_a_single_host_are_left_alone(monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_STEP_NODELIST"):
+        monkeypatch.delenv(name, raising=False)
+    join_cluster()
+    assert not jax.distributed.is_initialized()
+    model = tiny_detector()
+    assert replicate(model) is model and mesh_of(model) is None
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"JAX_COORDINATOR_ADDRESS": "host:1"}, "JAX_COORDINATOR_ADDRESS without .*JAX_NUM_PROCESSES"),
+        ({"JAX_PROCESS_ID": "0", "JAX_NUM_PROCESSES": "2"}, "without JAX_COORDINATOR_ADDRESS: set all three or none"),
+        (
+            {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"},
+            "JAX_NUM_PROCESSES is 'two', not a number",
+        ),
+    ],
+)
+def test_half_a_cluster_is_refused(monkeypatch, variables, message):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        join_cluster()
