@@ -22,7 +22,7 @@ from detr_jax.sparsity.selectors import executed
 from detr_jax.training.activations import measure_moments
 from detr_jax.training.passes import ImagePasses
 
-BATCH, EPOCHS = 8, 100
+BATCH, EPOCHS = 8, 30
 
 
 def main(inputs: Path, out: Path, *options: str) -> None:

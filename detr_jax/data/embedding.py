@@ -41,9 +41,8 @@ def _embed(
     return on_each(mesh, lambda model, images: model.embed(*images))(model, (pixel_values, pixel_mask, valid))
 
 
-def embed_batch(model: DETR, batch: Batch) -> ImageTokens:
-    """What the transformer gets of a batch, on the devices of the detector."""
-    mesh = mesh_of(model)
+def embed_batch(model: DETR, batch: Batch, mesh: Mesh | None) -> ImageTokens:
+    """What the transformer gets of a batch, on the device of the detector or those that it was replicated over."""
     return _embed(model, *share(mesh, (batch.pixel_values, batch.pixel_mask, batch.valid[batch.own])), mesh=mesh)
 
 
@@ -61,9 +60,10 @@ def embedded_batches(model: DETR, dataset: Dataset, batch_size: int, progress: s
     Raises:
         ValueError: if the devices of the detector cannot share a batch.
     """
-    loaded = batches(dataset, model.config, batch_size, mesh=mesh_of(model))
+    mesh = mesh_of(model)
+    loaded = batches(dataset, model.config, batch_size, mesh=mesh)
     with tqdm(total=len(dataset), unit="image", desc=progress) as bar:
-        for batch, tokens in ahead((batch, embed_batch(model, batch)) for batch in loaded):
+        for batch, tokens in ahead((batch, embed_batch(model, batch, mesh)) for batch in loaded):
             grid = model.token_grid(batch.pixel_mask.shape[1:])
             yield EmbeddedBatch(fetch_own(tokens), batch.sizes, batch.image_ids, batch.valid, grid)
             bar.update(int(batch.valid.sum()))

@@ -50,16 +50,9 @@ class ImagePasses:
         return len(layout_batches(self._dataset.image_sizes(), self._model.config, self._batch_size))
 
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[ImageTokens]:
-        loaded = batches(
-            self._dataset,
-            self._model.config,
-            self._batch_size,
-            shuffle_seed=self._seed,
-            epoch=epoch,
-            start=start,
-            mesh=mesh_of(self._model),
-        )
-        embedded = ahead(embed_batch(self._model, batch) for batch in loaded)
+        mesh, order = mesh_of(self._model), {"shuffle_seed": self._seed, "epoch": epoch, "start": start}
+        loaded = batches(self._dataset, self._model.config, self._batch_size, mesh=mesh, **order)
+        embedded = ahead(embed_batch(self._model, batch, mesh) for batch in loaded)
         hidden = self._progress is None
         yield from tqdm(embedded, self._progress, len(self), initial=start, unit="batch", disable=hidden)
 
