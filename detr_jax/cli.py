@@ -18,9 +18,7 @@ from detr_jax.mesh import is_first_process, join_cluster
 Arguments = TypeVar("Arguments")
 
 
-def run(
-    command: Callable[[Arguments], None], arguments: type[Arguments], *, many_processes: bool = False
-) -> None:
+def run(command: Callable[[Arguments], None], arguments: type[Arguments], *, many_processes: bool = False) -> None:
     """Parses the command line and runs a command; bad input becomes one line on stderr and exit status 2.
 
     Args:
@@ -36,7 +34,7 @@ def run(
             if many_processes:
                 join_cluster()
                 if not is_first_process():
-                    nowhere = stack.enter_context(open(os.devnull, "w"))
+                    nowhere = stack.enter_context(Path(os.devnull).open("w"))
                     stack.enter_context(contextlib.redirect_stdout(nowhere))
                     stack.enter_context(contextlib.redirect_stderr(nowhere))
             command(parsed)

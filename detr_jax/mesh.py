@@ -35,8 +35,8 @@ def join_cluster() -> None:
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = {name: os.environ[name] for name in names if name in os.environ}
     if given:
-        if len(given) < len(names):
-            raise ValueError(f"{', '.join(given)} without {', '.join(name for name in names if name not in given)}: set all three or none")
+        if missing := [name for name in names if name not in given]:
+            raise ValueError(f"{', '.join(given)} without {', '.join(missing)}: set all three or none")
         count, index = (_number(name, given[name]) for name in names[1:])
         jax.distributed.initialize(given[names[0]], count, index, cluster_detection_method="deactivate")
     elif _in_slurm_step() or _on_tpu_vm():
@@ -71,7 +71,7 @@ def wait_for_all(name: str) -> None:
 
 
 def replicate(tree: Tree) -> Tree:
-    """The arrays of a detector, or of anything else, on every device of the job; as they are where there is only one."""
+    """The arrays of a detector, or of anything else, on every device of the job; where there is one, as they are."""
     if jax.device_count() == 1:
         return tree
     # By process, so that the images of one host are consecutive.

@@ -1,4 +1,7 @@
 import dataclasses
+import os
+import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -7,7 +10,7 @@ from tiny import TINY_CONFIG, annotation, write_coco
 
 from detr_jax import preset_config
 from detr_jax.data.coco import CocoDataset
-from detr_jax.data.loading import batches, layout_batches, padded_size
+from detr_jax.data.loading import BatchLayout, _processes, ahead, batches, layout_batches, padded_size
 from detr_jax.data.scenes import ScenesDataset
 from detr_jax.data.transforms import preprocess, resized_size
 
@@ -133,6 +136,43 @@ def test_errors_of_the_background_arrive_as_they_are(dataset, tmp_path):
     (tmp_path / "val2017/000000000004.png").write_text("no image")
     with pytest.raises(ValueError, match=r"cannot read .*000000000004\.png"):
         list(batches(dataset, TINY_CONFIG, 2))
+
+
+def test_processes_load_what_threads_do(dataset, tmp_path):
+    """And an error in one of them arrives as it is."""
+    expected = list(batches(dataset, TINY_CONFIG, 2, processes=0))
+    broken = max(max(batch.image_ids.tolist()) for batch in expected[2:])
+    (tmp_path / f"val2017/{broken:012}.png").write_text("no image")
+    loaded = batches(dataset, TINY_CONFIG, 2, processes=1)
+    for batch in expected:
+        if broken in batch.image_ids:
+            break
+        assert equal(next(loaded), batch)
+    with pytest.raises(ValueError, match=rf"cannot read .*{broken:012}\.png"):
+        next(loaded)
+
+
+def test_processes_load_large_passes_only(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(96), raising=False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=200 * 2**30))
+    rows = {8: slice(0, 8)}
+
+    def processes(images):
+        return _processes([BatchLayout(tuple(range(8)), (8, 800, 1088))] * (images // 8), rows)
+
+    assert (processes(1000), processes(4000)) == (0, 16)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
+    assert processes(4000) == 3  # of 334 MB each
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2), raising=False)
+    assert processes(4000) == 0
+
+
+def test_the_next_item_is_asked_for_before_one_is_given():
+    asked, given = [], []
+    for item in ahead(asked.append(i) or i for i in range(4)):
+        given.append((item, len(asked)))
+    assert given == [(0, 2), (1, 3), (2, 4), (3, 4)]
+    assert list(ahead([])) == [] and list(ahead([7])) == [7]
 
 
 def test_photographs_fit_the_embedded_detector(dataset):

@@ -1,14 +1,17 @@
 """Batches of preprocessed images in a few padded shapes, loaded while the last ones are computed."""
 
 import os
+import shutil
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 import grain
 import jax
 import numpy as np
+from absl import flags
 from jax.sharding import Mesh
 
 from detr_jax.data.dataset import Dataset
@@ -21,7 +24,10 @@ LONG_SIDES = 5
 
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 _MOST_PROCESSES = 16
+_BATCHES_OF_PROCESS = 4
+"""At most in shared memory at once: one that is made, one that waits, and two that are computed."""
 _WORTH_PROCESSES = 2000
+"""Images of a pass, which processes of 3 seconds to start load faster than threads."""
 
 
 @dataclass(frozen=True)
@@ -203,17 +209,28 @@ def batches(
         return load_batch(dataset, config, layout, sizes, ids, rows[layout.shape[0]])
 
     if processes is None:
-        processes = _processes(sum(len(range(*rows[layout.shape[0]].indices(layout.shape[0]))) for layout in layouts))
+        processes = _processes(layouts, rows)
     loaded = grain.MapDataset.source(layouts).map(load).to_iter_dataset(_READ_OPTIONS)
     if processes:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain looks for options that only absl's command lines have.
         loaded = loaded.mp_prefetch(grain.MultiprocessingOptions(processes))
     return iter(loaded)
 
 
-def _processes(images: int) -> int:
-    """Processes that load so many images: none where starting them takes longer than they save, or cores are few."""
+def _processes(layouts: list[BatchLayout], rows: Mapping[int, slice]) -> int:
+    """Processes that load: none where starting them takes longer than they save, or cores are few.
+
+    Batches come from them in shared memory, of which containers often have little.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores // 2, _MOST_PROCESSES) if cores > 4 and images >= _WORTH_PROCESSES else 0
+    own = [(rows[size].stop - rows[size].start, height * width) for size, height, width in (x.shape for x in layouts)]
+    if cores <= 4 or sum(images for images, _ in own) < _WORTH_PROCESSES:
+        return 0
+    largest = max(images * pixels for images, pixels in own) * 3 * np.dtype(np.float32).itemsize
+    shared = Path("/dev/shm")
+    fitting = shutil.disk_usage(shared).free // (_BATCHES_OF_PROCESS * largest) if shared.is_dir() else cores
+    return min(cores // 2, _MOST_PROCESSES, fitting)
 
 
 Item = TypeVar("Item")
