@@ -28,9 +28,9 @@ TINY_CONFIG = DetrConfig(
 )
 
 
-def tiny_detector(seed: int = 0) -> DETR:
+def tiny_detector(seed: int = 0, dtype: jnp.dtype = jnp.float32) -> DETR:
     """A detector with random parameters, stride 8. They come from numpy, because JAX would compile for each shape."""
-    abstract = nnx.eval_shape(lambda: DETR(TINY_CONFIG, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: DETR(TINY_CONFIG, dtype=dtype, rngs=nnx.Rngs(0)))
     graph, parameters, statistics = nnx.split(abstract, nnx.Param, nnx.BatchStat)
     rng = np.random.default_rng(seed)
     parameters = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), parameters)

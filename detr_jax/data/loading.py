@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import threading
+import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -214,8 +216,20 @@ def batches(
     if processes:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain looks for options that only absl's command lines have.
-        loaded = loaded.mp_prefetch(grain.MultiprocessingOptions(processes))
+        loaded = loaded.mp_prefetch(grain.MultiprocessingOptions(processes), _end_with_parent)
     return iter(loaded)
+
+
+def _end_with_parent(*_: int) -> None:
+    """In a process that loads: without this, it would outlive a parent that was killed, and keep the shared memory."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _processes(layouts: list[BatchLayout], rows: Mapping[int, slice]) -> int:
