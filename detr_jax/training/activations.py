@@ -218,7 +218,8 @@ def measure_kept(carrier: FFNCarrier, passes: Passes, selectors: Selectors) -> d
     Raises:
         ValueError: if there are no images.
     """
-    selectors, totals = beside(carrier, dict(selectors)), {}
+    selectors = beside(carrier, dict(selectors))
+    totals: dict[str, CrossMoments] = {}
     for batch in passes.batches():
         for name, moments in fetch(_measure_kept(carrier, batch, selectors)).items():
             totals[name] = totals[name] + moments if name in totals else moments
