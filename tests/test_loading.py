@@ -9,8 +9,9 @@ import pytest
 from tiny import TINY_CONFIG, annotation, write_coco
 
 from detr_jax import preset_config
+from detr_jax.data.background import ahead, processes_for
 from detr_jax.data.coco import CocoDataset
-from detr_jax.data.loading import BatchLayout, _processes, ahead, batches, layout_batches, padded_size
+from detr_jax.data.loading import batches, layout_batches, padded_size
 from detr_jax.data.scenes import ScenesDataset
 from detr_jax.data.transforms import preprocess, resized_size
 
@@ -155,16 +156,12 @@ def test_processes_load_what_threads_do(dataset, tmp_path):
 def test_processes_load_large_passes_only(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(96), raising=False)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=200 * 2**30))
-    rows = {8: slice(0, 8)}
-
-    def processes(images):
-        return _processes([BatchLayout(tuple(range(8)), (8, 800, 1088))] * (images // 8), rows)
-
-    assert (processes(1000), processes(4000)) == (0, 16)
+    megabytes = 8 * 800 * 1088 * 3 * 4
+    assert (processes_for(1000, megabytes), processes_for(4000, megabytes)) == (0, 16)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
-    assert processes(4000) == 3  # of 334 MB each
+    assert processes_for(4000, megabytes) == 3  # of 334 MB each
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(2), raising=False)
-    assert processes(4000) == 0
+    assert processes_for(4000, megabytes) == 0
 
 
 def test_the_next_item_is_asked_for_before_one_is_given():

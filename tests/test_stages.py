@@ -27,16 +27,12 @@ def inputs(tmp_path_factory):
     ("of", "last"), [("evaluation", ["post-processing", "scoring"]), ("training", ["gates"])], ids=["eval", "training"]
 )
 def test_it_times_every_stage_and_the_run(inputs, tmp_path, capsys, of, last):
-    run(NAME, *inputs, "--run", of, "--out", tmp_path / "times.json")
+    run(NAME, *inputs, "--run", of, "--trace", tmp_path / "trace", "--out", tmp_path / "times.json")
     times = json.loads((tmp_path / "times.json").read_text())
     assert list(times["stages"]) == FORWARD + last and times["shape"] == [2, 32, 40]
     assert times["run"] > 0 and min(times["stages"].values()) >= 0 < times["stages"]["backbone"]
-    assert "images of 40x32" in (shown := capsys.readouterr().out) and "the run" in shown
-
-
-def test_a_trace_of_the_run_is_kept(inputs, tmp_path):
-    run(NAME, *inputs, "--trace", tmp_path / "trace", "--out", tmp_path / "times.json")
     assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+    assert "images of 40x32" in (shown := capsys.readouterr().out) and "the run" in shown
 
 
 @pytest.mark.parametrize(

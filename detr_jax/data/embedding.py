@@ -9,8 +9,9 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from detr_jax.data.background import ahead
 from detr_jax.data.dataset import Dataset
-from detr_jax.data.loading import Batch, ahead, batches
+from detr_jax.data.loading import Batch, batches
 from detr_jax.mesh import fetch_own, mesh_of, on_each, share
 from detr_jax.model import DETR, ImageTokens
 

@@ -1,21 +1,14 @@
 """Batches of preprocessed images in a few padded shapes, loaded while the last ones are computed."""
 
-import os
-import shutil
-import threading
-import time
-from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TypeVar
 
-import grain
 import jax
 import numpy as np
-from absl import flags
 from jax.sharding import Mesh
 
+from detr_jax.data.background import load_ahead, processes_for
 from detr_jax.data.dataset import Dataset
 from detr_jax.data.transforms import preprocess, resized_size
 from detr_jax.mesh import own_rows
@@ -23,13 +16,6 @@ from detr_jax.model import DetrConfig
 
 LONG_SIDES = 5
 """Lengths of the longer side, from square to the cap; a program is compiled for each of them and orientation."""
-
-_READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-_MOST_PROCESSES = 16
-_BATCHES_OF_PROCESS = 4
-"""At most in shared memory at once: one that is made, one that waits, and two that are computed."""
-_WORTH_PROCESSES = 2000
-"""Images of a pass, which processes of 3 seconds to start load faster than threads."""
 
 
 @dataclass(frozen=True)
@@ -149,26 +135,27 @@ def load_batch(
         ids: (images,) of the data set.
         rows: of the batch, which are loaded.
     """
-    filled = np.resize(layout.indices, layout.shape[0])
-    filled[len(layout.indices) :] = layout.indices[0]
+    filled = np.array(layout.indices + layout.indices[:1] * (layout.shape[0] - len(layout.indices)))
     valid = np.arange(layout.shape[0]) < len(layout.indices)
-    examples = {index: dataset[index] for index in dict.fromkeys(filled[rows].tolist())}
+    own = filled[rows].tolist()
+    examples = {index: dataset[index] for index in dict.fromkeys(own)}
     preprocessed = {index: preprocess(example.image, config) for index, example in examples.items()}
 
-    own = (len(filled[rows]), *layout.shape[1:])
-    pixel_values, pixel_mask = np.zeros((*own, 3), np.float32), np.zeros(own, bool)
-    for i, index in enumerate(filled[rows].tolist()):
+    pixel_values = np.zeros((len(own), *layout.shape[1:], 3), np.float32)
+    pixel_mask = np.zeros(pixel_values.shape[:3], bool)
+    for i, index in enumerate(own):
         height, width, _ = preprocessed[index].shape
         pixel_values[i, :height, :width] = preprocessed[index]
         pixel_mask[i, :height, :width] = True
+    no_copies = [examples[index] for index in filled[rows][valid[rows]].tolist()]
     return Batch(
         pixel_values=pixel_values,
         pixel_mask=pixel_mask,
         sizes=sizes[filled],
         image_ids=ids[filled],
         valid=valid,
-        boxes=tuple(examples[index].boxes for index in filled[rows][valid[rows]].tolist()),
-        labels=tuple(examples[index].labels for index in filled[rows][valid[rows]].tolist()),
+        boxes=tuple(example.boxes for example in no_copies),
+        labels=tuple(example.labels for example in no_copies),
         first=rows.start,
     )
 
@@ -210,54 +197,10 @@ def batches(
     def load(layout: BatchLayout) -> Batch:
         return load_batch(dataset, config, layout, sizes, ids, rows[layout.shape[0]])
 
-    if processes is None:
-        processes = _processes(layouts, rows)
-    loaded = grain.MapDataset.source(layouts).map(load).to_iter_dataset(_READ_OPTIONS)
-    if processes:
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain looks for options that only absl's command lines have.
-        loaded = loaded.mp_prefetch(grain.MultiprocessingOptions(processes), _end_with_parent)
-    return iter(loaded)
-
-
-def _end_with_parent(*_: int) -> None:
-    """In a process that loads: without this, it would outlive a parent that was killed, and keep the shared memory."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _processes(layouts: list[BatchLayout], rows: Mapping[int, slice]) -> int:
-    """Processes that load: none where starting them takes longer than they save, or cores are few.
-
-    Batches come from them in shared memory, of which containers often have little.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    own = [(rows[size].stop - rows[size].start, height * width) for size, height, width in (x.shape for x in layouts)]
-    if cores <= 4 or sum(images for images, _ in own) < _WORTH_PROCESSES:
-        return 0
-    largest = max(images * pixels for images, pixels in own) * 3 * np.dtype(np.float32).itemsize
-    shared = Path("/dev/shm")
-    fitting = shutil.disk_usage(shared).free // (_BATCHES_OF_PROCESS * largest) if shared.is_dir() else cores
-    return min(cores // 2, _MOST_PROCESSES, fitting)
-
-
-Item = TypeVar("Item")
-
-
-def ahead(computed: Iterable[Item]) -> Iterator[Item]:
-    """The same items, each once the next one has been asked for.
-
-    What JAX computes it computes in the background: so the device has the next batch before anybody waits for this one.
-    """
-    waiting: deque[Item] = deque()
-    for item in computed:
-        waiting.append(item)
-        if len(waiting) == 2:
-            yield waiting.popleft()
-    yield from waiting
+    if processes is None and layouts:
+        shapes = [
+            (rows[size].stop - rows[size].start, height, width) for size, height, width in (x.shape for x in layouts)
+        ]
+        largest = max(images * height * width for images, height, width in shapes)
+        processes = processes_for(sum(images for images, *_ in shapes), 3 * np.dtype(np.float32).itemsize * largest)
+    return load_ahead(layouts, load, processes or 0)

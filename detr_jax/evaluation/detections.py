@@ -10,9 +10,10 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from detr_jax.data.background import ahead
 from detr_jax.data.dataset import Dataset
 from detr_jax.data.embedding import EmbeddedBatch
-from detr_jax.data.loading import Batch, ahead, batches
+from detr_jax.data.loading import Batch, batches
 from detr_jax.mesh import beside, fetch, mesh_of, on_each, own_rows, share
 from detr_jax.model import DETR, DetrOutputs, ImageTokens, Selectors
 from detr_jax.model.postprocess import Detections, postprocess

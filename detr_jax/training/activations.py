@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from detr_jax.data.background import ahead
 from detr_jax.data.dataset import Dataset
-from detr_jax.data.loading import Batch, ahead, batches, layout_batches
+from detr_jax.data.loading import Batch, batches, layout_batches
 from detr_jax.kernels import expand_groups
 from detr_jax.mesh import beside, everywhere, fetch, is_first_process, mesh_of, share
 from detr_jax.model import DETR, Selectors

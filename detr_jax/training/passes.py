@@ -7,9 +7,10 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from detr_jax.data.background import ahead
 from detr_jax.data.dataset import Dataset
 from detr_jax.data.embedding import embed_batch
-from detr_jax.data.loading import ahead, batches, layout_batches
+from detr_jax.data.loading import batches, layout_batches
 from detr_jax.mesh import mesh_of, share
 from detr_jax.model import DETR, ImageTokens
 
