@@ -12,7 +12,7 @@ from detr_jax.data.background import ahead
 from detr_jax.data.dataset import Dataset
 from detr_jax.data.loading import Batch, batches, layout_batches
 from detr_jax.kernels import expand_groups
-from detr_jax.mesh import beside, everywhere, fetch, is_first_process, mesh_of, share
+from detr_jax.mesh import beside, fetch, is_first_process, mesh_of, share
 from detr_jax.model import DETR, Selectors
 from detr_jax.model.parameters import fingerprint
 from detr_jax.sparsity.activations import ActivationProfile, ActivationStatistics, load_profile, measure, save_profile
@@ -72,23 +72,6 @@ def profile_activations(
                 f"of {group_size}; choose another file"
             )
 
-    @partial(jax.jit, out_shardings=everywhere(mesh))
-    def measure_batch(model, pixel_values, pixel_mask, on_object, targets):
-        outputs = model(pixel_values, pixel_mask, trace=True)
-        matched = _matched(outputs.logits, outputs.boxes, targets)
-        valid = on_object[:, :1] >= 0
-        token_kinds = {"encoder": on_object, "decoder": jnp.where(valid, matched, -1)}
-        return {
-            name: measure(
-                ffn.weights(),
-                outputs.traces[name],
-                token_kinds[name.partition(".")[0]],
-                kinds_count=2,
-                group_size=group_size,
-            )
-            for name, ffn in model.ffns.items()
-        }
-
     layouts = layout_batches(dataset.image_sizes(), config, batch_size)
     report(sum(len(layout.indices) for layout in layouts[: profile.batches]))
 
@@ -99,15 +82,33 @@ def profile_activations(
             object_tokens(batch, model),
             query_targets(batch, config.queries),
         )
-        return int(batch.valid.sum()), measure_batch(model, *share(mesh, own))
+        return int(batch.valid.sum()), _measure_images(model, *share(mesh, own), group_size=group_size)
 
     loaded = batches(dataset, config, batch_size, start=profile.batches, mesh=mesh)
     for images, computed in ahead(map(compute, loaded)):
-        profile = profile.plus(computed)
+        profile = profile.plus(fetch(computed))
         report(images)
         if (profile.batches % checkpoint_batches == 0 or profile.batches == len(layouts)) and is_first_process():
             save_profile(profile, path)
     return profile
+
+
+@partial(jax.jit, static_argnames="group_size")
+def _measure_images(model, pixel_values, pixel_mask, on_object, targets, *, group_size):
+    outputs = model(pixel_values, pixel_mask, trace=True)
+    matched = _matched(outputs.logits, outputs.boxes, targets)
+    valid = on_object[:, :1] >= 0
+    token_kinds = {"encoder": on_object, "decoder": jnp.where(valid, matched, -1)}
+    return {
+        name: measure(
+            ffn.weights(),
+            outputs.traces[name],
+            token_kinds[name.partition(".")[0]],
+            kinds_count=2,
+            group_size=group_size,
+        )
+        for name, ffn in model.ffns.items()
+    }
 
 
 def measure_activations(carrier: FFNCarrier, passes: Passes, group_size: int) -> dict[str, ActivationStatistics]:
