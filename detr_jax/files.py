@@ -30,6 +30,12 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Deletes what processes that were killed had begun to write into a folder; nobody may be writing into it."""
+    for path in folder.glob(".[0-9]*-*"):
+        path.unlink()
+
+
 def write_json(path: Path, values: Any) -> None:
     """Writes JSON for people and programs.
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from detr_jax.files import write_json
+from detr_jax.files import remove_leftovers, write_json
 from detr_jax.mesh import is_first_process, wait_for_all
 
 RESULTS = "results.json"
@@ -45,6 +45,9 @@ def open_run(folder: Path, settings: dict[str, Any], outputs: Sequence[str], *, 
         if changed := [key for key in settings if settings[key] != before.get(key)]:
             listing = ", ".join(f"{key} was {before.get(key)}, now {settings[key]}" for key in changed)
             raise ValueError(f"{folder} cannot be resumed with other settings: {listing}")
+    if (resume or overwrite) and is_first_process():
+        remove_leftovers(folder)
+    if resume:
         return
     wait_for_all("looked into the output folder")
     if is_first_process():

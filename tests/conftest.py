@@ -2,3 +2,7 @@ import jax
 
 # Accelerators and some CPUs multiply in less than float32 by default; the golden numbers do not.
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, help="kills of runs in all in tests/test_kills.py")
