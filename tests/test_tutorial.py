@@ -1,0 +1,37 @@
+"""The notebook: it runs from its first cell to its last, and is stored with the outputs of such a run."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+PATH = Path(__file__).parent.parent / "docs" / "tutorial.ipynb"
+FIGURES = 5
+
+
+def figures(notebook: nbformat.NotebookNode) -> int:
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    return sum(bool({"image/png", "image/jpeg"} & output.get("data", {}).keys()) for output in outputs)
+
+
+@pytest.fixture(scope="module")
+def stored() -> nbformat.NotebookNode:
+    return nbformat.read(PATH, as_version=4)
+
+
+def test_it_runs(stored):
+    notebook = nbformat.from_dict(stored)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []
+    NotebookClient(notebook, timeout=600).execute()
+    assert figures(notebook) == FIGURES
+
+
+def test_it_is_stored_with_its_figures_and_small(stored):
+    nbformat.validate(stored)
+    assert figures(stored) == FIGURES and PATH.stat().st_size < 500_000
+    numbers = [cell.execution_count for cell in stored.cells if cell.cell_type == "code"]
+    assert numbers == list(range(1, len(numbers) + 1))
