@@ -20,8 +20,9 @@ from detr_jax.sparsity.allocation import Choice, greedy, undominated
 from detr_jax.sparsity.candidates import DYNAMIC, Candidate, Material, candidates_of, refitted
 from detr_jax.sparsity.ordering import cofiring_order, reorder
 from detr_jax.sparsity.selectors import Pooled, fit_pooled_statistics, sketch
-from detr_jax.training.activations import measure_kept, measure_moments, measure_pooled, profile_activations
+from detr_jax.training.activations import profile_activations
 from detr_jax.training.calibration import collect_scores
+from detr_jax.training.moments import measure_kept, measure_moments, measure_pooled
 from detr_jax.training.passes import StoredPasses
 
 

@@ -39,9 +39,10 @@ from detr_jax.sparsity.grouping import group_count
 from detr_jax.sparsity.methods import METHODS, Ingredients
 from detr_jax.sparsity.ordering import cofiring_order, kmeans_order, reorder
 from detr_jax.sparsity.selectors import Oracle, Thresholded, find_indicators, log_odds
-from detr_jax.training.activations import measure_moments, measure_pooled, profile_activations
+from detr_jax.training.activations import profile_activations
 from detr_jax.training.calibration import calibrate, measure_scores
 from detr_jax.training.gates import KINDS, MGS, PAPER_THRESHOLD, GateKind, Gates, GateTraining, train_gates
+from detr_jax.training.moments import measure_moments, measure_pooled
 from detr_jax.training.passes import StoredPasses
 
 GRID = (1.0, 0.5, 0.3, 0.2, 0.15, 0.1, 0.08, 0.06, 0.05, 0.04, 0.03, 0.02, 0.01)

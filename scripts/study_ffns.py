@@ -48,9 +48,10 @@ from detr_jax.sparsity.selectors import (
     fit_pooled_statistics,
     sketch,
 )
-from detr_jax.training.activations import measure_activations, measure_kept, measure_moments, measure_pooled
+from detr_jax.training.activations import measure_activations
 from detr_jax.training.calibration import measure_scores
 from detr_jax.training.gates import KINDS, GateKind, Gates, GateTraining, train_gates
+from detr_jax.training.moments import measure_kept, measure_moments, measure_pooled
 from detr_jax.training.passes import StoredPasses
 
 WINDOW = 32

@@ -19,7 +19,7 @@ from detr_jax.mesh import is_first_process, replicate
 from detr_jax.sparsity import load_plan
 from detr_jax.sparsity.ordering import reorder
 from detr_jax.sparsity.selectors import executed
-from detr_jax.training.activations import measure_moments
+from detr_jax.training.moments import measure_moments
 from detr_jax.training.passes import ImagePasses
 
 BATCH, EPOCHS = 8, 30

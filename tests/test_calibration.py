@@ -15,9 +15,8 @@ from detr_jax.sparsity.calibration import (
     density_threshold,
     recall_threshold,
     score_histogram,
-    total_histograms,
 )
-from detr_jax.sparsity.carrier import BareFFNs, FFNInputs
+from detr_jax.sparsity.carrier import BareFFNs, FFNInputs, sum_by_name
 from detr_jax.sparsity.grouping import firing_groups
 from detr_jax.sparsity.selectors import (
     Importance,
@@ -100,7 +99,9 @@ def test_thresholds_of_tiles_keep_a_share_of_the_tiles(tile_size):
     gate = LinearGate(jnp.float32(rng.standard_normal((6, 3))), jnp.float32(rng.standard_normal(3)))
     weights, _, _ = tiny_ffn()
     traces = [trace(weights, *tiny_ffn(seed=seed)[1:]) for seed in range(20)]
-    total = total_histograms({"f": score_histogram(gate, weights, what, tile_size)} for what in traces)["f"]
+    total = sum_by_name(
+        ({"f": score_histogram(gate, weights, what, tile_size)} for what in traces), "calibrate thresholds"
+    )["f"]
     fires = [count_tiles(firing_groups(what.hidden, 3), what.tokens, tile_size) for what in traces]
     assert (total.all.sum(), total.firing.sum()) == tuple(
         sum(getattr(c, f) for c in fires) for f in ("pairs", "active")
@@ -129,7 +130,7 @@ def test_thresholds_reach_the_recall_and_stricter_ones_do_not(recall):
     gate = LinearGate(jnp.float32(rng.standard_normal((6, 3))), jnp.float32(rng.standard_normal(3)))
     weights, _, _ = tiny_ffn()
     traces = [trace(weights, *tiny_ffn(seed=seed)[1:]) for seed in range(20)]
-    total = total_histograms({"f": score_histogram(gate, weights, what)} for what in traces)["f"]
+    total = sum_by_name(({"f": score_histogram(gate, weights, what)} for what in traces), "calibrate thresholds")["f"]
     calibrated = Thresholded(gate, jnp.float32(recall_threshold(total, recall)))
     assert count(calibrated, weights, traces, 4).recall >= recall
     assert count(calibrated.at(calibrated.threshold + 0.1), weights, traces, 4).recall < recall
@@ -178,7 +179,7 @@ def test_targets_must_be_shares(share):
 
 def test_calibration_needs_images():
     with pytest.raises(ValueError, match="no images"):
-        total_histograms([])
+        sum_by_name([], "calibrate thresholds")
     empty = ScoreHistogram(np.zeros(8, np.int64), np.zeros(8, np.int64))
     for threshold_of in (density_threshold, recall_threshold):
         with pytest.raises(ValueError, match="no images"):
@@ -189,7 +190,7 @@ def test_calibration_needs_images():
 
 def test_sums_of_histograms_do_not_overflow():
     full = ScoreHistogram(*[np.full(4, 2**31 - 1, np.int32)] * 2)
-    total = total_histograms([{"f": full}] * 3)["f"]
+    total = sum_by_name([{"f": full}] * 3, "calibrate thresholds")["f"]
     for counts in (total.all, total.firing):
         assert counts.dtype == np.int64 and (counts == 3 * (2**31 - 1)).all()
 

@@ -16,8 +16,8 @@ from detr_jax.sparsity.moments import moments_of
 from detr_jax.sparsity.ordering import permute
 from detr_jax.sparsity.selectors import Pooled, fit_pooled_statistics, sketch
 from detr_jax.sparsity.statistics import count_firing
-from detr_jax.training.activations import measure_kept, measure_pooled
 from detr_jax.training.calibration import collect_scores
+from detr_jax.training.moments import measure_kept, measure_pooled
 from detr_jax.training.passes import StoredPasses
 
 F, SIZE = 24, 2

@@ -13,7 +13,7 @@ from detr_jax.sparsity.carrier import BareFFNs, FFNInputs
 from detr_jax.sparsity.methods import METHODS, Ingredients
 from detr_jax.sparsity.moments import moments_of
 from detr_jax.sparsity.selectors import ContributionGate, LinearGate, LowRankGate, PooledGate
-from detr_jax.training.activations import measure_pooled
+from detr_jax.training.moments import measure_pooled
 from detr_jax.training.passes import StoredPasses
 
 SIZE = 4

@@ -14,7 +14,7 @@ from detr_jax.sparsity.carrier import BareFFNs, FFNInputs
 from detr_jax.sparsity.moments import Moments, moments_of
 from detr_jax.sparsity.refit import elimination_order, refit
 from detr_jax.sparsity.selectors import Fixed
-from detr_jax.training.activations import measure_moments
+from detr_jax.training.moments import measure_moments
 from detr_jax.training.passes import StoredPasses
 
 WEIGHTS, X, TOKENS = tiny_ffn(12, 6, images=60)

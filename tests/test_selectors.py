@@ -44,7 +44,7 @@ from detr_jax.sparsity.selectors import (
 )
 from detr_jax.sparsity.selectors.pooled_statistics import RIDGE, pooled_statistics
 from detr_jax.sparsity.tiles import existing_tiles, mean_of_tokens
-from detr_jax.training.activations import measure_pooled
+from detr_jax.training.moments import measure_pooled
 from detr_jax.training.passes import StoredPasses
 
 F, D, SIZE = 12, 6, 4

@@ -4,7 +4,6 @@ The scores of every FFN are counted in a histogram whose bins are floating-point
 it needs no range, adds up over batches, and its quantiles are exact to 0.2 %.
 """
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -118,18 +117,3 @@ def _kept(counts: np.ndarray, share: float, name: str) -> tuple[np.ndarray, np.n
         raise ValueError("there are no images to calibrate thresholds on")
     bins = np.flatnonzero(counts)
     return bins, np.cumsum(counts[bins][::-1])[::-1]
-
-
-def total_histograms(batches: Iterable[Mapping[str, ScoreHistogram]]) -> dict[str, ScoreHistogram]:
-    """The sum over batches of the histograms of every FFN by name.
-
-    Raises:
-        ValueError: if there are no batches.
-    """
-    totals: dict[str, ScoreHistogram] = {}
-    for batch in batches:
-        for name, histogram in batch.items():
-            totals[name] = totals[name] + histogram if name in totals else histogram
-    if not totals:
-        raise ValueError("there are no images to calibrate thresholds on")
-    return totals

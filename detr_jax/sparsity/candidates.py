@@ -157,7 +157,7 @@ def refitted(candidate: Candidate, weights: FFNWeights, moments: CrossMoments) -
     Args:
         candidate: of a kind of `DYNAMIC`.
         weights: of the FFN.
-        moments: of what it keeps, see `training.activations.measure_kept`.
+        moments: of what it keeps, see `training.moments.measure_kept`.
     """
     second = refit_to_kept(weights, moments)
     sectioned = candidate.selector.selector

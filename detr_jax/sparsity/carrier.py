@@ -1,12 +1,16 @@
 """Where FFNs come from: a detector, or arrays alone. Everything about sparsity works on either."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 
 from detr_jax.model import FFNTrace, FFNWeights, Selectors
 from detr_jax.model.ffn import trace
+
+Sum = TypeVar("Sum")
+"""Anything that adds up over batches."""
 
 
 class FFNCarrier(Protocol):
@@ -52,3 +56,22 @@ class BareFFNs:
             name: trace(weights, batch.x[name], batch.tokens[name], selectors.get(name))
             for name, weights in self.weights.items()
         }
+
+
+def sum_by_name(batches: Iterable[Mapping[str, Sum]], purpose: str) -> dict[str, Sum]:
+    """What a pass measures of every FFN, added up over its batches.
+
+    Args:
+        batches: of each what was measured, by name of the FFN.
+        purpose: for the error.
+
+    Raises:
+        ValueError: if there are no batches.
+    """
+    totals: dict[str, Sum] = {}
+    for batch in batches:
+        for name, measured in batch.items():
+            totals[name] = totals[name] + measured if name in totals else measured
+    if not totals:
+        raise ValueError(f"there are no images to {purpose} on")
+    return totals

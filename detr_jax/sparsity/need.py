@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from detr_jax.model import FFNTrace, FFNWeights
-from detr_jax.sparsity.carrier import FFNCarrier
+from detr_jax.sparsity.carrier import FFNCarrier, sum_by_name
 from detr_jax.sparsity.tiles import tiles_of
 
 
@@ -82,13 +82,8 @@ def measure_need(
     Raises:
         ValueError: if a tile would have no token, or there are no images.
     """
-    totals: dict[str, NeedStatistics] = {}
-    for batch in batches:
-        counted = jax.device_get(_measure(carrier, batch, tile_size=tile_size, share=share))
-        totals = {name: totals[name] + counts if name in totals else counts for name, counts in counted.items()}
-    if not totals:
-        raise ValueError("there are no images to measure what tiles need on")
-    return totals
+    counted = (jax.device_get(_measure(carrier, batch, tile_size=tile_size, share=share)) for batch in batches)
+    return sum_by_name(counted, "measure what tiles need")
 
 
 @partial(jax.jit, static_argnames=("tile_size", "share"))

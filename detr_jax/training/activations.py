@@ -11,17 +11,12 @@ import numpy as np
 from detr_jax.data.background import ahead
 from detr_jax.data.dataset import Dataset
 from detr_jax.data.loading import Batch, batches, layout_batches
-from detr_jax.kernels import expand_groups
-from detr_jax.mesh import beside, fetch, is_first_process, mesh_of, share
-from detr_jax.model import DETR, Selectors
+from detr_jax.mesh import fetch, is_first_process, mesh_of, share
+from detr_jax.model import DETR
 from detr_jax.model.parameters import fingerprint
 from detr_jax.sparsity.activations import ActivationProfile, ActivationStatistics, load_profile, measure, save_profile
-from detr_jax.sparsity.carrier import FFNCarrier
+from detr_jax.sparsity.carrier import FFNCarrier, sum_by_name
 from detr_jax.sparsity.grouping import group_count
-from detr_jax.sparsity.moments import CrossMoments, Moments, cross_moments_of, moments_of
-from detr_jax.sparsity.need import contributions
-from detr_jax.sparsity.selectors.pooled_statistics import pooled_statistics
-from detr_jax.sparsity.tiles import existing_tiles, mean_of_tokens
 from detr_jax.training.losses import Targets
 from detr_jax.training.matching import match
 from detr_jax.training.passes import Passes
@@ -125,13 +120,8 @@ def measure_activations(carrier: FFNCarrier, passes: Passes, group_size: int) ->
     Raises:
         ValueError: if the group size does not divide the hidden neurons, or there are no images.
     """
-    totals: dict[str, ActivationStatistics] = {}
-    for batch in passes.batches():
-        for name, counts in fetch(_measure_carrier(carrier, batch, group_size=group_size)).items():
-            totals[name] = totals[name] + counts if name in totals else counts
-    if not totals:
-        raise ValueError("there are no images to measure activations on")
-    return totals
+    counted = (fetch(_measure_carrier(carrier, batch, group_size=group_size)) for batch in passes.batches())
+    return sum_by_name(counted, "measure activations")
 
 
 @partial(jax.jit, static_argnames="group_size")
@@ -141,106 +131,6 @@ def _measure_carrier(carrier, batch, *, group_size):
         name: measure(weights[name], trace, jnp.zeros_like(trace.tokens, int), kinds_count=1, group_size=group_size)
         for name, trace in carrier.traces(batch, {}).items()
     }
-
-
-def measure_moments(carrier: FFNCarrier, passes: Passes) -> tuple[dict[str, Moments], dict[str, Moments]]:
-    """Means and covariances of every FFN's inputs and hidden activations while all run dense.
-
-    Args:
-        carrier: of the FFNs.
-        passes: data; one pass is made.
-
-    Raises:
-        ValueError: if there are no images.
-    """
-    totals: tuple[dict[str, Moments], dict[str, Moments]] = ({}, {})
-    for batch in passes.batches():
-        for total, measured in zip(totals, fetch(_measure_moments(carrier, batch)), strict=True):
-            for name, moments in measured.items():
-                total[name] = total[name] + moments if name in total else moments
-    if not totals[0]:
-        raise ValueError("there are no images to measure moments on")
-    return totals
-
-
-@jax.jit
-def _measure_moments(carrier, batch):
-    traces = carrier.traces(batch, {})
-    inputs = {name: moments_of(trace.inputs, trace.tokens) for name, trace in traces.items()}
-    return inputs, {name: moments_of(trace.hidden, trace.tokens) for name, trace in traces.items()}
-
-
-def measure_pooled(carrier: FFNCarrier, passes: Passes, window: int | None) -> dict[str, CrossMoments]:
-    """What pooled inputs of every FFN say of what its neurons contribute while all run dense.
-
-    Args:
-        carrier: of the FFNs.
-        passes: data; one pass is made.
-        window: consecutive tokens that are pooled; None for all of an image.
-
-    Returns:
-        by name of the FFN the moments of `selectors.pooled_statistics` and of the means over the same tokens of
-        h_j ||W_out[j]||.
-
-    Raises:
-        ValueError: if there are no images.
-    """
-    totals: dict[str, CrossMoments] = {}
-    for batch in passes.batches():
-        for name, moments in fetch(_measure_pooled(carrier, batch, window=window)).items():
-            totals[name] = totals[name] + moments if name in totals else moments
-    if not totals:
-        raise ValueError("there are no images to measure pooled inputs on")
-    return totals
-
-
-@partial(jax.jit, static_argnames="window")
-def _measure_pooled(carrier, batch, *, window):
-    weights = carrier.ffn_weights()
-
-    def of_ffn(weights, trace):
-        pooled = pooled_statistics(trace.inputs, trace.tokens, window)
-        contributed = mean_of_tokens(contributions(weights, trace), trace.tokens, window)
-        return cross_moments_of(pooled, contributed, existing_tiles(trace.tokens, window or trace.tokens.shape[-1]))
-
-    return {name: of_ffn(weights[name], trace) for name, trace in carrier.traces(batch, {}).items()}
-
-
-def measure_kept(carrier: FFNCarrier, passes: Passes, selectors: Selectors) -> dict[str, CrossMoments]:
-    """What the neurons that selectors keep say of an FFN's whole output, the inputs being those of dense FFNs.
-
-    Args:
-        carrier: of the FFNs, which run dense.
-        passes: data; one pass is made.
-        selectors: by name of the FFN.
-
-    Returns:
-        by name the moments of the hidden activations, 0 where they are left out, and of h W_out.
-
-    Raises:
-        ValueError: if there are no images.
-    """
-    selectors = beside(carrier, dict(selectors))
-    totals: dict[str, CrossMoments] = {}
-    for batch in passes.batches():
-        for name, moments in fetch(_measure_kept(carrier, batch, selectors)).items():
-            totals[name] = totals[name] + moments if name in totals else moments
-    if not totals:
-        raise ValueError("there are no images to measure kept neurons on")
-    return totals
-
-
-@jax.jit
-def _measure_kept(carrier, batch, selectors):
-    weights, traces = carrier.ffn_weights(), carrier.traces(batch, {})
-
-    def of_ffn(selector, weights, trace):
-        features = trace.hidden.shape[-1]
-        kept = selector(weights, trace.inputs, trace.tokens).per_token(trace.tokens.shape, features)
-        outputs = jnp.matmul(trace.hidden, weights.w_out, precision="highest")
-        return cross_moments_of(jnp.where(expand_groups(kept, features), trace.hidden, 0), outputs, trace.tokens)
-
-    return {name: of_ffn(selector, weights[name], traces[name]) for name, selector in selectors.items()}
 
 
 def object_tokens(batch: Batch, model: DETR) -> np.ndarray:

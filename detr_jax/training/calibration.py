@@ -9,8 +9,8 @@ import numpy as np
 
 from detr_jax.mesh import beside, fetch
 from detr_jax.model import Selectors
-from detr_jax.sparsity.calibration import ScoreHistogram, score_histogram, total_histograms
-from detr_jax.sparsity.carrier import FFNCarrier
+from detr_jax.sparsity.calibration import ScoreHistogram, score_histogram
+from detr_jax.sparsity.carrier import FFNCarrier, sum_by_name
 from detr_jax.sparsity.selectors import Score, Thresholded
 from detr_jax.sparsity.selectors.score import SharedScore
 from detr_jax.sparsity.tiles import existing_tiles
@@ -46,7 +46,8 @@ def measure_scores(
     """
     scores, running = beside(carrier, (dict(scores), dict(running or {})))
     measure = partial(_histograms, tile_size=tile_size)
-    return total_histograms(fetch(measure(carrier, b, scores, running)) for b in passes.batches())
+    histograms = (fetch(measure(carrier, batch, scores, running)) for batch in passes.batches())
+    return sum_by_name(histograms, "calibrate thresholds")
 
 
 def collect_scores(carrier: FFNCarrier, passes: Passes, scores: Mapping[str, SharedScore]) -> dict[str, np.ndarray]:

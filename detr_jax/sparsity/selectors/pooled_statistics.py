@@ -76,7 +76,7 @@ def fit_pooled_statistics(moments: CrossMoments, group_size: int, window: int | 
 
     Args:
         moments: of pooled statistics (inputs) and of mean contributions of the neurons (outputs), see
-            `training.activations.measure_pooled`.
+            `training.moments.measure_pooled`.
         group_size: neurons per group.
         window: of the moments.
 
