@@ -15,10 +15,10 @@ import detr_jax
 from detr_jax import cli
 from detr_jax.computation import Computation
 from detr_jax.data.sources import open_dataset
-from detr_jax.evaluation.stages import evaluation_stages, stage_table, training_stages
 from detr_jax.files import refuse_existing, write_json
 from detr_jax.sparsity import load_plan
 from detr_jax.sparsity.ordering import reorder
+from detr_jax.stages import evaluation_stages, stage_table, training_stages
 from detr_jax.training.gates import PAPER_GROUP_SIZE
 
 

@@ -7,7 +7,7 @@ from commands import refusal, run
 from tiny import annotation, tiny_detector, write_coco
 
 import detr_jax
-from detr_jax.evaluation.stages import StageTimes, stage_table
+from detr_jax.stages import StageTimes, stage_table
 
 NAME = "profile_run.py"
 FORWARD = ["decoding", "transfer", "backbone", "transformer without FFNs", "FFNs"]
