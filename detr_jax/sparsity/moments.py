@@ -1,7 +1,6 @@
 """Means and covariances of activations: what closed-form fits need to know about the data."""
 
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -55,16 +54,12 @@ class CrossMoments:
     """Sums over observations of inputs and outputs; of one batch in float32, of many in 64 bits.
 
     Attributes:
-        count: () number of observations.
-        sums: (n,) of the inputs.
-        products: (n, n) of the inputs' outer products.
+        inputs: (n,) moments; their tokens are observations.
         output_sums: (m,) of the outputs.
         cross: (n, m) of the outer products of inputs and outputs.
     """
 
-    count: jax.Array
-    sums: jax.Array
-    products: jax.Array
+    inputs: Moments
     output_sums: jax.Array
     cross: jax.Array
 
@@ -73,37 +68,27 @@ class CrossMoments:
         return jax.tree.map(lambda a, b: np.asarray(a, np.float64) + np.asarray(b, np.float64), self, other)
 
     @property
-    def mean(self) -> np.ndarray:
-        """(n,) of the inputs."""
-        return np.asarray(self.sums, np.float64) / max(float(self.count), 1)
-
-    @property
     def output_mean(self) -> np.ndarray:
         """(m,)."""
-        return np.asarray(self.output_sums, np.float64) / max(float(self.count), 1)
-
-    @property
-    def covariance(self) -> np.ndarray:
-        """(n, n) of the inputs."""
-        return np.asarray(self.products, np.float64) / max(float(self.count), 1) - np.outer(self.mean, self.mean)
+        return np.asarray(self.output_sums, np.float64) / max(float(self.inputs.tokens), 1)
 
     @property
     def cross_covariance(self) -> np.ndarray:
         """(n, m) of inputs and outputs."""
-        return np.asarray(self.cross, np.float64) / max(float(self.count), 1) - np.outer(self.mean, self.output_mean)
+        products = np.asarray(self.cross, np.float64) / max(float(self.inputs.tokens), 1)
+        return products - np.outer(self.inputs.mean, self.output_mean)
 
 
 def cross_moments_of(inputs: jax.Array, outputs: jax.Array, counted: jax.Array) -> CrossMoments:
     """The moments of one batch; jittable.
 
     Args:
-        inputs: (..., n).
-        outputs: (..., m).
-        counted: (...) bool, false for observations that do not count.
+        inputs: (batch, observations, n).
+        outputs: (batch, observations, m).
+        counted: (batch, observations) bool, false for observations that do not count.
     """
     x, y = (
         jnp.where(counted[..., None], values, 0).astype(jnp.float32).reshape(-1, values.shape[-1])
         for values in (inputs, outputs)
     )
-    product = partial(jnp.matmul, precision="highest")
-    return CrossMoments(counted.sum(), x.sum(0), product(x.T, x), y.sum(0), product(x.T, y))
+    return CrossMoments(moments_of(inputs, counted), y.sum(0), jnp.matmul(x.T, y, precision="highest"))

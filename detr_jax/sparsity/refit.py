@@ -86,12 +86,12 @@ def refit_to_kept(weights: FFNWeights, moments: CrossMoments) -> SecondLayer:
     Raises:
         ValueError: if the moments do not fit the FFN.
     """
-    _check(weights, moments)
+    _check(weights, moments.inputs)
     own = np.asarray(weights.w_out, np.float64)
-    kept = np.diag(moments.products) > 0
-    among = moments.covariance[np.ix_(kept, kept)]
+    kept = np.diag(moments.inputs.products) > 0
+    among = moments.inputs.covariance[np.ix_(kept, kept)]
     fitted = _fitted(own, kept, among, moments.cross_covariance[kept] - among @ own[kept])
-    bias = np.asarray(weights.b_out, np.float64) + moments.output_mean - moments.mean @ fitted
+    bias = np.asarray(weights.b_out, np.float64) + moments.output_mean - moments.inputs.mean @ fitted
     return SecondLayer(jnp.asarray(fitted, jnp.float32), jnp.asarray(bias, jnp.float32))
 
 
@@ -116,6 +116,6 @@ def _ridged(covariance: np.ndarray) -> np.ndarray:
     return covariance + max(RIDGE * variance, np.finfo(np.float32).tiny) * np.eye(size)
 
 
-def _check(weights: FFNWeights, moments: Moments | CrossMoments) -> None:
+def _check(weights: FFNWeights, moments: Moments) -> None:
     if np.shape(moments.sums) != (len(weights.w_in),):
         raise ValueError(f"moments of {np.shape(moments.sums)} activations do not fit {len(weights.w_in)} neurons")

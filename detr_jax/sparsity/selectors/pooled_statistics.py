@@ -84,7 +84,7 @@ def fit_pooled_statistics(moments: CrossMoments, group_size: int, window: int | 
         ValueError: if the group size does not divide the neurons.
     """
     groups = group_count(len(moments.output_sums), group_size)
-    mean, covariance = moments.mean, moments.covariance
+    mean, covariance = moments.inputs.mean, moments.inputs.covariance
     deviations = np.sqrt(np.maximum(np.diag(covariance), 0))
     scale = np.where(deviations > 1e-6, 1 / np.maximum(deviations, 1e-6), 0)  # what never varies says nothing
     correlation = covariance * np.outer(scale, scale)
