@@ -3,7 +3,6 @@ anew for each image or window, by what that changes and how long it takes on thi
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,13 +13,13 @@ from detr_jax.data.embedding import EmbeddedBatch, embedded_batches
 from detr_jax.evaluation.ffn_times import measure_times
 from detr_jax.evaluation.frontier import OutputChange
 from detr_jax.kernels import Execution
-from detr_jax.model import DETR
+from detr_jax.model import DETR, Selector
 from detr_jax.sparsity.activations import ActivationStatistics
 from detr_jax.sparsity.allocation import Choice, greedy, undominated
 from detr_jax.sparsity.candidates import DYNAMIC, Candidate, Material, candidates_of, refitted
 from detr_jax.sparsity.ordering import cofiring_order, reorder
 from detr_jax.sparsity.selectors import Pooled, fit_pooled_statistics, sketch
-from detr_jax.training.activations import profile_activations
+from detr_jax.training.activations import measure_activations
 from detr_jax.training.calibration import collect_scores
 from detr_jax.training.moments import measure_kept, measure_moments, measure_pooled
 from detr_jax.training.passes import StoredPasses
@@ -62,7 +61,6 @@ class PlanSearch:
         statistics: training images for statistics.
         calibration: held-out training images.
         settings: what is searched among.
-        path: of the file for activation statistics, from which an interrupted pass goes on.
 
     Attributes:
         model: the detector in the order in which the candidates were made.
@@ -72,12 +70,11 @@ class PlanSearch:
         seconds: of each FFN the times of its candidates on a batch of calibration images.
     """
 
-    def __init__(self, model: DETR, statistics: Dataset, calibration: Dataset, settings: SearchSettings, path: Path):
+    def __init__(self, model: DETR, statistics: Dataset, calibration: Dataset, settings: SearchSettings):
         self._settings, self._own, self.names = settings, model, model.config.ffn_names
-        with tqdm(total=len(statistics), desc="activation statistics", unit="image") as bar:
-            profile = profile_activations(model, statistics, settings.batch_size, 1, path, bar.update)
+        sample = StoredPasses([batch.tokens for batch in self._embed(statistics, "embedding images for statistics")])
         self.orders = {name: np.arange(model.config.ffn_features) for name in self.names}
-        of_neurons = {name: profile.statistics[name] for name in self.names}
+        of_neurons = measure_activations(model, sample, 1)
         if settings.group_size > 1:
             self.orders = {name: cofiring_order(s.cofired, settings.group_size) for name, s in of_neurons.items()}
             of_neurons = {name: s.of_neurons(self.orders[name]) for name, s in of_neurons.items()}
@@ -86,19 +83,18 @@ class PlanSearch:
         held_out = self._embed(calibration, "embedding calibration images")
         timed = Subset(calibration, 0, min(settings.latency_images, len(calibration)))
         (self._timed,) = embedded_batches(model, timed, len(timed), "embedding the batch that is timed")
-        sample = self._embed(statistics, "embedding images for statistics")
         self.candidates = self._candidates(of_neurons, sample, held_out)
         self.losses = self._losses(OutputChange(self.model, held_out))
-        self.seconds = self.times(self.candidates, "timing candidates")
+        ways = {name: [(c.selector, c.order) for c in of] for name, of in self.candidates.items()}
+        self.seconds = self.times(ways, "timing candidates")
 
     def _embed(self, dataset: Dataset, title: str) -> list[EmbeddedBatch]:
         return list(embedded_batches(self._own, dataset, self._settings.batch_size, title))
 
     def _candidates(
-        self, statistics: Mapping[str, ActivationStatistics], sample: list[EmbeddedBatch], held_out: list[EmbeddedBatch]
+        self, statistics: Mapping[str, ActivationStatistics], passes: StoredPasses, held_out: list[EmbeddedBatch]
     ) -> dict[str, list[Candidate]]:
         settings, weights = self._settings, self.model.ffn_weights()
-        passes = StoredPasses([batch.tokens for batch in sample])
         inputs, hidden = measure_moments(self.model, passes)
         size, window = settings.group_size, settings.window
         sketches = {
@@ -141,20 +137,20 @@ class PlanSearch:
 
             return {name: np.array([loss(name, c) for c in of]) for name, of in self.candidates.items()}
 
-    def times(self, candidates: Mapping[str, Sequence[Candidate]], title: str) -> dict[str, np.ndarray]:
-        """Of each FFN the seconds of some candidates on a batch of calibration images, measured beside each other."""
+    def times(
+        self, ways: Mapping[str, Sequence[tuple[Selector | None, np.ndarray]]], title: str
+    ) -> dict[str, np.ndarray]:
+        """The seconds of some ways to compute each FFN on a batch of calibration images, measured beside each other.
+
+        Args:
+            ways: of each FFN by name, selectors, None for the dense FFN, and the orders (F,) of `model`'s neurons that
+                they belong to.
+            title: of the bar.
+        """
         traces = jax.jit(type(self.model).traces)(self.model, self._timed.tokens, {})
-        weights = self.model.ffn_weights()
+        weights, turns = self.model.ffn_weights(), self._settings.turns
         return {
-            name: np.array(
-                measure_times(
-                    weights[name],
-                    traces[name],
-                    [c.selector for c in candidates[name]],
-                    [c.order for c in candidates[name]],
-                    self._settings.turns,
-                )
-            )
+            name: np.array(measure_times(weights[name], traces[name], *zip(*ways[name], strict=True), turns))
             for name in tqdm(self.names, desc=title, unit="FFN")
         }
 

@@ -59,5 +59,5 @@ def open_run(folder: Path, settings: dict[str, Any], outputs: Sequence[str], *, 
     if not stored.exists():
         raise FileNotFoundError(
             f"{folder} on this host is not the folder of the job's first process; --out has to be one that all hosts "
-            "share, such as a mounted bucket"
+            "share, such as an NFS share"
         )

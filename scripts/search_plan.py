@@ -21,7 +21,7 @@ from detr_jax.data.sources import open_dataset
 from detr_jax.data.transforms import resized_size
 from detr_jax.evaluation.comparison import Comparison, Row
 from detr_jax.evaluation.flops import dense_flops
-from detr_jax.evaluation.report import table
+from detr_jax.evaluation.report import points_of_ap, table
 from detr_jax.evaluation.search_plot import plot_search
 from detr_jax.files import write_json
 from detr_jax.model import DETR
@@ -30,7 +30,7 @@ from detr_jax.run_folder import RESULTS, open_run
 from detr_jax.sparsity import Plan, save_plan
 from detr_jax.sparsity.candidates import KINDS
 
-OUTPUTS = ("plan.safetensors", "search.png", "activations.safetensors")
+OUTPUTS = ("plan.safetensors", "search.png")
 BUDGETS = ("density", "latency", "ap-loss")
 LADDER = tuple(np.geomspace(0.9, 0.04, 28).tolist())
 """Shares of the dense FFNs' time that a bound on the loss of AP is searched among."""
@@ -177,7 +177,7 @@ def main(arguments: Arguments) -> None:
     data = {"statistics": sample, "calibration": calibration, "accuracy": accuracy, "validation": validation}
     data = {use: dataset.name for use, dataset in data.items()}
     settings = arguments.search
-    search = PlanSearch(model, sample, calibration, settings, arguments.out / "activations.safetensors")
+    search = PlanSearch(model, sample, calibration, settings)
     kind, bound = budget
     if kind == "ap-loss":
         judge = Judge(search, model, accuracy, settings, "embedding images for AP")
@@ -186,11 +186,12 @@ def main(arguments: Arguments) -> None:
         choices = {title: search.choose(kind, bound, kinds) for title, kinds in CHOICES.items()}
 
     # Measured again, beside each other: what was chosen because it seemed fast is not quite as fast.
-    contestants = {
-        name: [search.candidates[name][0], *(search.candidates[name][choice[name]] for choice in choices.values())]
+    chosen = {title: search.chosen(choice) for title, choice in choices.items()}
+    ways = {
+        name: [(c.selector, c.order) for c in (search.candidates[name][0], *(of[name] for of in chosen.values()))]
         for name in search.names
     }
-    seconds = search.times(contestants, "timing the plan")
+    seconds = search.times(ways, "timing the plan")
     dense, *others = sum(seconds.values())
     shares = dict(zip(choices, (float(other / dense) for other in others), strict=True))
 
@@ -251,15 +252,10 @@ def report(measured: dict[str, Row], ffns: dict[str, dict]) -> None:
     print(f"\n{table(header, lines)}\n")
     header = ("", "AP", "points against dense", "neurons", "FFNs faster")
     rows = [
-        (title, row["numbers"]["AP"], points(row), row["density"], 1 / row["time"]) for title, row in measured.items()
+        (title, row["numbers"]["AP"], points_of_ap(row), row["density"], 1 / row["time"])
+        for title, row in measured.items()
     ]
     print(table(header, rows))
-
-
-def points(row: Row) -> str:
-    """A difference of AP in points with its interval."""
-    low, high = (100 * bound for bound in row["AP_minus_dense_interval"])
-    return f"{100 * row['AP_minus_dense']:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
@@ -22,7 +21,6 @@ from detr_jax.data.embedding import EmbeddedBatch, embedded_batches
 from detr_jax.data.sources import open_dataset
 from detr_jax.evaluation.coco_ap import bootstrap, confidence_interval, score
 from detr_jax.evaluation.detections import measure_dataset
-from detr_jax.evaluation.ffn_times import measure_times
 from detr_jax.evaluation.frontier import Frontier, OutputChange, measure_frontier
 from detr_jax.evaluation.recipe_report import LOST, best_table, plot_recipes, points_table
 from detr_jax.files import replacing, write_json
@@ -51,7 +49,7 @@ from detr_jax.training.passes import StoredPasses
 
 GRID = (1.0, 0.7, 0.5, 0.4, 0.3, 0.25, 0.2, 0.16, 0.12, 0.09, 0.06, 0.04, 0.02)
 """Densities of tiles that gates' allocations choose from, in each FFN."""
-OUTPUTS = ("gates-own", "gates", "tuned", "activations.safetensors", "progress.json", "recipes.md", "recipes.png")
+OUTPUTS = ("gates-own", "gates", "tuned", "progress.json", "recipes.md", "recipes.png")
 
 
 @dataclass(frozen=True)
@@ -134,8 +132,7 @@ class Study:
         size = arguments.training.group_size
         settings = dataclasses.replace(settings, group_size=size, window=window)
         sample = Subset(training, 0, min(settings.statistics_images, len(training)))
-        path = arguments.out / "activations.safetensors"
-        self.search = PlanSearch(own, sample, calibration, settings, path)
+        self.search = PlanSearch(own, sample, calibration, settings)
         self.model = self.search.model
         self._execution = Execution(window, settings.block_size or size)
 
@@ -160,10 +157,10 @@ class Study:
         timed: Timed,
         chosen_by: str | None = None,
     ) -> None:
-        """Measures selectors unless an interrupted run has."""
+        """Measures selectors unless an interrupted run has; what was chosen by times that differ is measured again."""
         key = f"{recipe}: {setting}"
         self.timed[key] = timed
-        if key in self.points:
+        if key in self.points and chosen_by is None:
             return
         scores, density = self._score(model, selectors)
         self.points[key] = {
@@ -261,20 +258,14 @@ class Study:
 
     def measure_times(self) -> None:
         """Adds to every point the time of all FFNs as a share of the dense ones', measured beside each other."""
-        images = self._arguments.search.latency_images
-        batch = jax.tree.map(lambda array: array[:images], self._validation[0].tokens)
-        traces = jax.jit(type(self.model).traces)(self.model, batch, {})
-        weights = self.model.ffn_weights()
-        total = dict.fromkeys(("dense", *self.timed), 0.0)
-        for name in tqdm(self.search.names, desc="timing all points", unit="FFN"):
-            own = np.arange(len(weights[name].w_in))
-            contestants = [(None, own), *(timed.get(name, (None, own)) for timed in self.timed.values())]
-            turns = self._arguments.search.turns
-            seconds = measure_times(weights[name], traces[name], *zip(*contestants, strict=True), turns)
-            for key, of_one in zip(total, seconds, strict=True):
-                total[key] += of_one
-        for key, point in self.points.items():
-            point["time"] = total[key] / total["dense"]
+        own = np.arange(self.own.config.ffn_features)
+        ways = {
+            name: [(None, own), *(timed.get(name, (None, own)) for timed in self.timed.values())]
+            for name in self.search.names
+        }
+        seconds = sum(self.search.times(ways, "timing all points").values())
+        shares = dict(zip(self.timed, (seconds[1:] / seconds[0]).tolist(), strict=True))
+        self.points = {key: self.points[key] | {"time": shares[key]} for key in self.timed}
 
 
 def main(arguments: Arguments) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib
 
 from detr_jax.evaluation.comparison_report import markdown_table
+from detr_jax.evaluation.report import points_of_ap
 from detr_jax.files import replacing
 
 matplotlib.use("Agg")
@@ -23,12 +24,6 @@ def by_recipe(points: Sequence[Mapping]) -> dict[str, list[Mapping]]:
     return {recipe: sorted(of, key=lambda point: -point["density"]) for recipe, of in recipes.items()}
 
 
-def difference(point: Mapping) -> str:
-    """Points of AP against dense with their interval."""
-    low, high = point["AP_minus_dense_interval"]
-    return f"{100 * point['AP_minus_dense']:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
-
-
 def best_table(points: Sequence[Mapping]) -> str:
     """Of each recipe the sparsest and the fastest point that loses at most `LOST` points, as Markdown."""
     header = ["recipe", "least tile density", "points of AP", "least time", "points of AP", "times as fast as dense"]
@@ -41,8 +36,8 @@ def best_table(points: Sequence[Mapping]) -> str:
         sparsest, fastest = (min(good, key=lambda point, key=key: point[key]) for key in ("density", "time"))
         rows.append(
             [
-                *(recipe, f"{sparsest['density']:.3f}", difference(sparsest)),
-                *(f"{fastest['time']:.2f}", difference(fastest), f"{1 / fastest['time']:.2f}"),
+                *(recipe, f"{sparsest['density']:.3f}", points_of_ap(sparsest)),
+                *(f"{fastest['time']:.2f}", points_of_ap(fastest), f"{1 / fastest['time']:.2f}"),
             ]
         )
     return markdown_table(header, rows, left=1)
@@ -51,7 +46,7 @@ def best_table(points: Sequence[Mapping]) -> str:
 def points_table(points: Sequence[Mapping]) -> str:
     """Every point, as Markdown."""
     rows = [
-        [recipe, point["setting"], difference(point), f"{point['density']:.3f}", f"{point['time']:.2f}"]
+        [recipe, point["setting"], points_of_ap(point), f"{point['density']:.3f}", f"{point['time']:.2f}"]
         for recipe, of in by_recipe(points).items()
         for point in of
     ]

@@ -1,6 +1,6 @@
 """Tables for people: aligned columns, numbers to the right."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from detr_jax.sparsity.statistics import FiringCounts
 
@@ -42,3 +42,9 @@ def gate_table(counts: dict[str, FiringCounts], thresholds: dict[str, float]) ->
     }
     means = [sum(column) / len(values) for column in zip(*values.values(), strict=True)]
     return table(("FFN", *columns), [[name, *row] for name, row in values.items()] + [["mean", *means]])
+
+
+def points_of_ap(row: Mapping) -> str:
+    """`AP_minus_dense` of a row in points, hundredths, with its interval."""
+    low, high = (100 * bound for bound in row["AP_minus_dense_interval"])
+    return f"{100 * row['AP_minus_dense']:+.2f} [{low:+.2f}, {high:+.2f}]"

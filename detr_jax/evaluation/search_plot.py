@@ -53,14 +53,15 @@ def plot_search(
     by_density.set(ylim=by_time.get_ylim())
     by_time.legend()
 
+    partly = [0 < of_ffn["always"] < of_ffn["density"] for of_ffn in ffns.values()]
     for i, of_ffn in enumerate(ffns.values()):
-        colour, chosen = COLOURS[of_ffn["kind"]], 0 < of_ffn["always"] < of_ffn["density"]
+        colour = COLOURS[of_ffn["kind"]]
         layers.bar(i, of_ffn["density"], color=colour)
-        if chosen:
+        if partly[i]:
             layers.bar(i, of_ffn["always"], color=colour, hatch="//", edgecolor="white")
     for kind in dict.fromkeys(of_ffn["kind"] for of_ffn in ffns.values()):
         layers.bar(0, 0, color=COLOURS[kind], label=kind)
-    if any(0 < of_ffn["always"] < of_ffn["density"] for of_ffn in ffns.values()):
+    if any(partly):
         layers.bar(0, 0, color="white", hatch="//", edgecolor="0.3", label="of that, always computed")
     layers.set_xticks(range(len(ffns)), list(ffns), rotation=30, ha="right")
     layers.set(ylabel="share of the neurons that the plan computes")
