@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from detr_jax.convert.layouts import SAME, Place, Shape
-from detr_jax.model.config import DetrConfig
+from detr_jax.models.detr.config import DetrConfig
 
 
 class Entry(Protocol):

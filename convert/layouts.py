@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from detr_jax.model.config import BackboneConfig, DetrConfig
+from detr_jax.models.detr.config import BackboneConfig, DetrConfig
 
 Shape = tuple[int, ...]
 

@@ -10,7 +10,7 @@ import safetensors.numpy
 from detr_jax.convert.checkpoint import Checkpoint, Entry
 from detr_jax.convert.preset import check_preset
 from detr_jax.files import replacing
-from detr_jax.model.config import DetrConfig, config_from_json, config_to_json
+from detr_jax.models.detr.config import DetrConfig, config_from_json, config_to_json
 
 FORMAT = "detr-jax"
 VERSION = 1

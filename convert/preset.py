@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from detr_jax.model.config import DetrConfig, config_to_json, preset_config
+from detr_jax.models.detr.config import DetrConfig, config_to_json, preset_config
 
 FINE_TUNED = ("labels", "queries", "shortest_side", "longest_side")
 """What training on other data may change."""

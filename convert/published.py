@@ -11,8 +11,8 @@ from pathlib import Path
 from detr_jax.convert.checkpoint import Checkpoint, Entry
 from detr_jax.convert.layouts import LAYOUTS, Layout
 from detr_jax.convert.preset import check_preset
-from detr_jax.labels import COCO_LABELS
-from detr_jax.model.config import BackboneConfig, DetrConfig, preset_config
+from detr_jax.models.detr.config import BackboneConfig, DetrConfig, preset_config
+from detr_jax.models.labels import COCO_LABELS
 
 # torch's BatchNorm counts its training steps. Nothing reads the count of a frozen one, but facebook/detr-resnet-50 on
 # the hub still holds those of its four downsampling norms.

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from detr_jax.data.dataset import Dataset
-from detr_jax.data.given_images import GivenImages, ImageLike, as_list, is_many
-from detr_jax.model import DETR, Selectors
-from detr_jax.model.postprocess import ImageDetections, in_image
+from detr_jax.data.image_list import GivenImages, ImageLike, as_list, is_many
+from detr_jax.models import DETR, Selectors
+from detr_jax.models.detr.postprocess import ImageDetections, in_image
 
 if TYPE_CHECKING:
     from detr_jax.sparse import SparseDETR
@@ -69,7 +69,7 @@ def detect_each(
     selectors: Selectors | None = None,
 ) -> Iterator[tuple[int, ImageDetections]]:
     """What is found in each image of a data set, with its id, image by image as they are loaded; as `detect`."""
-    from detr_jax.evaluation.detections import predictions
+    from detr_jax.evaluation.runs import predictions
 
     check_threshold(threshold)
     if not len(dataset):

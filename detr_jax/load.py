@@ -7,13 +7,13 @@ import numpy as np
 from flax import nnx
 
 from detr_jax import hub
+from detr_jax.calibration.permutation import permute_neurons
 from detr_jax.convert import Checkpoint, open_checkpoint, write_checkpoint
 from detr_jax.kernels import Execution
-from detr_jax.model import DETR, PRESETS
-from detr_jax.model.parameters import named_parameters
+from detr_jax.models import DETR, PRESETS
+from detr_jax.models.parameters import named_parameters
+from detr_jax.plan.plan import Plan, load_plan
 from detr_jax.sparse import SparseDETR
-from detr_jax.sparsity.ordering import reorder
-from detr_jax.sparsity.plan import Plan, load_plan
 from detr_jax.weights import EMBEDDED, detector_file
 
 # The main revisions of 2023, with model.safetensors. The other two repositories are followed at "main", because their
@@ -107,7 +107,7 @@ def load_sparse(
         sparse = SparseDETR.of(dense, plan)
     else:
         loaded = load_plan(_own_plan(model) if plan is None else plan, dense)
-        sparse = SparseDETR(reorder(dense, loaded.orders), loaded)
+        sparse = SparseDETR(permute_neurons(dense, loaded.orders), loaded)
     return sparse if implementation is None else sparse.with_implementation(implementation)
 
 

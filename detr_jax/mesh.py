@@ -79,7 +79,7 @@ def replicate(tree: Tree) -> Tree:
     return _place(tree, Mesh(np.array(devices), (AXIS,)), P())
 
 
-def beside(tree: Any, other: Tree) -> Tree:
+def replicate_like(tree: Any, other: Tree) -> Tree:
     """The arrays of `other` on every device that `tree` was replicated over."""
     mesh = mesh_of(tree)
     return other if mesh is None else _place(other, mesh, P())
@@ -94,12 +94,12 @@ def mesh_of(tree: Any) -> Mesh | None:
     return None
 
 
-def everywhere(mesh: Mesh | None) -> NamedSharding | None:
+def replicated(mesh: Mesh | None) -> NamedSharding | None:
     """Of a compiled function's outputs that every device is to have."""
     return None if mesh is None else NamedSharding(mesh, P())
 
 
-def own_rows(mesh: Mesh | None, batch_size: int) -> slice:
+def local_slice(mesh: Mesh | None, batch_size: int) -> slice:
     """Which images of a batch this process loads.
 
     Raises:
@@ -116,7 +116,7 @@ def own_rows(mesh: Mesh | None, batch_size: int) -> slice:
     return slice(jax.process_index() * part, (jax.process_index() + 1) * part)
 
 
-def share(mesh: Mesh | None, own: Tree) -> Tree:
+def shard_batch(mesh: Mesh | None, own: Tree) -> Tree:
     """Arrays of a whole batch, on the devices that share it, from this process' rows of them."""
     return own if mesh is None else _place(own, mesh, P(AXIS))
 
@@ -126,7 +126,7 @@ def _place(tree: Tree, mesh: Mesh, spec: P) -> Tree:
     return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(sharding, np.asarray(leaf)), tree)
 
 
-def on_each(mesh: Mesh | None, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+def map_shards(mesh: Mesh | None, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     """A function of what every device has and of the images, which runs on each device for its own images.
 
     Kernels need that: the compiler cannot divide them among devices. What the function returns has an axis of images,
@@ -137,7 +137,7 @@ def on_each(mesh: Mesh | None, function: Callable[[Any, Any], Any]) -> Callable[
     return jax.shard_map(function, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS), check_vma=False)
 
 
-def fetch(tree: Tree) -> Tree:
+def to_host(tree: Tree) -> Tree:
     """Results as numpy arrays, whole on every host."""
     mesh = mesh_of(tree)
     if mesh is not None and jax.process_count() > 1:
@@ -150,7 +150,7 @@ def _gather(tree, *, mesh):
     return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))
 
 
-def fetch_own(tree: Tree) -> Tree:
+def to_host_local(tree: Tree) -> Tree:
     """This process' rows of what the devices share, as numpy arrays."""
     mesh = mesh_of(tree)
     if mesh is not None and jax.process_count() > 1:

@@ -9,17 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from detr_jax.data.given_images import ImageLike
+from detr_jax.calibration.permutation import permute_neurons
+from detr_jax.data.image_list import ImageLike
 from detr_jax.detection import detect
+from detr_jax.evaluation.inspection import FFNActivity, activity
 from detr_jax.kernels import IMPLEMENTATIONS, Execution
-from detr_jax.model import DETR, DetrConfig, DetrOutputs, ImageTokens, Selectors
-from detr_jax.model.parameters import fingerprint
-from detr_jax.model.postprocess import ImageDetections
-from detr_jax.sparsity.inspection import FFNActivity, activity
-from detr_jax.sparsity.ordering import reorder
-from detr_jax.sparsity.plan import Plan, load_plan
-from detr_jax.sparsity.plan_fit import check_fit
-from detr_jax.sparsity.selectors import at_threshold, executed
+from detr_jax.methods import at_threshold, executed
+from detr_jax.models import DETR, DetrConfig, DetrOutputs, ImageTokens, Selectors
+from detr_jax.models.detr.postprocess import ImageDetections
+from detr_jax.models.parameters import fingerprint
+from detr_jax.plan.checks import check_fit
+from detr_jax.plan.plan import Plan, load_plan
 
 DEFAULT_BLOCK_SIZE = 8
 """Neurons that are computed together where an implementation is named without more: a group of MGS."""
@@ -53,7 +53,7 @@ class SparseDETR:
         if plan.fingerprint != (own := fingerprint(model)):
             raise ValueError(f"the plan was made for the detector {plan.fingerprint[:12]}, this one is {own[:12]}")
         check_fit(plan.selectors, plan.orders, model, "the plan")
-        return cls(reorder(model, plan.orders), plan)
+        return cls(permute_neurons(model, plan.orders), plan)
 
     @property
     def config(self) -> DetrConfig:
@@ -68,7 +68,7 @@ class SparseDETR:
     @property
     def dense(self) -> DETR:
         """The frozen detector as it was loaded, its neurons in their own order."""
-        return reorder(self.detector, {name: np.argsort(order) for name, order in self.plan.orders.items()})
+        return permute_neurons(self.detector, {name: np.argsort(order) for name, order in self.plan.orders.items()})
 
     def __call__(
         self,
@@ -130,7 +130,7 @@ class SparseDETR:
         found = _inspect(self.detector, self.plan.selectors, pixel_values, pixel_mask)
         return {name: found[name] for name in self.config.ffn_names}
 
-    def draw_firing(self, image: ImageLike, path: Path | str, threshold: float = 0.7) -> None:
+    def draw_activity(self, image: ImageLike, path: Path | str, threshold: float = 0.7) -> None:
         """Writes a figure of where on an image neurons fire, and where the plan computes them.
 
         Args:
@@ -138,9 +138,9 @@ class SparseDETR:
             path: of the figure, a PNG.
             threshold: least score of the detections that are drawn.
         """
-        from detr_jax.evaluation.firing_map import draw_firing  # imports matplotlib
+        from detr_jax.viz.activity_map import draw_activity  # imports matplotlib
 
-        draw_firing(self, image, Path(path), threshold)
+        draw_activity(self, image, Path(path), threshold)
 
     def with_plan(self, plan: Plan | Path | str) -> "SparseDETR":
         """The same detector with another plan, an object or what `detr_jax.load_plan` takes.

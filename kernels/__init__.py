@@ -1,10 +1,17 @@
 """The FFN operation. Knows arrays, not detectors."""
 
-from detr_jax.kernels.blocks import BlockLists, lists_of, map_of, of_tiles, pad_tokens, tiles_needing
+from detr_jax.kernels.block_masks import (
+    BlockLists,
+    any_per_tile,
+    indices_to_mask,
+    mask_to_indices,
+    pad_tokens,
+    repeat_per_tile,
+)
 from detr_jax.kernels.dispatch import IMPLEMENTATIONS, UnavailableError
 from detr_jax.kernels.operation import Execution, block_sparse_ffn, sparse_ffn
-from detr_jax.kernels.ordering import signature_order
 from detr_jax.kernels.reference import FFNWeights, expand_groups, ffn, hidden_activations
+from detr_jax.kernels.token_sorting import signature_order
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -12,15 +19,15 @@ __all__ = [
     "Execution",
     "FFNWeights",
     "UnavailableError",
+    "any_per_tile",
     "block_sparse_ffn",
     "expand_groups",
     "ffn",
     "hidden_activations",
-    "lists_of",
-    "map_of",
-    "of_tiles",
+    "indices_to_mask",
+    "mask_to_indices",
     "pad_tokens",
+    "repeat_per_tile",
     "signature_order",
     "sparse_ffn",
-    "tiles_needing",
 ]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from detr_jax.kernels import reference
-from detr_jax.kernels.blocks import BlockLists, map_of
+from detr_jax.kernels.block_masks import BlockLists, indices_to_mask
 from detr_jax.kernels.reference import FFNWeights
 
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_tpu", "mosaic_gpu")
@@ -27,7 +27,7 @@ Run = Callable[[jax.Array, FFNWeights, BlockLists, jax.Array | None], jax.Array]
 
 
 @dataclass(frozen=True)
-class Problem:
+class FFNShape:
     """What an implementation has to know to say whether it can compute something.
 
     Attributes:
@@ -62,7 +62,7 @@ class UnavailableError(ValueError):
     """An implementation that is asked for does not exist or cannot compute something here."""
 
 
-def choose(problem: Problem, name: str | None = None) -> Choice:
+def choose(ffn_shape: FFNShape, name: str | None = None) -> Choice:
     """The implementation for the default device, or the one that is asked for.
 
     Raises:
@@ -73,21 +73,21 @@ def choose(problem: Problem, name: str | None = None) -> Choice:
             raise UnavailableError(
                 f"there is no implementation {name!r} of the sparse FFN; there are {', '.join(IMPLEMENTATIONS)}"
             )
-        if reason := refusal(problem, name):
+        if reason := unsupported_reason(ffn_shape, name):
             raise UnavailableError(f"the implementation {name} cannot compute this: {reason}")
         return Choice(name, _run_of(name), None)
-    name = next(n for n in PREFERRED.get(jax.default_backend(), ("xla",)) if not refusal(problem, n))
-    return Choice(name, _run_of(name), break_even(name, jax.devices()[0].device_kind, problem))
+    name = next(n for n in PREFERRED.get(jax.default_backend(), ("xla",)) if not unsupported_reason(ffn_shape, n))
+    return Choice(name, _run_of(name), break_even(name, jax.devices()[0].device_kind, ffn_shape))
 
 
-def refusal(problem: Problem, name: str) -> str | None:
+def unsupported_reason(ffn_shape: FFNShape, name: str) -> str | None:
     """Why an implementation cannot compute something on the default device; None if it can."""
     if name in ("reference", "xla"):
         return None
-    return importlib.import_module(f"detr_jax.kernels.{name}").refusal(problem)
+    return importlib.import_module(f"detr_jax.kernels.{name}").unsupported_reason(ffn_shape)
 
 
-def break_even(name: str, device_kind: str, problem: Problem) -> float:
+def break_even(name: str, device_kind: str, ffn_shape: FFNShape) -> float:
     """Density above which the dense FFN is faster: measured on this kind of device, or else a guess.
 
     Of what was measured that counts which is nearest in the size of tiles, where all tokens of an image may be a tile,
@@ -95,7 +95,7 @@ def break_even(name: str, device_kind: str, problem: Problem) -> float:
     """
 
     def distance(entry: dict) -> tuple[float, float]:
-        return tuple(abs(math.log(entry[key] / max(getattr(problem, key), 1))) for key in ("tile_size", "tokens"))
+        return tuple(abs(math.log(entry[key] / max(getattr(ffn_shape, key), 1))) for key in ("tile_size", "tokens"))
 
     measured = tuning(device_kind).get("break_even", {}).get(name)
     return min(measured, key=distance)["density"] if measured else BREAK_EVEN[name]
@@ -103,7 +103,7 @@ def break_even(name: str, device_kind: str, problem: Problem) -> float:
 
 @cache
 def tuning(device_kind: str) -> dict:
-    """What `scripts/benchmark_kernels.py` measured on a kind of device; empty if nobody ran it there."""
+    """What `scripts/benchmarks/sparse_kernels.py` measured on a kind of device; empty if nobody ran it there."""
     path = tuning_path(device_kind)
     return json.loads(path.read_text()) if path.is_file() else {}
 
@@ -121,7 +121,7 @@ def _run_of(name: str) -> Run:
 
 def _reference(x: jax.Array, weights: FFNWeights, lists: BlockLists, active: jax.Array | None) -> jax.Array:
     tiles, tile_size, d = x.shape
-    needed = map_of(lists, lists.indices.shape[-1])
+    needed = indices_to_mask(lists, lists.indices.shape[-1])
     one_image = None if active is None else active.reshape(tiles * tile_size, -1)
     flat = reference.block_sparse_ffn(x.reshape(-1, d), weights, needed, tile_size, one_image)
     return flat.reshape(x.shape)

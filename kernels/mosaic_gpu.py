@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from detr_jax.kernels.blocks import BlockLists, pad_tokens
-from detr_jax.kernels.dispatch import Problem
+from detr_jax.kernels.block_masks import BlockLists, pad_tokens
+from detr_jax.kernels.dispatch import FFNShape
 from detr_jax.kernels.reference import FFNWeights, expand_groups
 
 CHUNK = 64
@@ -37,27 +37,27 @@ SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 """Layout of operands of the matrix unit in shared memory: tiles of 8 rows of 128 bytes, which is 64 bfloat16."""
 
 
-def refusal(problem: Problem) -> str | None:
+def unsupported_reason(ffn_shape: FFNShape) -> str | None:
     """Why this cannot compute something on the default device; None if it can."""
     if jax.default_backend() != "gpu":
         return f"it runs on Hopper GPUs, not on {jax.default_backend()}"
     capability = getattr(jax.devices()[0], "compute_capability", "unknown")
     if capability != "9.0":
         return f"it runs on Hopper GPUs, of compute capability 9.0, not {capability}"
-    return unsupported(problem)
+    return unsupported(ffn_shape)
 
 
-def unsupported(problem: Problem) -> str | None:
+def unsupported(ffn_shape: FFNShape) -> str | None:
     """Why this cannot compute something on any Hopper GPU; None if it can."""
-    if problem.dtype != jnp.bfloat16:
-        return f"it computes in bfloat16, not in {problem.dtype}"
-    if problem.d_model % 64:
-        return f"{problem.d_model} features are not a multiple of 64"
-    if problem.d_model > MAX_FEATURES:
-        return f"sums of {problem.d_model} features do not fit its registers, up to {MAX_FEATURES} do"
-    if problem.features % CHUNK:
-        return f"{problem.features} hidden neurons are not whole chunks of {CHUNK}"
-    block_size = problem.features // problem.blocks
+    if ffn_shape.dtype != jnp.bfloat16:
+        return f"it computes in bfloat16, not in {ffn_shape.dtype}"
+    if ffn_shape.d_model % 64:
+        return f"{ffn_shape.d_model} features are not a multiple of 64"
+    if ffn_shape.d_model > MAX_FEATURES:
+        return f"sums of {ffn_shape.d_model} features do not fit its registers, up to {MAX_FEATURES} do"
+    if ffn_shape.features % CHUNK:
+        return f"{ffn_shape.features} hidden neurons are not whole chunks of {CHUNK}"
+    block_size = ffn_shape.features // ffn_shape.blocks
     if block_size % CHUNK and block_size not in (8, 16, 32):
         return f"blocks of {block_size} neurons are neither 8, 16 or 32 nor a multiple of {CHUNK}"
     return None
@@ -76,7 +76,7 @@ def block_sparse_ffn(
     Args:
         x: (tiles, tile tokens, d) bfloat16.
         weights: of the FFN.
-        lists: `indices` (tiles, B), rows that are permutations of the blocks; see `blocks.lists_of`.
+        lists: `indices` (tiles, B), rows that are permutations of the blocks; see `blocks.mask_to_indices`.
         active: (tiles, tile tokens, G) bool, groups that each token gets of its tile's blocks; None for all of them.
             Unlike the hidden activations it passes through global memory.
         interpret: for tests on other devices; the newest JAX only.

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from detr_jax.kernels.blocks import BlockLists
-from detr_jax.kernels.dispatch import Problem
+from detr_jax.kernels.block_masks import BlockLists
+from detr_jax.kernels.dispatch import FFNShape
 from detr_jax.kernels.reference import FFNWeights, expand_groups
 
 CHUNK = 128
@@ -28,26 +28,26 @@ VECTOR_MEMORY = 12 << 20
 LANES = 128
 
 
-def refusal(problem: Problem) -> str | None:
+def unsupported_reason(ffn_shape: FFNShape) -> str | None:
     """Why this cannot compute something on the default device; None if it can."""
     if jax.default_backend() != "tpu":
         return f"it runs on TPUs, not on {jax.default_backend()}"
-    return unsupported(problem)
+    return unsupported(ffn_shape)
 
 
-def unsupported(problem: Problem) -> str | None:
+def unsupported(ffn_shape: FFNShape) -> str | None:
     """Why this cannot compute something on any TPU; None if it can."""
-    if problem.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"it computes in float32 or bfloat16, not in {problem.dtype}"
-    rows = _rows(problem.dtype)
-    if problem.features // problem.blocks % rows:
+    if ffn_shape.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"it computes in float32 or bfloat16, not in {ffn_shape.dtype}"
+    rows = _rows(ffn_shape.dtype)
+    if ffn_shape.features // ffn_shape.blocks % rows:
         return (
-            f"blocks of {problem.features // problem.blocks} neurons are not whole registers of {rows} rows, as "
-            f"{problem.dtype} needs"
+            f"blocks of {ffn_shape.features // ffn_shape.blocks} neurons are not whole registers of {rows} rows, as "
+            f"{ffn_shape.dtype} needs"
         )
-    if problem.d_model % LANES:
-        return f"{problem.d_model} features are not a multiple of {LANES}"
-    size = problem.features * (2 * problem.d_model * problem.dtype.itemsize + LANES * 4)
+    if ffn_shape.d_model % LANES:
+        return f"{ffn_shape.d_model} features are not a multiple of {LANES}"
+    size = ffn_shape.features * (2 * ffn_shape.d_model * ffn_shape.dtype.itemsize + LANES * 4)
     if size > VECTOR_MEMORY:
         return f"its weights take {size / 2**20:.0f} MiB of vector memory, more than {VECTOR_MEMORY >> 20}"
     return None
@@ -71,7 +71,7 @@ def block_sparse_ffn(
     Args:
         x: (tiles, tile tokens, d).
         weights: of the FFN.
-        lists: `indices` (tiles, B), rows that are permutations of the blocks; see `blocks.lists_of`.
+        lists: `indices` (tiles, B), rows that are permutations of the blocks; see `blocks.mask_to_indices`.
         active: (tiles, tile tokens, G) bool, groups that each token gets of its tile's blocks; None for all of them.
         interpret: for tests on other devices.
 

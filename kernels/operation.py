@@ -9,10 +9,17 @@ import jax
 import jax.numpy as jnp
 
 from detr_jax.kernels import reference
-from detr_jax.kernels.blocks import BlockLists, lists_of, map_of, of_tiles, pad_tokens, tiles_needing
-from detr_jax.kernels.dispatch import Choice, Problem, choose
-from detr_jax.kernels.ordering import signature_order
+from detr_jax.kernels.block_masks import (
+    BlockLists,
+    any_per_tile,
+    indices_to_mask,
+    mask_to_indices,
+    pad_tokens,
+    repeat_per_tile,
+)
+from detr_jax.kernels.dispatch import Choice, FFNShape, choose
 from detr_jax.kernels.reference import FFNWeights
+from detr_jax.kernels.token_sorting import signature_order
 
 
 @dataclass(frozen=True)
@@ -62,11 +69,11 @@ def sparse_ffn(
     shared_by, tile_size = shared_by or tokens, execution.tile_size or tokens
     at_once = shared_by == tile_size and not (execution.exact or execution.ordered)
     if not at_once and shared_by != 1:
-        active = of_tiles(active, tokens, shared_by)
+        active = repeat_per_tile(active, tokens, shared_by)
     if execution.ordered:
         order = signature_order(active, active.any(-1))[..., None]
         x, active = (jnp.take_along_axis(array, order, axis=1) for array in (x, active))
-    needed = tiles_needing(active, 1 if at_once else tile_size, features // execution.block_size)
+    needed = any_per_tile(active, 1 if at_once else tile_size, features // execution.block_size)
     outputs = block_sparse_ffn(
         x,
         weights,
@@ -114,15 +121,15 @@ def block_sparse_ffn(
     if isinstance(needed, BlockLists):
         if blocks is None:
             raise ValueError("lists of blocks do not say how many blocks there are: name `blocks`")
-        needed = map_of(needed, blocks)
+        needed = indices_to_mask(needed, blocks)
     _check(x, weights, needed, tile_size, active)
     batch, (tokens, d), blocks = x.shape[:-2], x.shape[-2:], needed.shape[-1]
-    problem = Problem(
+    ffn_shape = FFNShape(
         *(x.dtype, tile_size, d, weights.w_in.shape[0], blocks),
         groups=None if active is None else active.shape[-1],
         tokens=math.prod(x.shape[:-1]),
     )
-    run = partial(_differentiable, choose(problem, implementation), tile_size)
+    run = partial(_differentiable, choose(ffn_shape, implementation), tile_size)
     flat = partial(jax.tree.map, lambda array: array.reshape(-1, *array.shape[len(batch) :]))
     return run(flat(x), weights, flat(needed), flat(active)).reshape(*batch, tokens, d)
 
@@ -202,7 +209,7 @@ def _compute(choice, tile_size, x, weights, needed, active):
         return pad_tokens(array, tile_size).reshape(-1, tile_size, array.shape[-1])
 
     def sparse():
-        lists = lists_of(needed.reshape(-1, needed.shape[-1]))
+        lists = mask_to_indices(needed.reshape(-1, needed.shape[-1]))
         outputs = choice.run(tiles(x), weights, lists, None if active is None else tiles(active))
         return outputs.reshape(batch, -1, d)[:, :tokens]
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from detr_jax.kernels.blocks import of_tiles
+from detr_jax.kernels.block_masks import repeat_per_tile
 
 
 class FFNWeights(NamedTuple):
@@ -99,7 +99,7 @@ def block_sparse_ffn(
     Returns:
         (..., tokens, d).
     """
-    per_token = of_tiles(needed, x.shape[-2], tile_size)
+    per_token = repeat_per_tile(needed, x.shape[-2], tile_size)
     if active is not None:
         per_token = expand_groups(per_token, active.shape[-1]) & active
     return ffn(x, *weights, per_token)

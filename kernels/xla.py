@@ -15,7 +15,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from detr_jax.kernels.blocks import BlockLists, lists_of, map_of
+from detr_jax.kernels.block_masks import BlockLists, indices_to_mask, mask_to_indices
 from detr_jax.kernels.reference import FFNWeights, expand_groups, ffn
 
 SHARES = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
@@ -39,7 +39,7 @@ def block_sparse_ffn(
     Args:
         x: (tiles, tile tokens, d).
         weights: of the FFN.
-        lists: `indices` (tiles, B), rows that are permutations of the blocks; see `blocks.lists_of`.
+        lists: `indices` (tiles, B), rows that are permutations of the blocks; see `blocks.mask_to_indices`.
         active: (tiles, tile tokens, G) bool, groups that each token gets of its tile's blocks; None for all of them.
 
     Returns:
@@ -100,7 +100,7 @@ def _block_by_block(x, weights, lists, active):
     tiles, tile_size, _ = x.shape
     blocks = lists.indices.shape[-1]
     together = min(max(GATHERED_TOKENS // tile_size, 1), tiles)
-    needing = lists_of(map_of(lists, blocks).T)  # of each block, the tiles
+    needing = mask_to_indices(indices_to_mask(lists, blocks).T)  # of each block, the tiles
     indices = jnp.pad(needing.indices, ((0, 0), (0, -tiles % together)))
     steps = -(-needing.counts // together)
     ends = jnp.cumsum(steps)

@@ -14,36 +14,36 @@ from typing import Annotated, Literal
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from studies.comparison_plots import plot_comparison
+from studies.comparison_report import comparison_markdown
+from studies.tile_density import describe_statistics, measure_tile_density
 from tqdm import tqdm
 
 import detr_jax
 from detr_jax import cli
+from detr_jax.calibration.activation_passes import profile_activations
+from detr_jax.calibration.activations import ActivationStatistics
+from detr_jax.calibration.allocation import Choice, cost_table, evolve, greedy, within_loss
+from detr_jax.calibration.moment_passes import measure_moments, measure_pooled
+from detr_jax.calibration.permutation import coactivation_permutation, kmeans_permutation, permute_neurons
+from detr_jax.calibration.sensitivity import OutputDivergence, SensitivityTable, layer_sensitivity
+from detr_jax.calibration.threshold_passes import calibrate, measure_scores
+from detr_jax.calibration.thresholds import density_threshold, recall_threshold
+from detr_jax.data.batches import CachedBatches
 from detr_jax.data.dataset import Dataset, Subset
-from detr_jax.data.embedding import EmbeddedBatch, embedded_batches
-from detr_jax.data.sources import open_dataset
+from detr_jax.data.features import BackboneFeatures, backbone_features
+from detr_jax.data.registry import open_dataset
 from detr_jax.data.transforms import resized_size
 from detr_jax.evaluation.comparison import Comparison, Row, describe, one_at_a_time
-from detr_jax.evaluation.comparison_plots import plot_comparison
-from detr_jax.evaluation.comparison_report import comparison_markdown
 from detr_jax.evaluation.flops import dense_flops
-from detr_jax.evaluation.frontier import Frontier, OutputChange, measure_frontier
-from detr_jax.evaluation.ladder import describe_statistics, measure_ladder
 from detr_jax.files import replacing, write_json
-from detr_jax.model import DETR, Selector, Selectors
+from detr_jax.methods import Oracle, Thresholded, find_indicators, log_odds
+from detr_jax.methods.grouping import group_count
+from detr_jax.methods.registry import METHODS, Ingredients
+from detr_jax.models import DETR, Selector, Selectors
+from detr_jax.plan import Plan, save_plan
 from detr_jax.run_folder import RESULTS, open_run
-from detr_jax.sparsity import Plan, save_plan
-from detr_jax.sparsity.activations import ActivationStatistics
-from detr_jax.sparsity.allocation import Choice, cost_table, evolve, greedy, within_loss
-from detr_jax.sparsity.calibration import density_threshold, recall_threshold
-from detr_jax.sparsity.grouping import group_count
-from detr_jax.sparsity.methods import METHODS, Ingredients
-from detr_jax.sparsity.ordering import cofiring_order, kmeans_order, reorder
-from detr_jax.sparsity.selectors import Oracle, Thresholded, find_indicators, log_odds
-from detr_jax.training.activations import profile_activations
-from detr_jax.training.calibration import calibrate, measure_scores
-from detr_jax.training.gates import KINDS, MGS, PAPER_THRESHOLD, GateKind, Gates, GateTraining, train_gates
-from detr_jax.training.moments import measure_moments, measure_pooled
-from detr_jax.training.passes import StoredPasses
+from detr_jax.training.gates import KINDS, MGS, PAPER_THRESHOLD, Gates, GateSpec, GateTraining, train_gates
 
 GRID = (1.0, 0.5, 0.3, 0.2, 0.15, 0.1, 0.08, 0.06, 0.05, 0.04, 0.03, 0.02, 0.01)
 """Densities that allocations choose from, in each FFN."""
@@ -104,7 +104,7 @@ class Arguments:
     mgs_change: float = 1e-3
     """Change of the detector's outputs that each FFN may cause, where MGS's densities are given by that."""
     sibs_taus: tuple[float, ...] = (1.0, 0.999, 0.99, 0.95, 0.9)
-    """Certainties of SIBS, see `detr_jax.sparsity.selectors.sibs`."""
+    """Certainties of SIBS, see `detr_jax.methods.sibs`."""
     sibs_indicators: int = 64
     """Indicators of SIBS for each FFN."""
     costs: Path | None = None
@@ -158,16 +158,18 @@ class Workbench:
         statistics = self._statistics(model, sample, "activations.safetensors")
         self.orders = {
             "own": lambda: {},
-            "cofiring": lambda: {name: cofiring_order(s.cofired, size) for name, s in statistics.items()},
-            "kmeans": lambda: {name: kmeans_order(np.asarray(f.w_in[...]), size) for name, f in model.ffns.items()},
+            "cofiring": lambda: {name: coactivation_permutation(s.coactive, size) for name, s in statistics.items()},
+            "kmeans": lambda: {
+                name: kmeans_permutation(np.asarray(f.w_in[...]), size) for name, f in model.ffns.items()
+            },
         }[arguments.order]()
-        self.ordered = reorder(model, self.orders)
+        self.ordered = permute_neurons(model, self.orders)
         self.statistics = self._statistics(self.ordered, sample, "activations-ordered.safetensors")
         self.weights = self.ordered.ffn_weights()
 
         self.training = self._embed(training, arguments.training.batch_size, "embedding training images")
         sampled = -(-len(sample) // arguments.training.batch_size)
-        sample_passes = StoredPasses([batch.tokens for batch in self.training[:sampled]])
+        sample_passes = CachedBatches([batch.tokens for batch in self.training[:sampled]])
         self.inputs, self.hidden = measure_moments(self.ordered, sample_passes)
         self.pooled = measure_pooled(self.ordered, sample_passes, None)
         self.calibration = self._embed(calibration, arguments.eval_batch_size, "embedding calibration images")
@@ -178,8 +180,8 @@ class Workbench:
         self.flops = dense_flops(model, *size_of_median)
         self.comparison = Comparison(self.validation, validation.ground_truth(), self.flops, size, model)
         images = -(-arguments.allocation_images // arguments.eval_batch_size)
-        self.change = OutputChange(self.ordered, self.calibration[:images])
-        self.held_out = StoredPasses([batch.tokens for batch in self.calibration])
+        self.change = OutputDivergence(self.ordered, self.calibration[:images])
+        self.held_out = CachedBatches([batch.tokens for batch in self.calibration])
         self._progress = arguments.out / "progress.json"
         self.rows: dict[str, Row] = json.loads(self._progress.read_text()) if self._progress.exists() else {}
         self._scorer = ThreadPoolExecutor(1)
@@ -193,19 +195,19 @@ class Workbench:
             self.profile = profile_activations(model, sample, batch_size, size, path, bar.update)
         return {name: self.profile.statistics[name] for name in model.config.ffn_names}
 
-    def _embed(self, dataset: Dataset, batch_size: int, title: str) -> list[EmbeddedBatch]:
-        return list(embedded_batches(self.own, dataset, batch_size, title))
+    def _embed(self, dataset: Dataset, batch_size: int, title: str) -> list[BackboneFeatures]:
+        return list(backbone_features(self.own, dataset, batch_size, title))
 
     def train(
         self,
         model: DETR,
-        kinds: Mapping[str, GateKind],
+        kinds: Mapping[str, GateSpec],
         training: GateTraining,
         folder: str,
         running: Mapping[str, Mapping[str, Thresholded]] | None = None,
     ) -> dict[str, Gates]:
         """Gates of some kinds on the embedded training images."""
-        passes = StoredPasses([batch.tokens for batch in self.training], training.seed)
+        passes = CachedBatches([batch.tokens for batch in self.training], training.seed)
         total = training.epochs * len(passes)
         with tqdm(total=total, desc=f"training {', '.join(kinds)}", unit="step") as bar:
 
@@ -263,18 +265,18 @@ class Workbench:
             for name, weights in self.weights.items()
         }
 
-    def frontier(self, method: str, ingredients: Mapping[str, Ingredients]) -> Frontier:
+    def sensitivity(self, method: str, ingredients: Mapping[str, Ingredients]) -> SensitivityTable:
         """A method at every density of the grid in each FFN."""
         scores = {name: METHODS[method].score(of) for name, of in ingredients.items()}
         histograms = measure_scores(self.ordered, self.held_out, scores)
         settings = {name: METHODS[method].at_densities(of, histograms[name], GRID) for name, of in ingredients.items()}
-        return measure_frontier(self.change, GRID, settings)
+        return layer_sensitivity(self.change, GRID, settings)
 
-    def costs(self, frontier: Frontier) -> np.ndarray:
+    def costs(self, sensitivity: SensitivityTable) -> np.ndarray:
         """(FFNs, settings) what the settings cost, all of them dense costing 1."""
         if self.arguments.costs is None:
-            return np.broadcast_to(frontier.densities / len(frontier.names), frontier.losses.shape)
-        return cost_table(self.arguments.costs, frontier.names, frontier.densities)
+            return np.broadcast_to(sensitivity.densities / len(sensitivity.names), sensitivity.losses.shape)
+        return cost_table(self.arguments.costs, sensitivity.names, sensitivity.densities)
 
 
 def compare_bounds(bench: Workbench) -> None:
@@ -291,11 +293,11 @@ def compare_methods(bench: Workbench, ingredients: Mapping[str, Ingredients]) ->
     for method in tqdm(arguments.methods, desc="comparing", unit="selector"):
         if all(f"methods: {method}, {setting}" in bench.rows for setting in settings.values()):
             continue
-        frontier = bench.frontier(method, ingredients)
-        costs = bench.costs(frontier)
+        sensitivity = bench.sensitivity(method, ingredients)
+        costs = bench.costs(sensitivity)
         for density, setting in settings.items():
-            choice = greedy(frontier.losses, costs, density)
-            bench.row("methods", method, setting, model=bench.ordered, selectors=partial(frontier.selectors, choice))
+            choice = greedy(sensitivity.losses, costs, density)
+            bench.row("methods", method, setting, model=bench.ordered, selectors=partial(sensitivity.selectors, choice))
 
 
 def compare_sibs(bench: Workbench) -> None:
@@ -331,22 +333,24 @@ def compare_mgs(bench: Workbench, own: Gates, gates: Mapping[str, Gates]) -> dic
     shared, densities = {}, {}
     for kind, method in kinds.items():
         row = partial(bench.row, "mgs", f"{method}, {order} order", model=bench.ordered)
-        frontier = bench.frontier(method, ingredients)
-        costs = bench.costs(frontier)
-        choice = greedy(frontier.losses, costs, density)
-        shared[kind] = frontier.selectors(choice)
-        densities[kind] = dict(zip(frontier.names, frontier.densities[list(choice)], strict=True))
-        row(f"density {density:g} shared greedily", selectors=partial(frontier.selectors, choice))
+        sensitivity = bench.sensitivity(method, ingredients)
+        costs = bench.costs(sensitivity)
+        choice = greedy(sensitivity.losses, costs, density)
+        shared[kind] = sensitivity.selectors(choice)
+        densities[kind] = dict(zip(sensitivity.names, sensitivity.densities[list(choice)], strict=True))
+        row(f"density {density:g} shared greedily", selectors=partial(sensitivity.selectors, choice))
 
-        def evolved(frontier: Frontier = frontier, costs: np.ndarray = costs, choice: Choice = choice) -> Selectors:
-            best = evolve(lambda c: bench.change(frontier.selectors(c)), costs, density, choice)
-            return frontier.selectors(best)
+        def evolved(
+            sensitivity: SensitivityTable = sensitivity, costs: np.ndarray = costs, choice: Choice = choice
+        ) -> Selectors:
+            best = evolve(lambda c: bench.change(sensitivity.selectors(c)), costs, density, choice)
+            return sensitivity.selectors(best)
 
         row(f"density {density:g} shared by evolution", selectors=evolved)
         bound = arguments.mgs_change
         row(
             f"change of at most {bound:g} by each FFN",
-            selectors=partial(frontier.selectors, within_loss(frontier.losses, bound)),
+            selectors=partial(sensitivity.selectors, within_loss(sensitivity.losses, bound)),
         )
 
     training = dataclasses.replace(
@@ -406,7 +410,7 @@ def main(arguments: Arguments) -> None:
     compare_methods(bench, bench.ingredients(gates))
     bench.finish_rows()
     half = at_paper_threshold(gates["firing"])
-    ladder = measure_ladder(bench.ordered, bench.validation, half, arguments.training.group_size)
+    ladder = measure_tile_density(bench.ordered, bench.validation, half, arguments.training.group_size)
     if detr_jax.fingerprint(model) != before:
         raise AssertionError("the frozen detector changed")
 

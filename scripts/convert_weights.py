@@ -6,9 +6,9 @@ from pathlib import Path
 import tyro
 
 import detr_jax
-from detr_jax.cli import run
+from detr_jax.commands.cli import run
 from detr_jax.files import refuse_existing
-from detr_jax.model.parameters import named_parameters
+from detr_jax.models.parameters import named_parameters
 
 
 @dataclass(frozen=True)

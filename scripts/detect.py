@@ -10,11 +10,11 @@ import tyro
 
 import detr_jax
 from detr_jax import cli
-from detr_jax.data.given_images import GivenImages
+from detr_jax.data.image_list import GivenImages
 from detr_jax.data.scenes import ScenesDataset
 from detr_jax.detection import check_threshold, detect_each
-from detr_jax.evaluation.drawing import draw_detections
 from detr_jax.files import refuse_existing, replacing, write_json
+from detr_jax.viz.boxes import draw_detections
 
 
 @dataclass(frozen=True)

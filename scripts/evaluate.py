@@ -11,15 +11,15 @@ import tyro
 
 import detr_jax
 from detr_jax import cli
-from detr_jax.computation import Computation
-from detr_jax.data.sources import open_dataset
+from detr_jax.calibration.permutation import permute_neurons
+from detr_jax.commands.execution_options import ExecutionOptions
+from detr_jax.data.registry import open_dataset
 from detr_jax.evaluation.coco_ap import CocoScores, bootstrap, confidence_interval, score
-from detr_jax.evaluation.detections import detect_dataset
 from detr_jax.evaluation.padding import padding_effect
+from detr_jax.evaluation.runs import detect_dataset
 from detr_jax.files import refuse_existing, write_json
 from detr_jax.mesh import is_first_process, replicate
-from detr_jax.sparsity import load_plan
-from detr_jax.sparsity.ordering import reorder
+from detr_jax.plan import load_plan
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Arguments:
     """Architecture of a checkpoint that does not say which it is, e.g. detr-r50."""
     plan: Path | None = None
     """Plan of the detector, as scripts/train_gates.py writes it: evaluate it sparse instead of dense."""
-    computation: Annotated[Computation, tyro.conf.OmitArgPrefixes] = field(default_factory=Computation)
+    computation: Annotated[ExecutionOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=ExecutionOptions)
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the computation."""
     coco: Path | None = None
@@ -98,7 +98,7 @@ def evaluate(arguments: Arguments) -> None:
     selectors = {}
     if arguments.plan is not None:
         plan = load_plan(arguments.plan, model)
-        model, selectors = reorder(model, plan.orders), arguments.computation.of(plan.selectors)
+        model, selectors = permute_neurons(model, plan.orders), arguments.computation.of(plan.selectors)
     ground_truth = dataset.ground_truth()
     warn_of_other_classes(model.config.labels, ground_truth["categories"])
 

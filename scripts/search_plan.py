@@ -16,19 +16,19 @@ from tqdm import tqdm
 import detr_jax
 from detr_jax import cli
 from detr_jax.data.dataset import Dataset, Subset
-from detr_jax.data.embedding import embedded_batches
-from detr_jax.data.sources import open_dataset
+from detr_jax.data.features import backbone_features
+from detr_jax.data.registry import open_dataset
 from detr_jax.data.transforms import resized_size
 from detr_jax.evaluation.comparison import Comparison, Row
 from detr_jax.evaluation.flops import dense_flops
-from detr_jax.evaluation.report import points_of_ap, table
-from detr_jax.evaluation.search_plot import plot_search
 from detr_jax.files import write_json
-from detr_jax.model import DETR
-from detr_jax.plan_search import PlanSearch, SearchSettings
+from detr_jax.models import DETR
+from detr_jax.plan import Plan, save_plan
 from detr_jax.run_folder import RESULTS, open_run
-from detr_jax.sparsity import Plan, save_plan
-from detr_jax.sparsity.candidates import KINDS
+from detr_jax.search.candidates import KINDS
+from detr_jax.search.search import PlanSearch, SearchSettings
+from detr_jax.viz.search import plot_search
+from detr_jax.viz.tables import points_of_ap, table
 
 OUTPUTS = ("plan.safetensors", "search.png")
 BUDGETS = ("density", "latency", "ap-loss")
@@ -49,7 +49,7 @@ class Arguments:
     - density=0.2: the most accurate one that computes at most such a share of the hidden neurons.
 
     Without options: detr-tiny on generated scenes. Writes plan.safetensors, results.json and search.png into the output
-    folder, with fixed sets alone beside the plan. `scripts/evaluate.py --plan` and `scripts/benchmark_plan.py` take it.
+    folder, with fixed sets alone beside the plan. `scripts/evaluate.py` and `scripts/benchmarks/plan.py` take it.
     """
 
     budget: str = "ap-loss=0.5"
@@ -107,7 +107,7 @@ class Judge:
     def __init__(self, search: PlanSearch, model: DETR, dataset: Dataset, settings: SearchSettings, title: str):
         config = model.config
         size = resized_size(np.median(dataset.image_sizes(), axis=0), config.shortest_side, config.longest_side)
-        embedded = list(embedded_batches(model, dataset, settings.batch_size, title))
+        embedded = list(backbone_features(model, dataset, settings.batch_size, title))
         self._search = search
         self._comparison = Comparison(
             embedded, dataset.ground_truth(), dense_flops(model, *size), settings.group_size, model

@@ -12,16 +12,16 @@ from tqdm import tqdm
 
 import detr_jax
 from detr_jax import DETR, cli, preset_config
-from detr_jax.data.embedding import embedded_batches
+from detr_jax.data.features import backbone_features
 from detr_jax.data.scenes import ScenesDataset
 from detr_jax.evaluation.coco_ap import bootstrap, confidence_interval, score
-from detr_jax.evaluation.detections import measure_dataset
+from detr_jax.evaluation.runs import measure_dataset
 from detr_jax.files import refuse_existing, replacing, write_json
-from detr_jax.model.config import config_to_json
-from detr_jax.training.card import model_card
-from detr_jax.training.detector import DetectorTraining, train_detector
+from detr_jax.models.detr.config import config_to_json
+from detr_jax.training.detector.card import model_card
+from detr_jax.training.detector.log import TrainingLog, plot_log, read_log
+from detr_jax.training.detector.train import DetectorTraining, train_detector
 from detr_jax.training.gates import PAPER_GROUP_SIZE
-from detr_jax.training.log import TrainingLog, plot_log, read_log
 
 MODEL = "detr-tiny"
 EVALUATION_BATCH = 8
@@ -153,7 +153,7 @@ def measure(model: DETR, log: list[dict], training: DetectorTraining) -> dict:
     if not log or log[-1]["step"] != training.steps:
         raise ValueError(f"the training's log has no entry for its last step {training.steps}")
     dataset = ScenesDataset("val")
-    batches = embedded_batches(model, dataset, EVALUATION_BATCH, "validation scenes")
+    batches = backbone_features(model, dataset, EVALUATION_BATCH, "validation scenes")
     measured = measure_dataset(model, batches, selectors={}, group_size=PAPER_GROUP_SIZE)
     scores = score(dataset.ground_truth(), measured.results, dataset.image_ids())
     zeros = {name: counts.zeros for name, counts in measured.counts.items()}

@@ -17,28 +17,28 @@ from tqdm import tqdm
 
 import detr_jax
 from detr_jax import cli
-from detr_jax.computation import Computation
+from detr_jax.calibration.activation_passes import profile_activations
+from detr_jax.calibration.permutation import coactivation_permutation, kmeans_permutation, permute_neurons
+from detr_jax.calibration.threshold_passes import calibrate
+from detr_jax.calibration.thresholds import recall_threshold
+from detr_jax.commands.execution_options import ExecutionOptions
+from detr_jax.data.batches import CachedBatches, ImageBatches
 from detr_jax.data.dataset import Dataset, Subset
-from detr_jax.data.embedding import embedded_batches
-from detr_jax.data.sources import open_dataset
+from detr_jax.data.features import backbone_features
+from detr_jax.data.registry import open_dataset
 from detr_jax.evaluation.coco_ap import CocoScores, bootstrap, bootstrap_difference, confidence_interval, score
-from detr_jax.evaluation.detections import measure_dataset
-from detr_jax.evaluation.plots import GatedRun, plot_gates
-from detr_jax.evaluation.report import gate_table, table
+from detr_jax.evaluation.runs import measure_dataset
 from detr_jax.files import write_json
 from detr_jax.mesh import is_first_process, mesh_of, replicate
-from detr_jax.model import DETR
+from detr_jax.methods import Thresholded, log_odds
+from detr_jax.methods.grouping import group_count
+from detr_jax.models import DETR
+from detr_jax.plan import Plan, save_plan
 from detr_jax.run_folder import RESULTS, open_run
-from detr_jax.sparsity import Plan, save_plan
-from detr_jax.sparsity.calibration import recall_threshold
-from detr_jax.sparsity.grouping import group_count
-from detr_jax.sparsity.ordering import cofiring_order, kmeans_order, reorder
-from detr_jax.sparsity.selectors import Thresholded, log_odds
-from detr_jax.training.activations import profile_activations
-from detr_jax.training.budget import BoundedChange, Budget, GateTuning, MeanDensity, Progress, meet, tune_gates
-from detr_jax.training.calibration import calibrate
+from detr_jax.training.budgets import Budget, GateTuning, MaxDivergence, MeanDensity, Progress, meet, tune_gates
 from detr_jax.training.gates import MGS, PAPER_THRESHOLD, Gates, GateTraining, train_gates
-from detr_jax.training.passes import ImagePasses, StoredPasses
+from detr_jax.viz.gates import GatedRun, plot_gates
+from detr_jax.viz.tables import gate_table, table
 
 Selection = dict[str, Thresholded]
 
@@ -81,11 +81,11 @@ class Arguments:
     """Share of the firing groups that each gate must find at its calibrated threshold."""
     density: float | None = None
     """Also train the gates, all in effect, to this mean density over the FFNs; what the plan then holds."""
-    output_change: float | None = None
+    output_divergence: float | None = None
     """Also train the gates, all in effect, to the least mean density at which the detector's outputs change by this
-    much, see `detr_jax.model.output_change`; what the plan then holds."""
+    much, see `detr_jax.models.detr.divergence`; what the plan then holds."""
     tuning: GateTuning = field(default_factory=GateTuning)
-    computation: Annotated[Computation, tyro.conf.OmitArgPrefixes] = field(default_factory=Computation)
+    computation: Annotated[ExecutionOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=ExecutionOptions)
     each_layer: bool = False
     """Also measure AP with each FFN alone gated at the uniform threshold."""
     out: Path = Path("runs/train_gates")
@@ -119,19 +119,21 @@ def find_orders(model: DETR, dataset: Dataset, arguments: Arguments) -> dict[str
     size = arguments.training.group_size
     if arguments.order == "kmeans":
         ffns = tqdm(model.ffns.items(), desc="ordering neurons", unit="FFN")
-        return {name: kmeans_order(np.asarray(ffn.w_in[...]), size) for name, ffn in ffns}
+        return {name: kmeans_permutation(np.asarray(ffn.w_in[...]), size) for name, ffn in ffns}
     if arguments.order == "own":
         return {}
     sample = Subset(dataset, 0, min(arguments.order_images, len(dataset)))
     with tqdm(total=len(sample), desc="counting co-firing", unit="image") as bar:
         path = arguments.out / "activations.safetensors"
         profile = profile_activations(model, sample, arguments.training.batch_size, size, path, bar.update)
-    return {name: cofiring_order(statistics.cofired, size) for name, statistics in profile.statistics.items()}
+    return {
+        name: coactivation_permutation(statistics.coactive, size) for name, statistics in profile.statistics.items()
+    }
 
 
 def train(model: DETR, dataset: Dataset, arguments: Arguments) -> tuple[Gates, float | None]:
     """The gates, and the images per second of the steps after the first ones, which compile."""
-    passes = ImagePasses(model, dataset, arguments.training.batch_size, arguments.training.seed)
+    passes = ImageBatches(model, dataset, arguments.training.batch_size, arguments.training.seed)
     total = arguments.training.epochs * len(passes)
     times: list[float] = []
     with tqdm(total=total, desc="training gates", unit="step") as bar:
@@ -150,11 +152,11 @@ def train(model: DETR, dataset: Dataset, arguments: Arguments) -> tuple[Gates, f
 
 def budget_of(arguments: Arguments) -> Budget | None:
     """The budget that is asked for, and what is wrong with it."""
-    if arguments.density is not None and arguments.output_change is not None:
+    if arguments.density is not None and arguments.output_divergence is not None:
         raise ValueError("--density and --output-change are different budgets; choose one")
     if arguments.density is not None:
         return MeanDensity(arguments.density)
-    return None if arguments.output_change is None else BoundedChange(arguments.output_change)
+    return None if arguments.output_divergence is None else MaxDivergence(arguments.output_divergence)
 
 
 def train_to(
@@ -167,9 +169,9 @@ def train_to(
 ) -> Selection:
     """Gates that are trained to a budget, with thresholds that meet it on held-out images."""
     tuning, batch_size = arguments.tuning, arguments.training.batch_size
-    stored = embedded_batches(model, calibration_data, batch_size, "embedding calibration images")
-    held_out = StoredPasses([batch.tokens for batch in stored], mesh=mesh_of(model))
-    passes = ImagePasses(model, training_data, batch_size, arguments.training.seed)
+    stored = backbone_features(model, calibration_data, batch_size, "embedding calibration images")
+    held_out = CachedBatches([batch.tokens for batch in stored], mesh=mesh_of(model))
+    passes = ImageBatches(model, training_data, batch_size, arguments.training.seed)
     start = meet(model, held_out, gates, budget, tuning.tile_size)
     with tqdm(total=tuning.epochs * len(passes), desc="training to a budget", unit="step") as bar:
 
@@ -187,7 +189,7 @@ def measure(
     title: str, model: DETR, dataset: Dataset, ground_truth: dict, selectors: Selection, arguments: Arguments
 ) -> tuple[GatedRun, CocoScores]:
     """AP and firing counts with some FFNs gated."""
-    batches = embedded_batches(model, dataset, arguments.training.batch_size, title)
+    batches = backbone_features(model, dataset, arguments.training.batch_size, title)
     computed = arguments.computation.of(selectors)
     measured = measure_dataset(model, batches, selectors=computed, group_size=arguments.training.group_size)
     scores = score(ground_truth, measured.results, dataset.image_ids())
@@ -233,7 +235,7 @@ def main(arguments: Arguments) -> None:
     open_run(arguments.out, settings, OUTPUTS, resume=arguments.resume, overwrite=arguments.overwrite)
 
     orders = find_orders(model, training_data, arguments)
-    ordered = reorder(model, orders)
+    ordered = permute_neurons(model, orders)
     gates, images_per_second = train(ordered, training_data, arguments)
     threshold = jnp.float32(log_odds(arguments.threshold))
     uniform = {name: Thresholded(gate, threshold) for name, gate in gates.items()}
@@ -241,7 +243,7 @@ def main(arguments: Arguments) -> None:
     selections = {"dense": {}, f"all gated, threshold {arguments.threshold:g}": uniform}
     if arguments.recipe == "default":
         batch_size = arguments.training.batch_size
-        held_out = ImagePasses(ordered, calibration_data, batch_size, progress="calibrating thresholds")
+        held_out = ImageBatches(ordered, calibration_data, batch_size, progress="calibrating thresholds")
         found = partial(recall_threshold, recall=arguments.recall)
         selections[f"all gated, recall {arguments.recall:g}"] = calibrate(ordered, held_out, gates, found)
     if budget is not None:

@@ -1,4 +1,10 @@
+import sys
+from pathlib import Path
+
 import jax
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+sys.path += [str(SCRIPTS), str(SCRIPTS / "studies"), str(SCRIPTS / "benchmarks")]
 
 # Accelerators and some CPUs multiply in less than float32 by default; the golden numbers do not.
 jax.config.update("jax_default_matmul_precision", "highest")

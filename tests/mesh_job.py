@@ -12,15 +12,15 @@ import numpy as np
 from commands import run
 
 import detr_jax
+from detr_jax.calibration.moment_passes import measure_moments
+from detr_jax.calibration.permutation import permute_neurons
+from detr_jax.data.batches import ImageBatches
 from detr_jax.data.coco import CocoDataset
-from detr_jax.evaluation.detections import detect_dataset
+from detr_jax.evaluation.runs import detect_dataset
 from detr_jax.kernels import Execution
 from detr_jax.mesh import is_first_process, replicate
-from detr_jax.sparsity import load_plan
-from detr_jax.sparsity.ordering import reorder
-from detr_jax.sparsity.selectors import executed
-from detr_jax.training.moments import measure_moments
-from detr_jax.training.passes import ImagePasses
+from detr_jax.methods import executed
+from detr_jax.plan import load_plan
 
 BATCH, EPOCHS = 8, 30
 
@@ -35,10 +35,10 @@ def main(inputs: Path, out: Path, *options: str) -> None:
     plan = load_plan(out / "plan.safetensors", model)
     # The implementation that leaves work out has to run on each device by itself.
     selectors = executed(plan.selectors, Execution(None, 4, implementation="xla"))
-    results = detect_dataset(reorder(model, plan.orders), dataset, BATCH, selectors=selectors, progress=False)
+    results = detect_dataset(permute_neurons(model, plan.orders), dataset, BATCH, selectors=selectors, progress=False)
     found = {
         "detections": np.array([[r["image_id"], r["category_id"], r["score"], *r["bbox"]] for r in results]),
-        "moments": measure_moments(model, ImagePasses(model, dataset, BATCH)),
+        "moments": measure_moments(model, ImageBatches(model, dataset, BATCH)),
     }
     if is_first_process():
         leaves, _ = jax.tree.flatten_with_path(found)

@@ -9,11 +9,8 @@ import pytest
 import safetensors.numpy
 from tiny import annotation, tiny_detector, write_coco
 
-from detr_jax.data.coco import CocoDataset
-from detr_jax.data.loading import batches
-from detr_jax.model import FFNWeights
-from detr_jax.model.ffn import trace
-from detr_jax.sparsity.activations import (
+from detr_jax.calibration.activation_passes import object_tokens, profile_activations, query_targets
+from detr_jax.calibration.activations import (
     MAGNITUDES,
     ActivationProfile,
     ActivationStatistics,
@@ -22,8 +19,11 @@ from detr_jax.sparsity.activations import (
     measure,
     save_profile,
 )
-from detr_jax.sparsity.ordering import permute
-from detr_jax.training.activations import object_tokens, profile_activations, query_targets
+from detr_jax.calibration.permutation import permute
+from detr_jax.data.coco import CocoDataset
+from detr_jax.data.loading import batches
+from detr_jax.models import FFNWeights
+from detr_jax.models.ffn import trace
 
 BATCH, TOKENS, D, F, SIZE = 3, 9, 5, 12, 4
 COUNTS = ("images", "tokens", "fired", "cofired", "images_fired", "hidden_magnitudes", "input_magnitudes")
@@ -70,7 +70,7 @@ def test_statistics_are_those_of_a_loop():
             np.testing.assert_array_equal(getattr(found, name), values, err_msg=name)
         else:
             np.testing.assert_allclose(getattr(found, name), values, rtol=1e-5, err_msg=name)
-    np.testing.assert_array_equal(np.diag(found.cofired), np.asarray(found.fired).sum(0))
+    np.testing.assert_array_equal(np.diag(found.coactive), np.asarray(found.fired).sum(0))
 
 
 def test_the_statistics_of_a_permuted_ffn_are_the_permuted_statistics():
@@ -81,7 +81,7 @@ def test_the_statistics_of_a_permuted_ffn_are_the_permuted_statistics():
     other = measure(moved, trace(moved, what.inputs, what.tokens), kinds, kinds_count=2, group_size=1)
     for name in ("fired", "hidden", "group_norms", "output_norms"):
         np.testing.assert_allclose(getattr(other, name), np.asarray(getattr(one, name))[:, order], rtol=1e-6)
-    np.testing.assert_array_equal(other.cofired, np.asarray(one.cofired)[np.ix_(order, order)])
+    np.testing.assert_array_equal(other.coactive, np.asarray(one.coactive)[np.ix_(order, order)])
     np.testing.assert_array_equal(other.images_fired, np.asarray(one.images_fired)[order])
     for name in ("tokens", "images", "hidden_magnitudes", "input_magnitudes"):
         np.testing.assert_array_equal(getattr(other, name), getattr(one, name))
@@ -90,7 +90,7 @@ def test_the_statistics_of_a_permuted_ffn_are_the_permuted_statistics():
 def test_sums_do_not_overflow():
     full = ActivationStatistics(*(np.full(2, 2**31 - 1, np.int32) for _ in dataclasses.fields(ActivationStatistics)))
     total = full + full + full
-    assert total.fired.dtype == np.int64 and (total.cofired == 3 * (2**31 - 1)).all()
+    assert total.fired.dtype == np.int64 and (total.coactive == 3 * (2**31 - 1)).all()
     with pytest.raises(ValueError, match="too large to be counted"):
         jax.eval_shape(
             lambda w, x, k: measure(w, trace(w, x, k >= 0), k, kinds_count=1, group_size=1),

@@ -24,7 +24,7 @@ from tiny import TINY_CONFIG, annotation, tiny_detector, write_coco
 import detr_jax
 from detr_jax.data.coco import CocoDataset
 from detr_jax.kernels import Execution
-from detr_jax.sparsity.selectors import InputMagnitude, LinearGate, Thresholded, TopK
+from detr_jax.methods import InputMagnitude, LinearGate, Thresholded, TopK
 
 PAGE = Path(__file__).parent.parent / "docs/errors.md"
 HEAD = """# What goes wrong, and what is said

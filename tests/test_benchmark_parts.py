@@ -1,19 +1,18 @@
-"""What scripts/benchmark_kernels.py is made of: its inputs, its clocks and its end."""
+"""What scripts/benchmarks/sparse_kernels.py is made of: its inputs, its clocks and its end."""
 
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import device_time
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from detr_jax.evaluation import device_time
-from detr_jax.evaluation.deadline import OVERRUN
-from detr_jax.evaluation.ffn_contestants import check, defined_ffn, random_weights, sparse_ffn
-from detr_jax.evaluation.kernel_report import break_even
-from detr_jax.evaluation.random_gates import RandomGate, random_inputs
+from deadline import OVERRUN
+from ffn_baselines import check, defined_ffn, random_weights, sparse_ffn
+from kernel_report import break_even
+from random_gates import RandomGate, random_inputs
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.9])
@@ -67,7 +66,7 @@ def test_a_wrong_implementation_is_refused(monkeypatch):
     def wrong(x, weights, needed, tile_size, implementation):
         return x.at[0].set(jnp.nan)
 
-    monkeypatch.setattr("detr_jax.evaluation.ffn_contestants.block_sparse_ffn", wrong)
+    monkeypatch.setattr("benchmarks.ffn_baselines.block_sparse_ffn", wrong)
     with pytest.raises(AssertionError, match="xla is wrong by nan where tiles of 8 of 25 tokens need"):
         check(["xla"], random_weights(16, 64, "float32"), 8, [8])
 
@@ -109,7 +108,7 @@ def test_gpus_are_timed_by_their_own_clock(on_a_gpu):
     measured = device_time.times({"double": (lambda x: 2 * x, (jnp.ones(3),))}, 5)
     assert measured.clock == "device" and set(measured.seconds["double"]) == {0.0025}
     assert len(measured.seconds["double"]) == 6 and len(measured.host["double"]) == 5
-    top = device_time.ceilings("float32", 8, 64, 2)
+    top = device_time.peaks("float32", 8, 64, 2)
     assert (top.flops_per_second, top.bytes_per_second) == pytest.approx((2 * 8**3 / 0.0025, 2 * 64 / 0.0025))
 
 
@@ -122,7 +121,7 @@ def test_without_the_devices_clock_times_are_the_hosts(on_a_gpu):
 
 HANGING = """
 import time
-from detr_jax.evaluation.deadline import Deadline
+from deadline import Deadline
 deadline = Deadline(0.5, lambda: print("so far", flush=True))
 assert deadline.leaves(0.1) and not deadline.leaves(1)
 time.sleep(60)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from detr_jax.model.boxes import corners, generalised_iou
+from detr_jax.models.boxes import corners, generalised_iou
 
 
 def test_corners():

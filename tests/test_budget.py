@@ -10,16 +10,17 @@ import pytest
 from tiny import TINY_CONFIG, annotation, tiny_detector, tiny_ffn, write_coco
 
 import detr_jax
+from detr_jax.data.batches import CachedBatches
 from detr_jax.data.coco import CocoDataset
-from detr_jax.data.embedding import embedded_batches
+from detr_jax.data.features import backbone_features
 from detr_jax.kernels import Execution
-from detr_jax.model.ffn import forward
-from detr_jax.sparsity.selectors import Executed, LinearGate, Thresholded
-from detr_jax.sparsity.tiles import count_tiles
-from detr_jax.training.budget import (
-    BoundedChange,
+from detr_jax.methods import Executed, LinearGate, Thresholded
+from detr_jax.methods.tiles import count_tiles
+from detr_jax.models.ffn import forward
+from detr_jax.training.budgets import (
     DensityOfEach,
     GateTuning,
+    MaxDivergence,
     MeanDensity,
     StraightThrough,
     measure,
@@ -27,7 +28,6 @@ from detr_jax.training.budget import (
     tune_gates,
     union_density,
 )
-from detr_jax.training.passes import StoredPasses
 
 TUNING = GateTuning(epochs=60, learning_rate=0.01, checkpoint_steps=7)
 NAMES = TINY_CONFIG.ffn_names
@@ -55,12 +55,12 @@ def model():
 def batches(model, tmp_path_factory):
     root = tmp_path_factory.mktemp("coco")
     dataset = CocoDataset(write_coco(root, [(32, 40)] * 7, [annotation(1, 1, (2, 2, 9, 9))]), "val2017")
-    return [batch.tokens for batch in embedded_batches(model, dataset, 2, "")]
+    return [batch.tokens for batch in backbone_features(model, dataset, 2, "")]
 
 
 @pytest.fixture(scope="module")
 def passes(batches):
-    return StoredPasses(batches, shuffle_seed=0)
+    return CachedBatches(batches, shuffle_seed=0)
 
 
 def random_selectors(seed: int = 0) -> dict[str, Thresholded]:
@@ -77,16 +77,16 @@ def test_hard_gates_have_the_gradient_of_their_probabilities():
     rng = np.random.default_rng(1)
     gate = LinearGate(jnp.float32(rng.standard_normal((6, 3))), jnp.float32([0.1, -0.2, 0.4]))
     selector = Thresholded(gate, jnp.float32(0.3))
-    ahead = jnp.float32(rng.standard_normal(x.shape))  # the gradient that arrives at the FFN's output
+    dispatch_ahead = jnp.float32(rng.standard_normal(x.shape))  # the gradient that arrives at the FFN's output
 
     def run(selector):
-        return (forward(weights, x, StraightThrough(selector)(weights, x, tokens)) * ahead).sum()
+        return (forward(weights, x, StraightThrough(selector)(weights, x, tokens)) * dispatch_ahead).sum()
 
     found = jax.grad(run)(selector)
-    margins = np.asarray(x @ gate.kernel + gate.bias - 0.3, np.float64)
-    probabilities = 1 / (1 + np.exp(-margins))
+    logits = np.asarray(x @ gate.kernel + gate.bias - 0.3, np.float64)
+    probabilities = 1 / (1 + np.exp(-logits))
     hidden = np.maximum(np.asarray(x) @ np.asarray(weights.w_in).T + weights.b_in, 0)
-    worth = (hidden * (np.asarray(ahead) @ np.asarray(weights.w_out).T)).reshape(*tokens.shape, 3, 4).sum(-1)
+    worth = (hidden * (np.asarray(dispatch_ahead) @ np.asarray(weights.w_out).T)).reshape(*tokens.shape, 3, 4).sum(-1)
     expected = np.where(tokens[..., None], worth * probabilities * (1 - probabilities), 0)
     np.testing.assert_allclose(found.score.bias, expected.sum((0, 1)), rtol=1e-4)
     np.testing.assert_allclose(found.score.kernel, np.einsum("bti,btg->ig", x, expected), rtol=1e-4, atol=1e-4)
@@ -119,13 +119,13 @@ def test_tokens_of_a_tile_share_a_draw_and_draws_follow_the_probabilities():
 @pytest.mark.parametrize("tile_size", [1, 4, 20])
 def test_densities_are_those_of_tiles_with_the_gradient_of_a_soft_or(tile_size):
     _, _, tokens = tiny_ffn()
-    margins = np.random.default_rng(2).normal(-1.5, 1, (*tokens.shape, 3)).astype(np.float32)
-    value, gradient = jax.value_and_grad(union_density)(jnp.asarray(margins), tokens, tile_size)
-    counts = count_tiles(jnp.asarray(margins >= 0), tokens, tile_size)
+    logits = np.random.default_rng(2).normal(-1.5, 1, (*tokens.shape, 3)).astype(np.float32)
+    value, gradient = jax.value_and_grad(union_density)(jnp.asarray(logits), tokens, tile_size)
+    counts = count_tiles(jnp.asarray(logits >= 0), tokens, tile_size)
     assert 0.05 < value < 0.95 or tile_size > 1
     assert value == pytest.approx(counts.density, rel=1e-6)
 
-    probabilities = np.where(tokens[..., None], 1 / (1 + np.exp(-margins.astype(np.float64))), 0)
+    probabilities = np.where(tokens[..., None], 1 / (1 + np.exp(-logits.astype(np.float64))), 0)
     expected = np.zeros_like(probabilities)
     for image, first in np.ndindex(len(tokens), -(-tokens.shape[1] // tile_size)):
         tile = slice(first * tile_size, (first + 1) * tile_size)
@@ -141,7 +141,7 @@ def test_gates_that_are_always_open_or_never_have_no_gradient(threshold):
 
     def run(selector):
         hard = StraightThrough(selector)
-        density = union_density(hard.margins(weights, x, tokens), tokens, 4)
+        density = union_density(hard.logits(weights, x, tokens), tokens, 4)
         return forward(weights, x, hard(weights, x, tokens)).sum() + density
 
     for leaf in jax.tree.leaves(jax.grad(run)(selector)):
@@ -175,7 +175,7 @@ def tuned(model, passes, wide, tmp_path_factory):
 def test_the_least_density_is_within_the_bound_and_below_that_of_untrained_gates(model, passes, tmp_path):
     start = random_selectors()
     unlike, _ = measure(model, passes, start)
-    budget = BoundedChange(0.3 * unlike)
+    budget = MaxDivergence(0.3 * unlike)
     calibrated = meet(model, passes, start, budget)
     trained = meet(model, passes, tune_gates(model, passes, calibrated, budget, TUNING, tmp_path, silent), budget)
     (_, before), (change, after) = (measure(model, passes, selectors) for selectors in (calibrated, trained))
@@ -222,7 +222,7 @@ def test_batches_of_padding_alone_change_nothing(model, batches, tmp_path, loss)
     tuning = dataclasses.replace(TUNING, loss=loss, epochs=3)
     found = []
     budget = DensityOfEach(dict.fromkeys(NAMES, 0.3))
-    end = tune_gates(model, StoredPasses([empty]), start, budget, tuning, tmp_path, lambda _, p: found.append(p))
+    end = tune_gates(model, CachedBatches([empty]), start, budget, tuning, tmp_path, lambda _, p: found.append(p))
     jax.tree.map(np.testing.assert_array_equal, end, start)
     assert len(found) == 3
     for progress in found:
@@ -232,7 +232,7 @@ def test_batches_of_padding_alone_change_nothing(model, batches, tmp_path, loss)
 def test_labels_and_a_bound_on_the_change_are_refused_together(model, passes, tmp_path):
     tuning = dataclasses.replace(TUNING, loss="firing")
     with pytest.raises(ValueError, match="a bound on the change of the outputs needs that as the loss, not 'firing'"):
-        tune_gates(model, passes, random_selectors(), BoundedChange(0.1), tuning, tmp_path, silent)
+        tune_gates(model, passes, random_selectors(), MaxDivergence(0.1), tuning, tmp_path, silent)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_labels_and_a_bound_on_the_change_are_refused_together(model, passes, tm
     [
         (lambda: MeanDensity(0.0), "a density must be above 0 and at most 1, not 0.0"),
         (lambda: DensityOfEach({"encoder.0": 1.5}), "a density must be above 0 and at most 1, not 1.5"),
-        (lambda: BoundedChange(float("nan")), "must be above 0, not nan"),
+        (lambda: MaxDivergence(float("nan")), "must be above 0, not nan"),
         (lambda: dataclasses.replace(TUNING, tile_size=0), "tile_size must be at least 1, not 0"),
     ],
 )

@@ -8,27 +8,27 @@ import numpy as np
 import pytest
 from tiny import TINY_CONFIG, tiny_detector, tiny_ffn
 
-from detr_jax.model import FFNTrace, Selection
-from detr_jax.model.ffn import trace
-from detr_jax.sparsity.calibration import (
+from detr_jax.calibration.threshold_passes import calibrate, measure_scores
+from detr_jax.calibration.thresholds import (
     ScoreHistogram,
     density_threshold,
     recall_threshold,
     score_histogram,
 )
-from detr_jax.sparsity.carrier import BareFFNs, FFNInputs, sum_by_name
-from detr_jax.sparsity.grouping import firing_groups
-from detr_jax.sparsity.selectors import (
+from detr_jax.data.batches import CachedBatches
+from detr_jax.evaluation.counts import ActivityCounts, count_activity, total_counts
+from detr_jax.methods import (
     Importance,
     InputMagnitude,
     LinearGate,
     Pooled,
     Thresholded,
 )
-from detr_jax.sparsity.statistics import FiringCounts, count_firing, total_counts
-from detr_jax.sparsity.tiles import count_tiles
-from detr_jax.training.calibration import calibrate, measure_scores
-from detr_jax.training.passes import StoredPasses
+from detr_jax.methods.grouping import active_groups
+from detr_jax.methods.tiles import count_tiles
+from detr_jax.models import FFNTrace, Selection
+from detr_jax.models.ffn import trace
+from detr_jax.models.standalone import FFNInputs, StandaloneFFNs, sum_by_name
 
 RESOLUTION = 2.0**-9
 """Scores closer than this, relatively, may share a bin."""
@@ -52,10 +52,10 @@ def random_scores(tokens=50, groups=8, seed=0) -> np.ndarray:
     return scores.astype(np.float32)
 
 
-def count(selector, weights, traces, group_size: int) -> FiringCounts:
+def count(selector, weights, traces, group_size: int) -> ActivityCounts:
     def counts():
         for what in traces:
-            yield {"f": count_firing(trace(weights, what.inputs, what.tokens, selector), group_size)}
+            yield {"f": count_activity(trace(weights, what.inputs, what.tokens, selector), group_size)}
 
     return total_counts(counts())["f"]
 
@@ -102,7 +102,7 @@ def test_thresholds_of_tiles_keep_a_share_of_the_tiles(tile_size):
     total = sum_by_name(
         ({"f": score_histogram(gate, weights, what, tile_size)} for what in traces), "calibrate thresholds"
     )["f"]
-    fires = [count_tiles(firing_groups(what.hidden, 3), what.tokens, tile_size) for what in traces]
+    fires = [count_tiles(active_groups(what.hidden, 3), what.tokens, tile_size) for what in traces]
     assert (total.all.sum(), total.firing.sum()) == tuple(
         sum(getattr(c, f) for c in fires) for f in ("pairs", "active")
     )
@@ -185,7 +185,7 @@ def test_calibration_needs_images():
         with pytest.raises(ValueError, match="no images"):
             threshold_of(empty, 0.5)
     with pytest.raises(ValueError, match="no images"):
-        measure_scores(tiny_detector(), StoredPasses([]), {})
+        measure_scores(tiny_detector(), CachedBatches([]), {})
 
 
 def test_sums_of_histograms_do_not_overflow():
@@ -209,7 +209,7 @@ def passes(model):
     mask[1, :, 24:] = False
     embed = jax.jit(model.embed)
     valid = [np.array([True, True]), np.array([True, False])]
-    return StoredPasses([embed(*batch) for batch in zip(images, [mask] * 2, valid, strict=True)])
+    return CachedBatches([embed(*batch) for batch in zip(images, [mask] * 2, valid, strict=True)])
 
 
 @pytest.fixture(scope="module")
@@ -221,9 +221,9 @@ def gates():
     }
 
 
-def counts_of(carrier, passes, selectors) -> dict[str, FiringCounts]:
+def counts_of(ffns_of, passes, selectors) -> dict[str, ActivityCounts]:
     return total_counts(
-        {name: count_firing(what, 4) for name, what in carrier.traces(batch, selectors).items()}
+        {name: count_activity(what, 4) for name, what in ffns_of.traces(batch, selectors).items()}
         for batch in passes.batches()
     )
 
@@ -259,12 +259,12 @@ def test_scores_are_measured_with_other_selectors_running(model, passes, gates):
 
 def test_ffns_that_stand_alone_are_calibrated_alike_in_turn_and_at_once(gates):
     ffns = {name: tiny_ffn(32, 16, seed=seed) for seed, name in enumerate(gates)}
-    carrier = BareFFNs({name: weights for name, (weights, _, _) in ffns.items()})
+    ffns_of = StandaloneFFNs({name: weights for name, (weights, _, _) in ffns.items()})
     inputs = FFNInputs({name: x for name, (_, x, _) in ffns.items()}, {name: t for name, (_, _, t) in ffns.items()})
-    passes = StoredPasses([inputs, inputs])
+    passes = CachedBatches([inputs, inputs])
     threshold_of = partial(density_threshold, density=0.3)
-    at_once, in_turn = (calibrate(carrier, passes, gates, threshold_of, in_turn=turn) for turn in (False, True))
+    at_once, in_turn = (calibrate(ffns_of, passes, gates, threshold_of, in_turn=turn) for turn in (False, True))
     for name in gates:
         assert at_once[name].threshold == in_turn[name].threshold
-    for counts in counts_of(carrier, passes, at_once).values():
+    for counts in counts_of(ffns_of, passes, at_once).values():
         assert 0.25 < counts.density <= 0.3

@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 from tiny import tiny_ffn
 
+from detr_jax.calibration.activations import measure
+from detr_jax.calibration.allocation import undominated
+from detr_jax.calibration.moment_passes import measure_kept, measure_pooled
+from detr_jax.calibration.moments import moments_of
+from detr_jax.calibration.permutation import permute
+from detr_jax.calibration.threshold_passes import collect_scores
+from detr_jax.data.batches import CachedBatches
+from detr_jax.evaluation.counts import count_activity
 from detr_jax.kernels import Execution, ffn
-from detr_jax.model.ffn import forward, trace
-from detr_jax.sparsity.activations import measure
-from detr_jax.sparsity.allocation import undominated
-from detr_jax.sparsity.candidates import DYNAMIC, KINDS, Material, candidates_of, refitted
-from detr_jax.sparsity.carrier import BareFFNs, FFNInputs
-from detr_jax.sparsity.moments import moments_of
-from detr_jax.sparsity.ordering import permute
-from detr_jax.sparsity.selectors import Pooled, fit_pooled_statistics, sketch
-from detr_jax.sparsity.statistics import count_firing
-from detr_jax.training.calibration import collect_scores
-from detr_jax.training.moments import measure_kept, measure_pooled
-from detr_jax.training.passes import StoredPasses
+from detr_jax.methods import Pooled, fit_pooled_statistics, sketch
+from detr_jax.models.ffn import forward, trace
+from detr_jax.models.standalone import FFNInputs, StandaloneFFNs
+from detr_jax.search.candidates import DYNAMIC, KINDS, Material, candidates_of, reconstructed
 
 F, SIZE = 24, 2
 WEIGHTS, X, TOKENS = tiny_ffn(F, 6, images=40)
@@ -27,21 +27,21 @@ WEIGHTS, X, TOKENS = tiny_ffn(F, 6, images=40)
 def material(window: int | None, block_size: int) -> Material:
     of = trace(WEIGHTS, X, TOKENS)
     inputs = moments_of(X, TOKENS)
-    carrier = BareFFNs({"f": WEIGHTS})
-    passes = StoredPasses([FFNInputs({"f": X[i : i + 8]}, {"f": TOKENS[i : i + 8]}) for i in range(0, 40, 8)])
+    ffns_of = StandaloneFFNs({"f": WEIGHTS})
+    passes = CachedBatches([FFNInputs({"f": X[i : i + 8]}, {"f": TOKENS[i : i + 8]}) for i in range(0, 40, 8)])
     scores = {
         "sketched": Pooled(sketch(WEIGHTS, inputs.mean, inputs.covariance, 6, SIZE), odds=False, window=window),
-        "pooled": fit_pooled_statistics(measure_pooled(carrier, passes, window)["f"], SIZE, window),
+        "pooled": fit_pooled_statistics(measure_pooled(ffns_of, passes, window)["f"], SIZE, window),
     }
-    decisions = {kind: collect_scores(carrier, passes, {"f": score})["f"] for kind, score in scores.items()}
+    decisions = {kind: collect_scores(ffns_of, passes, {"f": score})["f"] for kind, score in scores.items()}
     statistics = measure(WEIGHTS, of, jnp.zeros(TOKENS.shape, int), kinds_count=1, group_size=SIZE)
     hidden = moments_of(of.hidden, TOKENS)
     return Material(WEIGHTS, statistics, hidden, scores, decisions, Execution(window, block_size))
 
 
 def kept_moments(candidate):
-    passes = StoredPasses([FFNInputs({"f": X[i : i + 8]}, {"f": TOKENS[i : i + 8]}) for i in range(0, 40, 8)])
-    return measure_kept(BareFFNs({"f": WEIGHTS}), passes, {"f": candidate.trial})["f"]
+    passes = CachedBatches([FFNInputs({"f": X[i : i + 8]}, {"f": TOKENS[i : i + 8]}) for i in range(0, 40, 8)])
+    return measure_kept(StandaloneFFNs({"f": WEIGHTS}), passes, {"f": candidate.trial})["f"]
 
 
 @pytest.mark.parametrize(("window", "block_size"), [(None, SIZE), (4, 2 * SIZE)])
@@ -49,7 +49,7 @@ def test_a_plan_computes_what_was_tried(window, block_size):
     found = candidates_of(material(window, block_size), (0.6, 0.25), (0.5, 0.2))
     fixed = ["fixed", "fixed, refitted"] * 2
     assert [c.kind for c in found] == ["dense", *fixed, *["sketched"] * 2, *["pooled"] * 2]
-    found += [refitted(c, WEIGHTS, kept_moments(c)) for c in found if c.kind in DYNAMIC]
+    found += [reconstructed(c, WEIGHTS, kept_moments(c)) for c in found if c.kind in DYNAMIC]
     assert set(KINDS) == {c.kind for c in found}
     dense = np.asarray(ffn(X, *WEIGHTS))
     for candidate in found:
@@ -72,7 +72,7 @@ def test_densities_are_what_is_computed():
     for candidate, density in zip(
         candidates_of(material(None, SIZE), (0.5,), (0.3,)), (1, 0.5, 0.5, 0.3, 0.3), strict=True
     ):
-        counts = jax.device_get(count_firing(trace(WEIGHTS, X, TOKENS, candidate.trial), 1))
+        counts = jax.device_get(count_activity(trace(WEIGHTS, X, TOKENS, candidate.trial), 1))
         # Images weigh by their tokens there, and as decisions here.
         assert candidate.density == pytest.approx(counts.density, abs=0.02)
         assert candidate.density == pytest.approx(density, abs=0.05)
@@ -96,7 +96,7 @@ def test_no_second_layer_suits_what_is_kept_better_than_the_fitted_one(window):
         wanted = (hidden @ np.asarray(WEIGHTS.w_out) + WEIGHTS.b_out)[np.asarray(TOKENS)]
         rows = np.append(np.where(kept, hidden, 0), np.ones((*TOKENS.shape, 1)), axis=-1)[np.asarray(TOKENS)]
         least = ((rows @ np.linalg.lstsq(rows, wanted)[0] - wanted) ** 2).sum()
-        fitted = refitted(candidate, WEIGHTS, kept_moments(candidate))
+        fitted = reconstructed(candidate, WEIGHTS, kept_moments(candidate))
         errors = [
             ((np.asarray(forward(WEIGHTS, X, c.trial(WEIGHTS, X, TOKENS)))[np.asarray(TOKENS)] - wanted) ** 2).sum()
             for c in (candidate, fitted)
@@ -108,7 +108,9 @@ def test_no_second_layer_suits_what_is_kept_better_than_the_fitted_one(window):
 def test_scores_of_padding_alone_decide_nothing():
     tokens = TOKENS.at[:, 4:].set(False)
     score = Pooled(sketch(WEIGHTS, np.zeros(6), np.eye(6), 2, SIZE), odds=False, window=4)
-    found = collect_scores(BareFFNs({"f": WEIGHTS}), StoredPasses([FFNInputs({"f": X}, {"f": tokens})]), {"f": score})
+    found = collect_scores(
+        StandaloneFFNs({"f": WEIGHTS}), CachedBatches([FFNInputs({"f": X}, {"f": tokens})]), {"f": score}
+    )
     assert found["f"].shape == (len(X), F // SIZE)
     np.testing.assert_allclose(found["f"], score(WEIGHTS, X, tokens)[:, 0], rtol=1e-5)
 

@@ -6,7 +6,7 @@ from PIL import Image
 from tiny import annotation, write_coco
 
 from detr_jax.data.coco import CocoDataset
-from detr_jax.data.sources import open_dataset
+from detr_jax.data.registry import open_dataset
 
 SIZES = [(20, 30), (30, 20), (16, 16)]
 

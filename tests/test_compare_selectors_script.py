@@ -9,7 +9,7 @@ from PIL import Image
 from tiny import annotation, tiny_detector, write_coco
 
 import detr_jax
-from detr_jax.sparsity import load_plan
+from detr_jax.plan import load_plan
 
 METHODS = ["static, contribution", "mgs", "core", "rsparse"]
 SCRIPT = "compare_selectors.py"

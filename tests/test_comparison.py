@@ -6,18 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tile_density import measure_tile_density, measure_tiles
 from tiny import TINY_CONFIG, annotation, tiny_detector, write_coco
 
+from detr_jax.calibration.sensitivity import OutputDivergence, layer_sensitivity
 from detr_jax.data.coco import CocoDataset
-from detr_jax.data.embedding import embedded_batches
+from detr_jax.data.features import backbone_features
 from detr_jax.evaluation.comparison import Comparison, one_at_a_time
+from detr_jax.evaluation.counts import ActivityCounts
 from detr_jax.evaluation.flops import dense_flops, remaining_share, sparse_flops
-from detr_jax.evaluation.frontier import OutputChange, measure_frontier
-from detr_jax.evaluation.ladder import measure_ladder, measure_tiles
-from detr_jax.model import DetrOutputs
-from detr_jax.model.output_change import output_change
-from detr_jax.sparsity.selectors import HiddenMagnitude, InputMagnitude, LinearGate, Lots, Oracle, Thresholded
-from detr_jax.sparsity.statistics import FiringCounts
+from detr_jax.methods import HiddenMagnitude, InputMagnitude, LinearGate, Lots, Oracle, Thresholded
+from detr_jax.models import DetrOutputs
+from detr_jax.models.detr.divergence import output_divergence
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def embedded(model, dataset):
-    return list(embedded_batches(model, dataset, 2, "images"))
+    return list(backbone_features(model, dataset, 2, "images"))
 
 
 def test_output_change_is_divergence_and_distance_of_likely_objects():
@@ -44,13 +44,13 @@ def test_output_change_is_divergence_and_distance_of_likely_objects():
     )
     p, q = (np.exp(o.logits) / np.exp(o.logits).sum(-1, keepdims=True) for o in (before, after))
     expected = (p * np.log(p / q)).sum(-1) + 5 * (1 - p[..., -1]) * np.abs(before.boxes - after.boxes).sum(-1)
-    np.testing.assert_allclose(output_change(before, after), expected.mean(-1), rtol=1e-4)
-    np.testing.assert_allclose(output_change(before, before), 0, atol=1e-6)
+    np.testing.assert_allclose(output_divergence(before, after), expected.mean(-1), rtol=1e-4)
+    np.testing.assert_allclose(output_divergence(before, before), 0, atol=1e-6)
 
 
 def test_the_work_that_is_left(model):
     d, features = TINY_CONFIG.d_model, TINY_CONFIG.ffn_features
-    counts = FiringCounts(*[100, 10, 25, 10, 50, 10, 25, 10, 40, 20])
+    counts = ActivityCounts(*[100, 10, 25, 10, 50, 10, 25, 10, 40, 20])
     gate = LinearGate(jnp.zeros((d, 4)), jnp.zeros(4))
     share = remaining_share(
         gate.traits, gate.cost(d, features), dataclasses.replace(counts, channels_computed=40), d, features
@@ -99,21 +99,25 @@ def test_one_at_a_time_then_one_more_at_a_time():
 
 
 def test_a_frontier_measures_one_ffn_at_a_time(model, embedded):
-    change = OutputChange(model, embedded)
+    change = OutputDivergence(model, embedded)
     lots = [Thresholded(Lots(4), jnp.float32(-density)) for density in (1, 0.5, 0.2)]
     settings = dict.fromkeys(TINY_CONFIG.ffn_names, lots)
-    frontier = measure_frontier(change, (1, 0.5, 0.2), settings)
-    assert frontier.losses.shape == (2, 3) and (frontier.losses[:, 0] == 0).all() and (frontier.losses[:, 1:] > 0).all()
-    alone = {"decoder.0": frontier.selectors((0, 2))["decoder.0"]}
-    assert change(alone) == pytest.approx(frontier.losses[1, 2], rel=1e-4)
+    sensitivity = layer_sensitivity(change, (1, 0.5, 0.2), settings)
+    assert (
+        sensitivity.losses.shape == (2, 3)
+        and (sensitivity.losses[:, 0] == 0).all()
+        and (sensitivity.losses[:, 1:] > 0).all()
+    )
+    alone = {"decoder.0": sensitivity.selectors((0, 2))["decoder.0"]}
+    assert change(alone) == pytest.approx(sensitivity.losses[1, 2], rel=1e-4)
     assert change({}) == pytest.approx(0, abs=1e-6)
     with pytest.raises(ValueError, match="must fall from 1"):
-        measure_frontier(change, (1, 0.2, 0.5), settings)
+        layer_sensitivity(change, (1, 0.2, 0.5), settings)
 
 
 def test_the_ladder_rises_from_neurons_to_tiles(model, embedded):
     predicted = {name: Thresholded(Lots(4), jnp.float32(-0.1)) for name in TINY_CONFIG.ffn_names}
-    for steps in measure_ladder(model, embedded, predicted, 4).values():
+    for steps in measure_tile_density(model, embedded, predicted, 4).values():
         exact = steps["exact"]["raster"]
         assert 0 < steps["neurons"] <= exact[1] <= exact[8] <= exact[16] <= exact[128] <= 1
         assert steps["exact"]["signature"][1] == exact[1]

@@ -7,11 +7,11 @@ import pytest
 from tiny import TINY_CONFIG, annotation, tiny_detector, write_coco
 
 from detr_jax.data.coco import CocoDataset
-from detr_jax.data.embedding import embedded_batches
-from detr_jax.evaluation.detections import coco_results, detect, detect_dataset, measure_dataset, predictions
+from detr_jax.data.features import backbone_features
 from detr_jax.evaluation.padding import padding_effect
-from detr_jax.model import Selection
-from detr_jax.model.postprocess import Detections
+from detr_jax.evaluation.runs import coco_results, detect, detect_dataset, measure_dataset, predictions
+from detr_jax.models import Selection
+from detr_jax.models.detr.postprocess import Detections
 
 SIZES = [(20, 30), (30, 20), (20, 30), (20, 29)]
 
@@ -81,7 +81,7 @@ def test_new_thresholds_do_not_compile_again(model, dataset):
 
 def test_measuring_detects_the_same_and_counts_every_image_once(model, dataset):
     selectors = {"encoder.0": FirstGroups(jnp.array(2))}
-    embedded = list(embedded_batches(model, dataset, 2, ""))
+    embedded = list(backbone_features(model, dataset, 2, ""))
     assert sum(batch.valid.sum() for batch in embedded) == len(SIZES) < 2 * len(embedded)  # a copy fills a batch
     measured = measure_dataset(model, embedded, selectors=selectors, group_size=8)
     results = detect_dataset(model, dataset, 2, selectors=selectors, progress=False)

@@ -15,9 +15,15 @@ import detr_jax
 from detr_jax.data import scenes
 from detr_jax.data.dataset import Example
 from detr_jax.data.scenes import SIDE, render_scene
-from detr_jax.labels import SCENES_LABELS
-from detr_jax.model.parameters import named_parameters
-from detr_jax.training.detector import DetectorTraining, hoyer_weight, targets_of, train_detector, training_batches
+from detr_jax.models.labels import SCENES_LABELS
+from detr_jax.models.parameters import named_parameters
+from detr_jax.training.detector.train import (
+    DetectorTraining,
+    hoyer_weight,
+    targets_of,
+    train_detector,
+    training_batches,
+)
 
 SCRIPT = Path(__file__).parent.parent / "scripts/train_detector.py"
 CONFIG = dataclasses.replace(TINY_CONFIG, labels=SCENES_LABELS, shortest_side=SIDE, longest_side=2 * SIDE)

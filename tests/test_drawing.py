@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from detr_jax.evaluation.drawing import MIN_SIDE, colour, draw_detections
-from detr_jax.labels import COCO_LABELS
-from detr_jax.model.postprocess import ImageDetections
+from detr_jax.models.detr.postprocess import ImageDetections
+from detr_jax.models.labels import COCO_LABELS
+from detr_jax.viz.boxes import MIN_SIDE, colour, draw_detections
 
 
 def test_classes_have_distinct_colours():

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import detr_jax
-from detr_jax.data.embedding import embedded_batches
+from detr_jax.data.features import backbone_features
 from detr_jax.data.scenes import ScenesDataset
 from detr_jax.evaluation.coco_ap import score
-from detr_jax.evaluation.detections import measure_dataset
-from detr_jax.training.card import model_card
+from detr_jax.evaluation.runs import measure_dataset
+from detr_jax.training.detector.card import model_card
 
 FILES = importlib.resources.files("detr_jax.weights")
 
@@ -30,7 +30,7 @@ def test_its_files_belong_together(report):
 def test_its_accuracy_and_its_zeros(report):
     dataset = ScenesDataset("val")
     model = detr_jax.load("detr-tiny")
-    batches = embedded_batches(model, dataset, 8, "validation scenes")
+    batches = backbone_features(model, dataset, 8, "validation scenes")
     measured = measure_dataset(model, batches, selectors={}, group_size=8)
     numbers = score(dataset.ground_truth(), measured.results, dataset.image_ids()).numbers
     assert numbers["AP"] >= 0.50

@@ -7,11 +7,11 @@ import pytest
 from tiny import TINY_CONFIG, tiny_detector, tiny_ffn
 
 from detr_jax import fingerprint
-from detr_jax.computation import Computation
+from detr_jax.commands.execution_options import ExecutionOptions
 from detr_jax.kernels import Execution
-from detr_jax.model.ffn import forward
-from detr_jax.sparsity import Plan, load_plan, save_plan
-from detr_jax.sparsity.selectors import Executed, InputMagnitude, Oracle, Thresholded
+from detr_jax.methods import Executed, InputMagnitude, Oracle, Thresholded
+from detr_jax.models.ffn import forward
+from detr_jax.plan import Plan, load_plan, save_plan
 
 
 def test_the_exact_mode_is_the_masked_reference():
@@ -38,15 +38,15 @@ def test_a_detector_gives_the_same_outputs():
     selectors = dict.fromkeys(TINY_CONFIG.ffn_names, Oracle(4))
     dense = model(images, mask)
     computations = (
-        *(Computation(), Computation("auto")),
-        *(Computation("xla", 4, 4, exact=True), Computation("xla", 4, 4, exact=True, ordered=True)),
+        *(ExecutionOptions(), ExecutionOptions("auto")),
+        *(ExecutionOptions("xla", 4, 4, exact=True), ExecutionOptions("xla", 4, 4, exact=True, ordered=True)),
     )
     for computation in computations:
         sparse = model(images, mask, selectors=computation.of(selectors))
         np.testing.assert_allclose(sparse.logits, dense.logits, atol=1e-4)
-    assert Computation("xla", 8, 16).title == "xla, tiles of 8 tokens, blocks of 16"
-    assert Computation("xla", exact=True, ordered=True).title == "xla, images, blocks of 8, exact, ordered"
-    (selector,) = Computation("xla", 2, 4, ordered=True).of({"encoder.0": Oracle(4)}).values()
+    assert ExecutionOptions("xla", 8, 16).title == "xla, tiles of 8 tokens, blocks of 16"
+    assert ExecutionOptions("xla", exact=True, ordered=True).title == "xla, images, blocks of 8, exact, ordered"
+    (selector,) = ExecutionOptions("xla", 2, 4, ordered=True).of({"encoder.0": Oracle(4)}).values()
     assert selector.execution == Execution(2, 4, ordered=True, implementation="xla")
 
 

@@ -5,8 +5,8 @@ import pytest
 from tiny import every_selector, tiny_ffn
 
 from detr_jax import kernels
-from detr_jax.model import FFNWeights, LowRankFactors, Selection
-from detr_jax.model.ffn import forward, trace
+from detr_jax.models import FFNWeights, LowRankFactors, Selection
+from detr_jax.models.ffn import forward, trace
 
 
 def arrays(tokens=5, d=6, neurons=12, seed=0):

@@ -11,31 +11,31 @@ import pytest
 from tiny import TINY_CONFIG, annotation, tiny_detector, tiny_ffn, write_coco
 
 import detr_jax
+from detr_jax.calibration.threshold_passes import calibrate
+from detr_jax.calibration.thresholds import recall_threshold
+from detr_jax.data.batches import CachedBatches, ImageBatches
 from detr_jax.data.coco import CocoDataset
-from detr_jax.data.embedding import embedded_batches
-from detr_jax.evaluation.detections import measure_dataset
-from detr_jax.model.ffn import trace
-from detr_jax.sparsity.calibration import recall_threshold
-from detr_jax.sparsity.carrier import BareFFNs, FFNInputs
-from detr_jax.sparsity.selectors import LinearGate, LowRankGate, Thresholded
-from detr_jax.training.calibration import calibrate
+from detr_jax.data.features import backbone_features
+from detr_jax.evaluation.runs import measure_dataset
+from detr_jax.methods import LinearGate, LowRankGate, Thresholded
+from detr_jax.models.ffn import trace
+from detr_jax.models.standalone import FFNInputs, StandaloneFFNs
 from detr_jax.training.gates import (
     KINDS,
     MGS,
-    GateKind,
+    GateSpec,
     GateTraining,
     gate_loss,
     initial_gate,
     train_gates,
 )
-from detr_jax.training.passes import ImagePasses, StoredPasses
 
 TRAINING = GateTraining(epochs=20, batch_size=2, group_size=4, checkpoint_steps=7, learning_rate=0.05)
 KINDS = {
     "mgs": MGS,
     "dejavu": dataclasses.replace(KINDS["balanced"], rank=2),
     "d2dmoe": KINDS["norm"],
-    "contribution": GateKind("contribution"),
+    "contribution": GateSpec("contribution"),
 }
 
 
@@ -57,12 +57,12 @@ def silent(*_):
 
 @pytest.fixture(scope="module")
 def passes(model, dataset):
-    return ImagePasses(model, dataset, TRAINING.batch_size, TRAINING.seed)
+    return ImageBatches(model, dataset, TRAINING.batch_size, TRAINING.seed)
 
 
 @pytest.fixture(scope="module")
 def embedded(model, dataset):
-    return list(embedded_batches(model, dataset, TRAINING.batch_size, ""))
+    return list(backbone_features(model, dataset, TRAINING.batch_size, ""))
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_losses_and_gradients_are_finite_where_nothing_fires_or_nothing_is_left(
 def test_pooled_gates_learn_the_shares_of_contributions(pooled):
     weights, x, tokens = tiny_ffn()
     tokens = tokens.at[2].set(False)  # an image of padding alone has no shares
-    gate = initial_gate(GateKind("share", rank=2, pooled=pooled), 6, 3, jax.random.key(0))
+    gate = initial_gate(GateSpec("share", rank=2, pooled=pooled), 6, 3, jax.random.key(0))
     rng = np.random.default_rng(0)
     gate = jax.tree.map(lambda leaf: jnp.float32(rng.standard_normal(leaf.shape)), gate)
     what = trace(weights, x, tokens)
@@ -144,12 +144,12 @@ def test_pooled_gates_learn_the_shares_of_contributions(pooled):
 @pytest.mark.parametrize(("objective", "rank", "pooled"), [("share", 2, None), ("share", None, "features")])
 def test_kinds_of_gates_that_contradict_themselves_are_refused(objective, rank, pooled):
     with pytest.raises(ValueError, match="gates that learn shares are pooled and have a rank"):
-        GateKind(objective, rank, pooled)
+        GateSpec(objective, rank, pooled)
 
 
 def test_training_goes_on_from_given_gates(model, passes, tmp_path):
     still = dataclasses.replace(TRAINING, epochs=1, learning_rate=0.0)
-    kind = {"contributions": GateKind("share", rank=2, pooled="contributions")}
+    kind = {"contributions": GateSpec("share", rank=2, pooled="contributions")}
     start = train_gates(model, passes, kind, still, tmp_path / "a", silent)
     moved = jax.tree.map(lambda leaf: leaf + 1, start)
     kept = train_gates(model, passes, kind, still, tmp_path / "b", silent, start=moved)
@@ -159,12 +159,12 @@ def test_training_goes_on_from_given_gates(model, passes, tmp_path):
 def test_gates_give_even_odds_before_they_are_trained():
     weights, x, tokens = tiny_ffn()
     key = jax.random.key(0)
-    one, two = initial_gate(MGS, 6, 3, key), initial_gate(GateKind(rank=2), 6, 3, key)
+    one, two = initial_gate(MGS, 6, 3, key), initial_gate(GateSpec(rank=2), 6, 3, key)
     assert isinstance(one, LinearGate) and isinstance(two, LowRankGate) and two.down.shape == (6, 2)
     for gate in (one, two):
         np.testing.assert_array_equal(gate(weights, x, tokens), np.zeros((*tokens.shape, 3)))
     with pytest.raises(ValueError, match="the rank of a gate must be at least 1, not 0"):
-        initial_gate(GateKind(rank=0), 6, 3, key)
+        initial_gate(GateSpec(rank=0), 6, 3, key)
 
 
 def test_gates_exist_for_every_ffn_in_the_order_in_which_they_run(gates):
@@ -175,7 +175,7 @@ def test_gates_exist_for_every_ffn_in_the_order_in_which_they_run(gates):
 def test_the_detector_stays_as_it_is(dataset, tmp_path):
     model = tiny_detector()
     before = detr_jax.fingerprint(model)
-    train_gates(model, ImagePasses(model, dataset, 2, 0), KINDS, TRAINING, tmp_path, silent)
+    train_gates(model, ImageBatches(model, dataset, 2, 0), KINDS, TRAINING, tmp_path, silent)
     assert detr_jax.fingerprint(model) == before
 
 
@@ -203,12 +203,12 @@ def test_calibrated_gates_reach_the_recall(model, embedded, passes, gates):
 def bare():
     """FFNs that stand alone, and batches of inputs for them in memory."""
     first, second = (tiny_ffn(16, 6, seed=seed)[0] for seed in (0, 1))
-    carrier = BareFFNs({"first": first, "second": second})
+    ffns_of = StandaloneFFNs({"first": first, "second": second})
     batches = []
     for seed in range(3):
         _, x, tokens = tiny_ffn(16, 6, seed=10 + seed)
         batches.append(FFNInputs({"first": x, "second": x[::-1]}, {"first": tokens, "second": tokens[::-1]}))
-    return carrier, StoredPasses(batches, shuffle_seed=0)
+    return ffns_of, CachedBatches(batches, shuffle_seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -225,15 +225,15 @@ def test_kinds_that_are_trained_together_are_those_trained_alone(bare, kinds_in_
 
 
 def test_every_kind_learns(bare, kinds_in_one_run):
-    carrier, passes = bare
+    ffns_of, passes = bare
     assert set(kinds_in_one_run) == set(KINDS)
     for kind, gates in kinds_in_one_run.items():
-        for name, weights in carrier.weights.items():
+        for name, weights in ffns_of.weights.items():
             fresh = initial_gate(KINDS[kind], 6, 4, jax.random.key(0))
             before, after = (
                 np.mean(
                     [
-                        gate_loss(KINDS[kind].objective, g, weights, carrier.traces(b, {})[name])
+                        gate_loss(KINDS[kind].objective, g, weights, ffns_of.traces(b, {})[name])
                         for b in passes.batches()
                     ]
                 )
@@ -243,15 +243,15 @@ def test_every_kind_learns(bare, kinds_in_one_run):
 
 
 def test_the_loss_that_is_reported_is_the_mean_over_gates(bare, tmp_path):
-    carrier, passes = bare
+    ffns_of, passes = bare
     losses = []
     training = dataclasses.replace(TRAINING, epochs=1)
-    train_gates(carrier, passes, KINDS, training, tmp_path, lambda step, loss: losses.append(float(loss)))
+    train_gates(ffns_of, passes, KINDS, training, tmp_path, lambda step, loss: losses.append(float(loss)))
     first = next(passes.batches())
     expected = [
-        gate_loss(kind.objective, initial_gate(kind, 6, 4, jax.random.key(0)), weights, carrier.traces(first, {})[name])
+        gate_loss(kind.objective, initial_gate(kind, 6, 4, jax.random.key(0)), weights, ffns_of.traces(first, {})[name])
         for kind in KINDS.values()
-        for name, weights in carrier.weights.items()
+        for name, weights in ffns_of.weights.items()
     ]
     assert len(losses) == len(passes) and losses[0] == pytest.approx(np.mean(expected), rel=1e-5)
 
@@ -280,7 +280,7 @@ def test_gates_that_run_are_trained_on_what_the_earlier_ones_leave(quiet, embedd
     training = dataclasses.replace(TRAINING, epochs=5)
     closed = running_from({"encoder.0": np.inf, "decoder.0": -np.inf})
     running = {"open": running_from(dict.fromkeys(TINY_CONFIG.ffn_names, -np.inf)), "closed": closed}
-    arguments = (StoredPasses(stored), dict.fromkeys(running, MGS), training)
+    arguments = (CachedBatches(stored), dict.fromkeys(running, MGS), training)
     dense = train_gates(quiet, *arguments, tmp_path / "dense", silent)["open"]
     found = train_gates(quiet, *arguments, tmp_path / "running", silent, running=running)
     assert_close(found["open"], dense)
@@ -289,8 +289,8 @@ def test_gates_that_run_are_trained_on_what_the_earlier_ones_leave(quiet, embedd
 
     traces = [quiet.traces(batch, closed)["decoder.0"] for batch in stored]
     left = [FFNInputs({"decoder.0": what.inputs}, {"decoder.0": what.tokens}) for what in traces]
-    alone = BareFFNs({"decoder.0": quiet.ffn_weights()["decoder.0"]})
-    expected = train_gates(alone, StoredPasses(left), {"mgs": MGS}, training, tmp_path / "alone", silent)["mgs"]
+    alone = StandaloneFFNs({"decoder.0": quiet.ffn_weights()["decoder.0"]})
+    expected = train_gates(alone, CachedBatches(left), {"mgs": MGS}, training, tmp_path / "alone", silent)["mgs"]
     assert_close(found["closed"]["decoder.0"], expected["decoder.0"])
 
 
@@ -298,7 +298,7 @@ def test_gates_run_as_they_are_while_they_are_trained(quiet, embedded, tmp_path)
     # Untrained gates are below a threshold of 0.5: the third kind is closed at first and opens as it learns.
     thresholds = {"open": -np.inf, "closed": np.inf, "opening": 0.5}
     running = {kind: running_from({"encoder.0": t, "decoder.0": -np.inf}) for kind, t in thresholds.items()}
-    passes = StoredPasses([batch.tokens for batch in embedded])
+    passes = CachedBatches([batch.tokens for batch in embedded])
     found = train_gates(quiet, passes, dict.fromkeys(running, MGS), TRAINING, tmp_path, silent, running=running)
     assert_close(found["opening"]["encoder.0"], found["closed"]["encoder.0"])
     for other in ("open", "closed"):
@@ -306,26 +306,26 @@ def test_gates_run_as_they_are_while_they_are_trained(quiet, embedded, tmp_path)
 
 
 def test_training_goes_on_from_the_gates_that_run(bare, tmp_path):
-    carrier, passes = bare
+    ffns_of, passes = bare
     rng = np.random.default_rng(0)
     running = {
         "mgs": {
             name: Thresholded(LinearGate(jnp.float32(rng.standard_normal((6, 4))), jnp.zeros(4)), jnp.float32(0))
-            for name in carrier.weights
+            for name in ffns_of.weights
         }
     }
     training = dataclasses.replace(TRAINING, epochs=1, learning_rate=1e-6)
-    found = train_gates(carrier, passes, {"mgs": MGS}, training, tmp_path, silent, running=running)["mgs"]
+    found = train_gates(ffns_of, passes, {"mgs": MGS}, training, tmp_path, silent, running=running)["mgs"]
     for name, gate in found.items():
         assert 0 < np.abs(gate.kernel - running["mgs"][name].score.kernel).max() < 1e-5
 
 
 def test_stored_batches_come_in_another_order_in_every_pass():
-    passes = StoredPasses(list("abcdefgh"), shuffle_seed=0)
+    passes = CachedBatches(list("abcdefgh"), shuffle_seed=0)
     orders = ["".join(passes.batches(epoch)) for epoch in range(3)]
     assert len(set(orders)) == 3 and all(sorted(order) == list("abcdefgh") for order in orders)
     assert ["".join(passes.batches(epoch, 5)) for epoch in range(3)] == [order[5:] for order in orders]
-    assert "".join(StoredPasses(list("abc")).batches(4)) == "abc"
+    assert "".join(CachedBatches(list("abc")).batches(4)) == "abc"
 
 
 @pytest.mark.parametrize(("stop", "goes_on"), [(1, 1), (8, 8), (50, 50)])

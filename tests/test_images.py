@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detr_jax.data.given_images import GivenImages
+from detr_jax.data.image_list import GivenImages
 from detr_jax.data.images import read_image, read_size
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 10, 3), np.uint8)

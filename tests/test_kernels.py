@@ -15,7 +15,7 @@ from kernel_cases import close, random_case
 
 from detr_jax import kernels
 from detr_jax.kernels import BlockLists, Execution
-from detr_jax.kernels.dispatch import BREAK_EVEN, Problem, break_even, choose, tuning, tuning_path
+from detr_jax.kernels.dispatch import BREAK_EVEN, FFNShape, break_even, choose, tuning, tuning_path
 from detr_jax.kernels.reference import block_sparse_ffn as definition
 from detr_jax.kernels.xla import capacities
 
@@ -116,8 +116,8 @@ def test_lists_in_any_order_with_repetitions(implementation):
 
 def test_a_map_as_lists_and_back():
     needed = jnp.asarray(np.random.default_rng(7).random((4, 5, 9)) < 0.5)
-    lists = kernels.lists_of(needed)
-    assert (kernels.map_of(lists, 9) == needed).all()
+    lists = kernels.mask_to_indices(needed)
+    assert (kernels.indices_to_mask(lists, 9) == needed).all()
     for row, indices, count in zip(
         needed.reshape(-1, 9), lists.indices.reshape(-1, 9), lists.counts.ravel(), strict=True
     ):
@@ -127,7 +127,7 @@ def test_a_map_as_lists_and_back():
 
 def test_what_a_tile_needs_is_the_union_of_its_tokens():
     active = np.random.default_rng(8).random((2, 11, 24)) < 0.1
-    needed = np.asarray(kernels.tiles_needing(jnp.asarray(active), 4, 6))
+    needed = np.asarray(kernels.any_per_tile(jnp.asarray(active), 4, 6))
     assert needed.shape == (2, 3, 6)
     for image in range(2):
         for tile in range(3):
@@ -135,7 +135,7 @@ def test_what_a_tile_needs_is_the_union_of_its_tokens():
                 part = active[image, 4 * tile : 4 * tile + 4, 4 * block : 4 * block + 4]
                 assert needed[image, tile, block] == part.any()
     with pytest.raises(ValueError, match="24 groups of neurons cannot be united into 5 blocks"):
-        kernels.tiles_needing(jnp.asarray(active), 4, 5)
+        kernels.any_per_tile(jnp.asarray(active), 4, 5)
 
 
 @pytest.mark.parametrize("implementation", [*HERE, None])
@@ -237,7 +237,7 @@ def test_from_the_groups_that_tokens_need(ordered, exact, tile):
         close(ours[0], asked[0])
         close(ours[1, :20], asked[1, :20])
     elif not ordered:
-        needed = kernels.tiles_needing(active, tile or 30, 12)
+        needed = kernels.any_per_tile(active, tile or 30, 12)
         close(ours, definition(x, weights, needed, tile or 30))
     dense = kernels.ffn(x, *weights)
     error, asked_error = (np.linalg.norm((y - dense)[0]) for y in (ours, asked))
@@ -260,7 +260,7 @@ def test_bad_arguments_are_named():
         (lambda: run(needed.astype(int), 16), "not int32"),
         (lambda: run(needed[:, :7], 16), "96 hidden neurons cannot be divided into 7 blocks"),
         (lambda: run(needed, 16, active=jnp.ones((37, 18), bool)), "multiple of 12 blocks"),
-        (lambda: run(kernels.lists_of(needed), 16), "name `blocks`"),
+        (lambda: run(kernels.mask_to_indices(needed), 16), "name `blocks`"),
         (lambda: kernels.block_sparse_ffn(x[:, :5], weights, needed, 16), "do not fit inputs of 5 features"),
         (
             lambda: kernels.sparse_ffn(x[None], weights, jnp.ones((1, 37, 12), bool), Execution(8, 7)),
@@ -271,16 +271,16 @@ def test_bad_arguments_are_named():
             call()
 
 
-def problem(tile_size=16, tokens=1050):
-    return Problem(jnp.dtype("float32"), tile_size, 256, 2048, 32, None, tokens)
+def ffn_shape(tile_size=16, tokens=1050):
+    return FFNShape(jnp.dtype("float32"), tile_size, 256, 2048, 32, None, tokens)
 
 
 def test_the_choice_depends_on_the_device():
-    assert choose(problem()).name == "xla"
-    assert choose(problem()).break_even == break_even("xla", "cpu", problem())
-    assert choose(problem(), "xla").break_even is None  # forced
+    assert choose(ffn_shape()).name == "xla"
+    assert choose(ffn_shape()).break_even == break_even("xla", "cpu", ffn_shape())
+    assert choose(ffn_shape(), "xla").break_even is None  # forced
     assert tuning_path("NVIDIA H200").name == "nvidia-h200.json"
-    assert 0 < break_even("xla", "a device that nobody tuned", problem()) < 1
+    assert 0 < break_even("xla", "a device that nobody tuned", ffn_shape()) < 1
 
 
 def test_break_even_is_of_the_nearest_size_that_was_measured(tmp_path, monkeypatch):
@@ -297,6 +297,6 @@ def test_break_even_is_of_the_nearest_size_that_was_measured(tmp_path, monkeypat
         *((1, 1, 0.25), (64, 1050, 0.25), (100, 5000, 0.25), (64, 8400, 0.5), (128, 10**6, 0.5)),
         *((1050, 1050, 1.0), (1050, 33600, 1.0), (300, 300, 1.0)),
     ):
-        assert break_even("xla", "tuned", problem(tile_size, tokens)) == expected
-    assert break_even("mosaic_gpu", "tuned", problem()) == BREAK_EVEN["mosaic_gpu"]
+        assert break_even("xla", "tuned", ffn_shape(tile_size, tokens)) == expected
+    assert break_even("mosaic_gpu", "tuned", ffn_shape()) == BREAK_EVEN["mosaic_gpu"]
     tuning.cache_clear()

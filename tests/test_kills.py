@@ -29,7 +29,7 @@ STATISTICS = """
 import pathlib, sys, detr_jax
 from detr_jax.data.scenes import ScenesDataset
 from detr_jax.run_folder import open_run
-from detr_jax.training.activations import profile_activations
+from detr_jax.calibration.activation_passes import profile_activations
 
 detector, out, resume = sys.argv[1], pathlib.Path(sys.argv[sys.argv.index("--out") + 1]), "--resume" in sys.argv
 model = detr_jax.load(detector)

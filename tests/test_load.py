@@ -16,9 +16,9 @@ from published import empty_entries, parameter_shapes
 
 import detr_jax
 from detr_jax import convert
-from detr_jax.labels import COCO_LABELS
 from detr_jax.load import build
-from detr_jax.model.parameters import named_parameters
+from detr_jax.models.labels import COCO_LABELS
+from detr_jax.models.parameters import named_parameters
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "convert_weights.py"
 

@@ -9,9 +9,9 @@ import pytest
 from tiny import TINY_CONFIG, annotation, write_coco
 
 from detr_jax import preset_config
-from detr_jax.data.background import ahead, processes_for
 from detr_jax.data.coco import CocoDataset
 from detr_jax.data.loading import batches, layout_batches, padded_size
+from detr_jax.data.prefetch import dispatch_ahead, processes_for
 from detr_jax.data.scenes import ScenesDataset
 from detr_jax.data.transforms import preprocess, resized_size
 
@@ -166,10 +166,10 @@ def test_processes_load_large_passes_only(monkeypatch):
 
 def test_the_next_item_is_asked_for_before_one_is_given():
     asked, given = [], []
-    for item in ahead(asked.append(i) or i for i in range(4)):
+    for item in dispatch_ahead(asked.append(i) or i for i in range(4)):
         given.append((item, len(asked)))
     assert given == [(0, 2), (1, 3), (2, 4), (3, 4)]
-    assert list(ahead([])) == [] and list(ahead([7])) == [7]
+    assert list(dispatch_ahead([])) == [] and list(dispatch_ahead([7])) == [7]
 
 
 def test_photographs_fit_the_embedded_detector(dataset):

@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from detr_jax.model import DetrOutputs, FFNTrace, Selection
-from detr_jax.training.losses import Targets, dense_loss, hoyer_penalty
-from detr_jax.training.losses import detection_loss as eager_detection_loss
+from detr_jax.models import DetrOutputs, FFNTrace, Selection
+from detr_jax.training.detector.losses import Targets, dense_loss, hoyer_penalty
+from detr_jax.training.detector.losses import detection_loss as eager_detection_loss
 
 detection_loss = jax.jit(eager_detection_loss)
 

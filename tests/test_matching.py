@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from detr_jax.model.boxes import generalised_iou
-from detr_jax.training.matching import match
+from detr_jax.models.boxes import generalised_iou
+from detr_jax.training.detector.matching import match
 
 QUERIES, OBJECTS, CLASSES = 5, 4, 3
 
 
-def problem(seed):
+def ffn_shape(seed):
     rng = np.random.default_rng(seed)
     return (
         jnp.asarray(rng.normal(0, 2, (QUERIES, CLASSES + 1)), jnp.float32),
@@ -35,14 +35,14 @@ def test_against_all_assignments(count):
     valid = jnp.arange(OBJECTS) < count
     matched = jax.jit(match)
     for seed in range(10):
-        logits, boxes, labels, target_boxes = problem(seed)
+        logits, boxes, labels, target_boxes = ffn_shape(seed)
         queries = matched(logits, boxes, labels, target_boxes, valid).tolist()
         assert tuple(queries[:count]) == cheapest(logits, boxes, labels, target_boxes, count)
         assert len(set(queries)) == OBJECTS
 
 
 def test_padding_does_not_matter():
-    logits, boxes, labels, target_boxes = problem(0)
+    logits, boxes, labels, target_boxes = ffn_shape(0)
     valid = jnp.array([True, False, True, False])
     other_labels = jnp.where(valid, labels, 0)
     other_boxes = jnp.where(valid[:, None], target_boxes, 0.5)
@@ -52,13 +52,13 @@ def test_padding_does_not_matter():
 
 
 def test_as_many_objects_as_queries():
-    logits, boxes, _, _ = problem(1)
+    logits, boxes, _, _ = ffn_shape(1)
     order = jnp.array([3, 0, 4, 1, 2])
     queries = match(logits, boxes, jnp.zeros(QUERIES, jnp.int32), boxes[order], jnp.ones(QUERIES, bool))
     np.testing.assert_array_equal(queries, order)
 
 
 def test_more_objects_than_queries():
-    logits, boxes, labels, target_boxes = problem(0)
+    logits, boxes, labels, target_boxes = ffn_shape(0)
     with pytest.raises(ValueError, match="3 queries cannot be matched to 4 objects"):
         match(logits[:3], boxes[:3], labels, target_boxes, jnp.ones(OBJECTS, bool))

@@ -20,7 +20,7 @@ from tiny import TINY_CONFIG, annotation, tiny_detector, write_coco
 import detr_jax
 from detr_jax.data.coco import CocoDataset
 from detr_jax.data.loading import batches
-from detr_jax.mesh import AXIS, join_cluster, mesh_of, own_rows, replicate
+from detr_jax.mesh import AXIS, join_cluster, local_slice, mesh_of, replicate
 
 TESTS = Path(__file__).parent
 EIGHT = AbstractMesh((8,), (AXIS,))
@@ -133,10 +133,10 @@ def test_hosts_load_their_own_images_of_the_same_batch(inputs, monkeypatch):
 
 def test_a_batch_that_devices_cannot_share_is_refused(inputs):
     with pytest.raises(ValueError, match=r"12 images cannot be shared by 8 devices.* multiple of 8"):
-        own_rows(EIGHT, 12)
+        local_slice(EIGHT, 12)
     with pytest.raises(ValueError, match="6 images cannot be shared by 8 devices"):
         batches(CocoDataset(inputs, "val2017"), TINY_CONFIG, 6, mesh=EIGHT)
-    assert own_rows(None, 12) == slice(0, 12)
+    assert local_slice(None, 12) == slice(0, 12)
 
 
 def test_a_single_device_and_a_single_host_are_left_alone(monkeypatch):

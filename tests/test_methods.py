@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from tiny import tiny_ffn
 
-from detr_jax.model.ffn import trace
-from detr_jax.sparsity.activations import measure
-from detr_jax.sparsity.calibration import score_histogram
-from detr_jax.sparsity.carrier import BareFFNs, FFNInputs
-from detr_jax.sparsity.methods import METHODS, Ingredients
-from detr_jax.sparsity.moments import moments_of
-from detr_jax.sparsity.selectors import ContributionGate, LinearGate, LowRankGate, PooledGate
-from detr_jax.training.moments import measure_pooled
-from detr_jax.training.passes import StoredPasses
+from detr_jax.calibration.activations import measure
+from detr_jax.calibration.moment_passes import measure_pooled
+from detr_jax.calibration.moments import moments_of
+from detr_jax.calibration.thresholds import score_histogram
+from detr_jax.data.batches import CachedBatches
+from detr_jax.methods import ContributionGate, LinearGate, LowRankGate, PooledGate
+from detr_jax.methods.registry import METHODS, Ingredients
+from detr_jax.models.ffn import trace
+from detr_jax.models.standalone import FFNInputs, StandaloneFFNs
 
 SIZE = 4
 
@@ -39,8 +39,8 @@ def ingredients(ffn):
     kinds = jnp.zeros(tokens.shape, int)
     statistics = measure(weights, trace(weights, x, tokens), kinds, kinds_count=1, group_size=SIZE)
     moments = (moments_of(values, tokens) for values in (x, trace(weights, x, tokens).hidden))
-    passes = StoredPasses([FFNInputs({"f": x}, {"f": tokens})])
-    pooled = measure_pooled(BareFFNs({"f": weights}), passes, None)["f"]
+    passes = CachedBatches([FFNInputs({"f": x}, {"f": tokens})])
+    pooled = measure_pooled(StandaloneFFNs({"f": weights}), passes, None)["f"]
     return Ingredients(weights, jax.tree.map(np.asarray, statistics), *moments, pooled, gates, SIZE)
 
 

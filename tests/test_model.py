@@ -7,9 +7,9 @@ import pytest
 from flax import nnx
 from tiny import TINY_CONFIG, tiny_detector
 
-from detr_jax.model import DETR, preset_config
-from detr_jax.model.config import config_from_json, config_to_json
-from detr_jax.sparsity.selectors import Oracle
+from detr_jax.methods import Oracle
+from detr_jax.models import DETR, preset_config
+from detr_jax.models.detr.config import config_from_json, config_to_json
 
 
 @pytest.fixture(scope="module")

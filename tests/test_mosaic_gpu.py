@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ffn_baselines import fused_dense, sparse_ffn
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernel_cases import close, random_case
+from random_gates import RandomGate
 
-from detr_jax.evaluation.ffn_contestants import fused_dense, sparse_ffn
-from detr_jax.evaluation.random_gates import RandomGate
-from detr_jax.kernels import BlockLists, FFNWeights, ffn, lists_of
-from detr_jax.kernels.dispatch import Problem, choose
-from detr_jax.kernels.mosaic_gpu import block_sparse_ffn, dense_ffn, refusal, unsupported
+from detr_jax.kernels import BlockLists, FFNWeights, ffn, mask_to_indices
+from detr_jax.kernels.dispatch import FFNShape, choose
+from detr_jax.kernels.mosaic_gpu import block_sparse_ffn, dense_ffn, unsupported, unsupported_reason
 from detr_jax.kernels.operation import block_sparse_ffn as operation
 from detr_jax.kernels.reference import block_sparse_ffn as definition
 
@@ -47,7 +47,7 @@ def test_equals_the_definition(shape):
     tile = shape["tile"]
     x, weights, needed = random_case(30, dtype=jnp.bfloat16, **shape)
     tiles = jnp.pad(x, ((0, -len(x) % tile), (0, 0))).reshape(-1, tile, x.shape[-1])
-    ours = block_sparse_ffn(tiles, weights, lists_of(needed), interpret=params())
+    ours = block_sparse_ffn(tiles, weights, mask_to_indices(needed), interpret=params())
     assert ours.dtype == jnp.bfloat16
     close(ours.reshape(-1, x.shape[-1])[: len(x)], definition(x, weights, needed, tile), jnp.bfloat16)
 
@@ -64,7 +64,7 @@ def test_equals_the_definition(shape):
 def test_exact_mode_masks_per_token(shape):
     x, weights, needed = random_case(32, dtype=jnp.bfloat16, **shape)
     active = jnp.asarray(np.random.default_rng(33).random((len(x), 32)) < 0.5)
-    tile, lists = shape["tile"], lists_of(needed)
+    tile, lists = shape["tile"], mask_to_indices(needed)
     tiles, tiles_active = (
         jnp.pad(array, ((0, -len(x) % tile), (0, 0))).reshape(-1, tile, array.shape[-1]) for array in (x, active)
     )
@@ -107,28 +107,28 @@ def test_lists_in_any_order_with_repetitions(monkeypatch):
 
 
 def test_what_it_cannot_compute_has_a_reason():
-    def problem(dtype="bfloat16", d=256, features=2048, blocks=32, groups=None):
-        return Problem(jnp.dtype(dtype), 64, d, features, blocks, groups, 1050)
+    def ffn_shape(dtype="bfloat16", d=256, features=2048, blocks=32, groups=None):
+        return FFNShape(jnp.dtype(dtype), 64, d, features, blocks, groups, 1050)
 
     for blocks in (256, 128, 64, 32, 16, 1):
-        assert unsupported(problem(blocks=blocks)) is None
-    assert "not in float32" in unsupported(problem("float32"))
-    assert unsupported(problem(groups=256)) is None
-    assert "200 features are not a multiple of 64" in unsupported(problem(d=200))
-    assert "512 features do not fit its registers" in unsupported(problem(d=512))
-    assert "2080 hidden neurons are not whole chunks" in unsupported(problem(features=2080, blocks=260))
-    assert "blocks of 4 neurons" in unsupported(problem(blocks=512))
-    assert "blocks of 96 neurons" in unsupported(problem(features=192, blocks=2))
+        assert unsupported(ffn_shape(blocks=blocks)) is None
+    assert "not in float32" in unsupported(ffn_shape("float32"))
+    assert unsupported(ffn_shape(groups=256)) is None
+    assert "200 features are not a multiple of 64" in unsupported(ffn_shape(d=200))
+    assert "512 features do not fit its registers" in unsupported(ffn_shape(d=512))
+    assert "2080 hidden neurons are not whole chunks" in unsupported(ffn_shape(features=2080, blocks=260))
+    assert "blocks of 4 neurons" in unsupported(ffn_shape(blocks=512))
+    assert "blocks of 96 neurons" in unsupported(ffn_shape(features=192, blocks=2))
     if jax.default_backend() != "gpu":
         with pytest.raises(ValueError, match="mosaic_gpu cannot compute this: it runs on Hopper GPUs, not on"):
-            choose(problem(), "mosaic_gpu")
+            choose(ffn_shape(), "mosaic_gpu")
 
 
 @pytest.mark.parametrize(("capability", "reason"), [("8.0", "not 8.0"), ("10.0", "not 10.0"), ("9.0", None)])
 def test_it_runs_on_hopper_only(capability, reason, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
-    answer = refusal(Problem(jnp.dtype("bfloat16"), 64, 256, 2048, 32, None, 1050))
+    answer = unsupported_reason(FFNShape(jnp.dtype("bfloat16"), 64, 256, 2048, 32, None, 1050))
     assert answer is None if reason is None else reason in answer
 
 
@@ -224,8 +224,8 @@ def test_compiles_for_hopper(block_size, tile, exact, monkeypatch, capfd):
     except NotImplementedError:
         pytest.skip("without a GPU its plugin answers only under JAX_PLATFORMS=cpu")
     mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("one",))
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    run, shapes = operands(block_size, tile=tile, exact=exact, sharding=everywhere)
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    run, shapes = operands(block_size, tile=tile, exact=exact, sharding=replicated)
     jax.jit(run).lower(*shapes).compile()
     report = capfd.readouterr()
     report = report.out + report.err

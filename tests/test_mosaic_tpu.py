@@ -10,8 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from kernel_cases import close, random_case
 
-from detr_jax.kernels import BlockLists, FFNWeights, lists_of
-from detr_jax.kernels.dispatch import Problem, choose
+from detr_jax.kernels import BlockLists, FFNWeights, mask_to_indices
+from detr_jax.kernels.dispatch import FFNShape, choose
 from detr_jax.kernels.mosaic_tpu import TOKENS, block_sparse_ffn, unsupported
 from detr_jax.kernels.operation import block_sparse_ffn as operation
 from detr_jax.kernels.reference import block_sparse_ffn as definition
@@ -46,7 +46,7 @@ def test_equals_the_definition(shape, dtype, exact):
     ours = block_sparse_ffn(
         tiles_of(x, tile),
         weights,
-        lists_of(needed),
+        mask_to_indices(needed),
         None if active is None else tiles_of(active, tile),
         interpret=INTERPRET,
     )
@@ -82,23 +82,23 @@ def test_lists_in_any_order_with_repetitions(monkeypatch):
 def test_more_tiles_than_scalar_memory_holds(monkeypatch):
     monkeypatch.setattr("detr_jax.kernels.mosaic_tpu.SCALARS", 40)
     x, weights, needed = random_case(22, tokens=56, tile=8, d=128, features=128, blocks=16)
-    ours = block_sparse_ffn(tiles_of(x, 8), weights, lists_of(needed), interpret=INTERPRET)
+    ours = block_sparse_ffn(tiles_of(x, 8), weights, mask_to_indices(needed), interpret=INTERPRET)
     close(ours.reshape(-1, 128), definition(x, weights, needed, 8))
 
 
 def test_what_it_cannot_compute_has_a_reason():
-    def problem(dtype="float32", d=256, features=2048, blocks=32):
-        return Problem(jnp.dtype(dtype), 64, d, features, blocks, None, 1050)
+    def ffn_shape(dtype="float32", d=256, features=2048, blocks=32):
+        return FFNShape(jnp.dtype(dtype), 64, d, features, blocks, None, 1050)
 
-    assert unsupported(problem()) is None
-    assert "float16" in unsupported(problem("float16"))
-    assert "blocks of 8 neurons are not whole registers of 16 rows" in unsupported(problem("bfloat16", blocks=256))
-    assert unsupported(problem(blocks=256)) is None
-    assert "200 features are not a multiple of 128" in unsupported(problem(d=200))
-    assert "MiB of vector memory" in unsupported(problem(features=8192))
+    assert unsupported(ffn_shape()) is None
+    assert "float16" in unsupported(ffn_shape("float16"))
+    assert "blocks of 8 neurons are not whole registers of 16 rows" in unsupported(ffn_shape("bfloat16", blocks=256))
+    assert unsupported(ffn_shape(blocks=256)) is None
+    assert "200 features are not a multiple of 128" in unsupported(ffn_shape(d=200))
+    assert "MiB of vector memory" in unsupported(ffn_shape(features=8192))
     if jax.default_backend() != "tpu":
         with pytest.raises(ValueError, match="mosaic_tpu cannot compute this: it runs on TPUs, not on"):
-            choose(problem(), "mosaic_tpu")
+            choose(ffn_shape(), "mosaic_tpu")
 
 
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
@@ -111,7 +111,7 @@ def test_compiles_for_tpus(topology, dtype, block_size, exact):
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = jax.sharding.Mesh(np.array(devices[:1]), ("one",))
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     tiles, tile, d, features = 17, 64, 256, 2048
     shapes = [
         ((tiles, tile, d), dtype),
@@ -119,7 +119,7 @@ def test_compiles_for_tpus(topology, dtype, block_size, exact):
         *(((tiles, features // block_size), "int32"), ((tiles,), "int32")),
         *([((tiles, tile, features // 8), "bool")] if exact else []),
     ]
-    operands = [jax.ShapeDtypeStruct(shape, kind, sharding=everywhere) for shape, kind in shapes]
+    operands = [jax.ShapeDtypeStruct(shape, kind, sharding=replicated) for shape, kind in shapes]
 
     def run(x, w_in, b_in, w_out, b_out, indices, counts, *active):
         return block_sparse_ffn(x, FFNWeights(w_in, b_in, w_out, b_out), BlockLists(indices, counts), *active)

@@ -5,11 +5,17 @@ import pytest
 from tiny import TINY_CONFIG, tiny_detector
 
 from detr_jax import kernels
-from detr_jax.model import FFNWeights
-from detr_jax.model.parameters import fingerprint
-from detr_jax.sparsity.grouping import firing_groups
-from detr_jax.sparsity.need import NeedStatistics
-from detr_jax.sparsity.ordering import cofiring_order, kmeans_order, need_order, permute, reorder
+from detr_jax.calibration.permutation import (
+    coactivation_permutation,
+    kmeans_permutation,
+    permute,
+    permute_neurons,
+    top_p_permutation,
+)
+from detr_jax.calibration.top_p import TopPStatistics
+from detr_jax.methods.grouping import active_groups
+from detr_jax.models import FFNWeights
+from detr_jax.models.parameters import fingerprint
 
 D, F, SIZE = 16, 64, 8
 
@@ -27,7 +33,10 @@ def clustered_ffn(seed=0) -> tuple[FFNWeights, np.ndarray, np.ndarray]:
 
 def orders(weights: FFNWeights, x: np.ndarray) -> dict[str, np.ndarray]:
     fires = (np.asarray(kernels.hidden_activations(x, weights.w_in, weights.b_in)) > 0).astype(np.int64)
-    return {"cofiring": cofiring_order(fires.T @ fires, SIZE), "kmeans": kmeans_order(weights.w_in, SIZE)}
+    return {
+        "cofiring": coactivation_permutation(fires.T @ fires, SIZE),
+        "kmeans": kmeans_permutation(weights.w_in, SIZE),
+    }
 
 
 @pytest.mark.parametrize("method", ["cofiring", "kmeans"])
@@ -39,7 +48,7 @@ def test_an_order_finds_the_families_and_keeps_the_function(method):
     permuted = permute(weights, order)
     np.testing.assert_allclose(kernels.ffn(x, *permuted), kernels.ffn(x, *weights), rtol=1e-6, atol=1e-6)
     given, ordered = (
-        firing_groups(kernels.hidden_activations(x, w.w_in, w.b_in), F // SIZE).mean() for w in (weights, permuted)
+        active_groups(kernels.hidden_activations(x, w.w_in, w.b_in), F // SIZE).mean() for w in (weights, permuted)
     )
     assert ordered < given / 2
 
@@ -49,11 +58,11 @@ def test_orders_name_every_neuron_once(size):
     rng = np.random.default_rng(1)
     fires = (rng.random((200, F)) < rng.uniform(0, 0.3, F)).astype(np.int64)
     fires[:, :10] = 0  # neurons that never fire
-    order = cofiring_order(fires.T @ fires, size)
+    order = coactivation_permutation(fires.T @ fires, size)
     np.testing.assert_array_equal(np.sort(order), np.arange(F))
     if size == 1:
         assert (np.diff(fires.sum(0)[order]) <= 0).all()
-    np.testing.assert_array_equal(np.sort(kmeans_order(rng.standard_normal((F, D)), size)), np.arange(F))
+    np.testing.assert_array_equal(np.sort(kmeans_permutation(rng.standard_normal((F, D)), size)), np.arange(F))
 
 
 def test_a_detector_in_another_order_detects_the_same():
@@ -62,7 +71,7 @@ def test_a_detector_in_another_order_detects_the_same():
     rng = np.random.default_rng(0)
     orders = {name: rng.permutation(TINY_CONFIG.ffn_features) for name in TINY_CONFIG.ffn_names}
     images = rng.standard_normal((1, 32, 40, 3)).astype(np.float32)
-    moved = reorder(model, orders)
+    moved = permute_neurons(model, orders)
     own, other = (m(images, trace=True) for m in (model, moved))
     np.testing.assert_allclose(other.logits, own.logits, rtol=1e-5, atol=1e-5)
     for name, order in orders.items():
@@ -77,18 +86,18 @@ def test_bad_orders_and_group_sizes_are_refused():
         with pytest.raises(ValueError, match="64 hidden neurons names each of them once"):
             permute(weights, order)
     with pytest.raises(ValueError, match="cannot be divided into groups of 7"):
-        cofiring_order(np.eye(F), 7)
+        coactivation_permutation(np.eye(F), 7)
     with pytest.raises(ValueError, match="cannot be divided into groups of 7"):
-        kmeans_order(weights.w_in, 7)
+        kmeans_permutation(weights.w_in, 7)
 
 
-def need_of(needs: np.ndarray, contributed: np.ndarray) -> NeedStatistics:
+def need_of(needs: np.ndarray, contributed: np.ndarray) -> TopPStatistics:
     """Of (tiles, F) what tiles need and (F,) what neurons contribute."""
     needs = needs.astype(np.int64)
-    return NeedStatistics(np.int64(len(needs)), needs.T @ needs, contributed)
+    return TopPStatistics(np.int64(len(needs)), needs.T @ needs, contributed)
 
 
-def families_of_need(seed: int = 0) -> tuple[NeedStatistics, np.ndarray]:
+def families_of_need(seed: int = 0) -> tuple[TopPStatistics, np.ndarray]:
     """Neurons that all tiles need (family 0), that one of four kinds needs (1 to 4), and that none does (5)."""
     rng = np.random.default_rng(seed)
     families = rng.permutation(np.repeat(np.arange(6), [10, 10, 10, 10, 8, 16]))
@@ -100,7 +109,7 @@ def families_of_need(seed: int = 0) -> tuple[NeedStatistics, np.ndarray]:
 
 def test_an_order_by_need_has_sections_of_whole_blocks():
     statistics, families = families_of_need()
-    found = need_order(statistics, SIZE)
+    found = top_p_permutation(statistics, SIZE)
     assert (found.always, found.gated, found.never) == (8, 40, 16)
     always, gated, never = np.split(families[found.order], [8, 48])
     assert (always == 0).all() and (never == 5).all()
@@ -113,7 +122,7 @@ def test_an_order_by_need_has_sections_of_whole_blocks():
 def test_the_sections_are_those_that_were_asked_for(size):
     statistics, _ = families_of_need()
     for always, negligible in ((0.5, 0.0), (1.0, 0.2), (0.0, 1.0)):
-        found = need_order(statistics, size, always=always, negligible=negligible)
+        found = top_p_permutation(statistics, size, always=always, negligible=negligible)
         assert found.always + found.gated + found.never == F
         assert found.always % size == found.gated % size == found.never % size == 0
         dropped = statistics.contributed[found.order[F - found.never :]].sum()
@@ -126,19 +135,19 @@ def test_the_sections_are_those_that_were_asked_for(size):
 def test_where_nothing_tells_neurons_apart_the_one_that_contributes_more_comes_first():
     contributed = np.random.default_rng(0).random(F) + 1
     statistics = need_of(np.repeat(np.arange(10)[:, None] < 5, F, axis=1), contributed)
-    np.testing.assert_array_equal(need_order(statistics, SIZE).order, np.argsort(-contributed))
+    np.testing.assert_array_equal(top_p_permutation(statistics, SIZE).order, np.argsort(-contributed))
 
 
 def test_an_ffn_that_is_silent_needs_nothing():
-    found = need_order(need_of(np.zeros((5, F), bool), np.zeros(F)), SIZE)
+    found = top_p_permutation(need_of(np.zeros((5, F), bool), np.zeros(F)), SIZE)
     assert (found.always, found.gated, found.never) == (0, 0, F)
 
 
 def test_bad_sizes_and_shares_of_need_are_refused():
     statistics, _ = families_of_need()
     with pytest.raises(ValueError, match="cannot be divided into groups of 7"):
-        need_order(statistics, 7)
+        top_p_permutation(statistics, 7)
     with pytest.raises(ValueError, match="always must be a share from 0 to 1, not 2"):
-        need_order(statistics, SIZE, always=2)
+        top_p_permutation(statistics, SIZE, always=2)
     with pytest.raises(ValueError, match="negligible must be a share from 0 to 1, not -1"):
-        need_order(statistics, SIZE, negligible=-1)
+        top_p_permutation(statistics, SIZE, negligible=-1)

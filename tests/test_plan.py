@@ -13,8 +13,8 @@ from scipy.special import expit
 from tiny import TINY_CONFIG, every_selector, tiny_detector, tiny_ffn
 
 import detr_jax
-from detr_jax.sparsity import Plan, load_plan, save_plan
-from detr_jax.sparsity.selectors import LinearGate, Standardised, Thresholded
+from detr_jax.methods import LinearGate, Standardised, Thresholded
+from detr_jax.plan import Plan, load_plan, save_plan
 
 ORDER = np.random.default_rng(1).permutation(TINY_CONFIG.ffn_features)
 SELECTORS = every_selector(tiny_ffn(TINY_CONFIG.ffn_features, TINY_CONFIG.d_model)[0], 8)

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from tiny import tiny_ffn
 
+from detr_jax.calibration.moment_passes import measure_moments
+from detr_jax.calibration.moments import Moments, moments_of
+from detr_jax.calibration.reconstruction import obs_ranking, reconstruct_output
+from detr_jax.data.batches import CachedBatches
 from detr_jax.kernels import ffn
-from detr_jax.model.ffn import forward, trace
-from detr_jax.sparsity.carrier import BareFFNs, FFNInputs
-from detr_jax.sparsity.moments import Moments, moments_of
-from detr_jax.sparsity.refit import elimination_order, refit
-from detr_jax.sparsity.selectors import Fixed
-from detr_jax.training.moments import measure_moments
-from detr_jax.training.passes import StoredPasses
+from detr_jax.methods import Fixed
+from detr_jax.models.ffn import forward, trace
+from detr_jax.models.standalone import FFNInputs, StandaloneFFNs
 
 WEIGHTS, X, TOKENS = tiny_ffn(12, 6, images=60)
 HIDDEN = np.asarray(trace(WEIGHTS, X, TOKENS).hidden, np.float64)[np.asarray(TOKENS)]
@@ -39,16 +39,16 @@ def test_moments_add_up_and_leave_padding_out():
 
 def test_moments_of_a_pass():
     batches = [FFNInputs({"f": X[i : i + 20]}, {"f": TOKENS[i : i + 20]}) for i in (0, 20, 40)]
-    inputs, hidden = measure_moments(BareFFNs({"f": WEIGHTS}), StoredPasses(batches))
+    inputs, hidden = measure_moments(StandaloneFFNs({"f": WEIGHTS}), CachedBatches(batches))
     np.testing.assert_allclose(inputs["f"].mean, np.asarray(X)[np.asarray(TOKENS)].mean(0), atol=1e-5)
     np.testing.assert_allclose(hidden["f"].covariance, MOMENTS.covariance, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="no images to measure moments on"):
-        measure_moments(BareFFNs({"f": WEIGHTS}), StoredPasses([]))
+        measure_moments(StandaloneFFNs({"f": WEIGHTS}), CachedBatches([]))
 
 
 def test_a_refitted_layer_is_the_least_squares_fit():
     kept = np.arange(12) % 2 == 0
-    second = refit(WEIGHTS, MOMENTS, kept)
+    second = reconstruct_output(WEIGHTS, MOMENTS, kept)
     targets = HIDDEN @ np.asarray(WEIGHTS.w_out, np.float64)
     design = np.concatenate([HIDDEN[:, kept], np.ones((len(HIDDEN), 1))], axis=1)
     best, *_ = np.linalg.lstsq(design, targets)
@@ -59,19 +59,19 @@ def test_a_refitted_layer_is_the_least_squares_fit():
 
 
 def test_all_neurons_need_no_fit():
-    second = refit(WEIGHTS, MOMENTS, np.ones(12, bool))
+    second = reconstruct_output(WEIGHTS, MOMENTS, np.ones(12, bool))
     np.testing.assert_allclose(second.w_out, WEIGHTS.w_out, atol=1e-6)
     np.testing.assert_allclose(second.b_out, WEIGHTS.b_out, atol=1e-5)
 
 
 def test_without_neurons_the_mean_output_is_left():
-    second = refit(WEIGHTS, MOMENTS, np.zeros(12, bool))
+    second = reconstruct_output(WEIGHTS, MOMENTS, np.zeros(12, bool))
     expected = np.asarray(ffn(X, *WEIGHTS))[np.asarray(TOKENS)].mean(0)
     np.testing.assert_allclose(second.b_out, expected, atol=1e-4)
 
 
 def test_elimination_takes_the_neuron_that_costs_least_each_time():
-    order = elimination_order(WEIGHTS, MOMENTS)
+    order = obs_ranking(WEIGHTS, MOMENTS)
     assert sorted(order) == list(range(12))
     kept = np.ones(12, bool)
     for out in order[:4:-1]:
@@ -79,17 +79,17 @@ def test_elimination_takes_the_neuron_that_costs_least_each_time():
         for other in np.flatnonzero(kept):
             trial = kept.copy()
             trial[other] = False
-            costs[other] = error(trial, refit(WEIGHTS, MOMENTS, trial))
+            costs[other] = error(trial, reconstruct_output(WEIGHTS, MOMENTS, trial))
         assert costs[out] <= min(costs.values()) * 1.02 + 1e-6
         kept[out] = False
 
 
 def test_elimination_finds_sets_about_as_good_as_the_best_one():
-    order = elimination_order(WEIGHTS, MOMENTS)
+    order = obs_ranking(WEIGHTS, MOMENTS)
 
     def of(neurons) -> float:
         kept = np.isin(np.arange(12), neurons)
-        return error(kept, refit(WEIGHTS, MOMENTS, kept))
+        return error(kept, reconstruct_output(WEIGHTS, MOMENTS, kept))
 
     best = min(of(neurons) for neurons in itertools.combinations(range(12), 2))
     assert of(order[:2]) <= 1.2 * best
@@ -97,15 +97,15 @@ def test_elimination_finds_sets_about_as_good_as_the_best_one():
 
 def test_neurons_that_never_fire_go_first():
     silent = WEIGHTS._replace(b_in=WEIGHTS.b_in.at[jnp.array([3, 8])].set(-1e3))
-    order = elimination_order(silent, moments_of(trace(silent, X, TOKENS).hidden, TOKENS))
+    order = obs_ranking(silent, moments_of(trace(silent, X, TOKENS).hidden, TOKENS))
     assert set(order[-2:]) == {3, 8}
     nothing = Moments(jnp.int32(0), jnp.zeros(12), jnp.zeros((12, 12)))
-    assert sorted(elimination_order(WEIGHTS, nothing)) == list(range(12))
-    assert all(np.isfinite(a).all() for a in jax.tree.leaves(refit(WEIGHTS, nothing, np.arange(12) < 3)))
+    assert sorted(obs_ranking(WEIGHTS, nothing)) == list(range(12))
+    assert all(np.isfinite(a).all() for a in jax.tree.leaves(reconstruct_output(WEIGHTS, nothing, np.arange(12) < 3)))
 
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"moments of \(6,\) activations do not fit 12 neurons"):
-        refit(WEIGHTS, moments_of(X, TOKENS), np.ones(12, bool))
+        reconstruct_output(WEIGHTS, moments_of(X, TOKENS), np.ones(12, bool))
     with pytest.raises(ValueError, match="a bool for each, not bool \\(4,\\)"):
-        refit(WEIGHTS, MOMENTS, np.ones(4, bool))
+        reconstruct_output(WEIGHTS, MOMENTS, np.ones(4, bool))

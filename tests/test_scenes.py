@@ -4,7 +4,7 @@ import pytest
 from detr_jax.data import scenes
 from detr_jax.data.scenes import MAX_OBJECTS, MIN_VISIBLE, SIDE, ScenesDataset, render_scene
 from detr_jax.evaluation.coco_ap import score
-from detr_jax.labels import SCENES_LABELS
+from detr_jax.models.labels import SCENES_LABELS
 
 SAMPLE = 100
 

@@ -3,16 +3,16 @@ import runpy
 import sys
 from pathlib import Path
 
+import device_time
 import numpy as np
 import pytest
 from PIL import Image
 from tiny import annotation, tiny_detector, write_coco
 
 import detr_jax
-from detr_jax.evaluation import device_time
 from detr_jax.kernels import Execution
-from detr_jax.sparsity import Plan, save_plan
-from detr_jax.sparsity.selectors import Executed, Oracle, Sectioned
+from detr_jax.methods import Executed, Oracle, PartitionedSelector
+from detr_jax.plan import Plan, save_plan
 
 ROOT = Path(__file__).parent.parent
 
@@ -137,8 +137,8 @@ def test_detect_tells_what_is_wrong(script, checkpoint, tmp_path, capsys):
     assert not (tmp_path / "found").exists()
     assert script("detect.py", tmp_path / "text.jpg", *out, "--threshold", 70) == 2
     assert "from 0 to 1, not 70" in refused(capsys)
-    beside = ("--model", checkpoint, "--out", tmp_path, "--overwrite")
-    assert script("detect.py", tmp_path / "text.png", *beside) == 2
+    replicate_like = ("--model", checkpoint, "--out", tmp_path, "--overwrite")
+    assert script("detect.py", tmp_path / "text.png", *replicate_like) == 2
     assert "text.png is one of the images" in refused(capsys)
     assert (tmp_path / "text.png").read_text() == "no image"
 
@@ -146,12 +146,12 @@ def test_detect_tells_what_is_wrong(script, checkpoint, tmp_path, capsys):
 def test_benchmark(script, tmp_path, capsys):
     out = tmp_path / "benchmark.json"
     sizes = ("--preset", "detr-tiny", "--height", 64, "--width", 96, "--repeats", 1)
-    assert script("benchmark.py", *sizes, "--out", out) == 0
+    assert script("benchmarks/dense.py", *sizes, "--out", out) == 0
     report = json.loads(out.read_text())
     assert {"ours", "ours, backbone", "ours, transformer"} <= set(report["medians"])
     assert all(median > 0 for median in report["medians"].values())
     assert "peak memory of ours" in capsys.readouterr().out
-    assert script("benchmark.py", *sizes, "--out", out) == 2
+    assert script("benchmarks/dense.py", *sizes, "--out", out) == 2
     assert "exists" in refused(capsys)
 
 
@@ -162,7 +162,7 @@ def test_benchmark_kernels(script, tmp_path, capsys, monkeypatch):
     out = tmp_path / "kernels.json"
     sizes = ("--tokens", 20, "--d-model", 16, "--hidden", 64, "--block-size", 8, "--tile-sizes", 0, 8, "--repeats", 1)
     rows = ("--gates", "tile", "--densities", 0, 0.3, 1)
-    assert script("benchmark_kernels.py", *sizes, *rows, "--out", out, "--write-tuning") == 0
+    assert script("benchmarks/sparse_kernels.py", *sizes, *rows, "--out", out, "--write-tuning") == 0
     report = json.loads(out.read_text())
     assert len(report["rows"]) == 2 * 3 and not report["left_out"]
     assert max(report["errors"].values()) < 1e-5 and report["errors"].keys() == {"reference", "xla"}
@@ -178,7 +178,10 @@ def test_benchmark_kernels(script, tmp_path, capsys, monkeypatch):
     assert [entry["tile_size"] for entry in report["break_even"]["xla"]] == [8, 20]
     new = tmp_path / "new.json"
     correlated = ("--gates", "token", "--density-of", "tokens", "--correlations", 0.9, "--orders", "given", "signature")
-    assert script("benchmark_kernels.py", *sizes, "--tile-sizes", 8, *correlated, "--densities", 0.1, "--out", new) == 0
+    assert (
+        script("benchmarks/sparse_kernels.py", *sizes, "--tile-sizes", 8, *correlated, "--densities", 0.1, "--out", new)
+        == 0
+    )
     rows = json.loads(new.read_text())["rows"]
     assert [row["order"] for row in rows] == ["given", "signature"]
     assert all(0.09 < row["gate_density"] < 0.11 < row["density"] for row in rows)
@@ -186,11 +189,11 @@ def test_benchmark_kernels(script, tmp_path, capsys, monkeypatch):
 
 def test_benchmark_kernels_leaves_out_what_does_not_fit_its_time(script, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(device_time, "ceilings", lambda *_: device_time.Ceilings(1e9, 1e9, "host"))
-    monkeypatch.setattr("detr_jax.evaluation.deadline.Deadline.leaves", lambda self, seconds: not seconds)
+    monkeypatch.setattr("benchmarks.deadline.Deadline.leaves", lambda self, seconds: not seconds)
     out = tmp_path / "kernels.json"
     sizes = ("--tokens", 20, "--d-model", 16, "--hidden", 64, "--block-size", 8, "--tile-sizes", 8, "--repeats", 1)
     rows = ("--gates", "tile", "--densities", 0.5, 1)
-    assert script("benchmark_kernels.py", *sizes, *rows, "--minutes", 9, "--out", out) == 0
+    assert script("benchmarks/sparse_kernels.py", *sizes, *rows, "--minutes", 9, "--out", out) == 0
     report = json.loads(out.read_text())
     assert len(report["rows"]) == 1 and [row["asked"] for row in report["left_out"]] == [1.0]
     left_out = "left out, because the time was up: tokens 20, tile_size 8, gate tile, order given, asked 1.0"
@@ -205,10 +208,10 @@ def test_benchmark_kernels_refuses(script, tmp_path, capsys):
         (("--orders", "signature"), "need gates that decide for tokens"),
         (("--density-of", "tokens"), "need gates that decide for tokens"),
     ):
-        assert script("benchmark_kernels.py", *arguments, "--out", out) == 2
+        assert script("benchmarks/sparse_kernels.py", *arguments, "--out", out) == 2
         assert message in refused(capsys)
     out.write_text("{}")
-    assert script("benchmark_kernels.py", "--out", out) == 2
+    assert script("benchmarks/sparse_kernels.py", "--out", out) == 2
     assert "exists" in refused(capsys)
 
 
@@ -216,11 +219,11 @@ def test_benchmark_plan(script, checkpoint, tmp_path, capsys):
     model = detr_jax.load(checkpoint)
     plan = tmp_path / "plan.safetensors"
     selectors = dict.fromkeys(model.config.ffn_names, Oracle(8))
-    selectors["encoder.0"] = Executed(Sectioned(None, 8), Execution())  # as a search makes it
+    selectors["encoder.0"] = Executed(PartitionedSelector(None, 8), Execution())  # as a search makes it
     save_plan(Plan("oracle", detr_jax.fingerprint(model), selectors, {}, {}, {}, {}), plan)
     arguments = ("--model", checkpoint, "--plan", plan, "--images", 2, "--repeats", 1, "--out", tmp_path / "times.json")
     sizes = ("--block-sizes", 8, "--tile-sizes", 0, 4)
-    assert script("benchmark_plan.py", *arguments, *sizes, "--orders", "given", "signature") == 0
+    assert script("benchmarks/plan.py", *arguments, *sizes, "--orders", "given", "signature") == 0
     rows = json.loads((tmp_path / "times.json").read_text())["rows"]
     assert len(rows) == 4 * len(selectors)
     given, signature = ([r["density"] for r in rows if r["order"] == o] for o in ("given", "signature"))
@@ -229,12 +232,20 @@ def test_benchmark_plan(script, checkpoint, tmp_path, capsys):
         assert 0 <= row["group_density"] <= row["density"] <= 1
         assert row["faster_than_dense"] == row["seconds"]["dense"] / row["seconds"]["sparse"] > 0
     assert "all FFNs, image x 8, ordered" in capsys.readouterr().out
-    assert script("benchmark_plan.py", *arguments, "--overwrite", "--block-sizes", 7) == 2
+    assert script("benchmarks/plan.py", *arguments, "--overwrite", "--block-sizes", 7) == 2
     assert "hidden neurons cannot be divided into blocks of 7" in refused(capsys)
 
 
 @pytest.mark.parametrize(
-    "name", ["evaluate.py", "detect.py", "benchmark.py", "benchmark_kernels.py", "benchmark_plan.py", "search_plan.py"]
+    "name",
+    [
+        "evaluate.py",
+        "detect.py",
+        "benchmarks/dense.py",
+        "benchmarks/sparse_kernels.py",
+        "benchmarks/plan.py",
+        "search_plan.py",
+    ],
 )
 def test_help(script, name, capsys):
     assert script(name, "--help") == 0

@@ -9,9 +9,9 @@ import pytest
 from commands import refusal, run
 
 import detr_jax
-from detr_jax.sparsity import load_plan
-from detr_jax.sparsity.candidates import DYNAMIC
-from detr_jax.sparsity.ordering import reorder
+from detr_jax.calibration.permutation import permute_neurons
+from detr_jax.plan import load_plan
+from detr_jax.search.candidates import DYNAMIC
 
 FEW = ("--statistics-images", 24, "--calibration-images", 16, "--accuracy-images", 8, "--eval-images", 8)
 FEW += ("--batch-size", 8, "--latency-images", 4, "--turns", 1, "--fixed", 0.5, 0.1, "--dynamic", 0.1)
@@ -51,10 +51,10 @@ def test_the_plan_does_what_was_measured(folder):
     plan = load_plan(folder / "plan.safetensors", model)
     assert plan.training["budget"] == "density=0.15"
     images = jnp.asarray(np.random.default_rng(0).standard_normal((2, 64, 64, 3)), jnp.float32)
-    outputs = jax.jit(type(model).__call__)(reorder(model, plan.orders), images, jnp.ones((2, 64, 64), bool))
+    outputs = jax.jit(type(model).__call__)(permute_neurons(model, plan.orders), images, jnp.ones((2, 64, 64), bool))
     dense = model(images, jnp.ones((2, 64, 64), bool))
     np.testing.assert_allclose(outputs.logits, dense.logits, atol=1e-3)  # orders change nothing
-    sparse = reorder(model, plan.orders)(images, jnp.ones((2, 64, 64), bool), selectors=plan.selectors)
+    sparse = permute_neurons(model, plan.orders)(images, jnp.ones((2, 64, 64), bool), selectors=plan.selectors)
     assert 1e-3 < np.abs(sparse.logits - dense.logits).max() < 20
 
 

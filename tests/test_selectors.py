@@ -10,13 +10,11 @@ import pytest
 from tiny import TINY_CONFIG, every_selector, tiny_detector, tiny_ffn
 
 from detr_jax import kernels
-from detr_jax.kernels import Execution, of_tiles
-from detr_jax.model import FFNWeights, Sections, Selection
-from detr_jax.model.ffn import forward, trace
-from detr_jax.sparsity.activations import ActivationStatistics, measure
-from detr_jax.sparsity.carrier import BareFFNs, FFNInputs
-from detr_jax.sparsity.selectors import (
-    Compensated,
+from detr_jax.calibration.activations import ActivationStatistics, measure
+from detr_jax.calibration.moment_passes import measure_pooled
+from detr_jax.data.batches import CachedBatches
+from detr_jax.kernels import Execution, repeat_per_tile
+from detr_jax.methods import (
     ContributionGate,
     Executed,
     HiddenMagnitude,
@@ -24,10 +22,11 @@ from detr_jax.sparsity.selectors import (
     InputMagnitude,
     LinearGate,
     Lots,
+    LowRankCompensation,
     Oracle,
+    PartitionedSelector,
     Pooled,
     PooledGate,
-    Sectioned,
     ShareOfLargest,
     Sibs,
     Standardised,
@@ -42,10 +41,11 @@ from detr_jax.sparsity.selectors import (
     low_rank_factors,
     sketch,
 )
-from detr_jax.sparsity.selectors.pooled_statistics import RIDGE, pooled_statistics
-from detr_jax.sparsity.tiles import existing_tiles, mean_of_tokens
-from detr_jax.training.moments import measure_pooled
-from detr_jax.training.passes import StoredPasses
+from detr_jax.methods.pooled_statistics import RIDGE, pooled_statistics
+from detr_jax.methods.tiles import existing_tiles, mean_of_tokens
+from detr_jax.models import FFNWeights, Partition, Selection
+from detr_jax.models.ffn import forward, trace
+from detr_jax.models.standalone import FFNInputs, StandaloneFFNs
 
 F, D, SIZE = 12, 6, 4
 WEIGHTS, X, TOKENS = tiny_ffn(F, D)
@@ -155,7 +155,7 @@ def test_a_selector_is_an_argument_of_what_is_compiled_whatever_its_threshold(na
     variants = [selector]
     if isinstance(selector, Thresholded):
         variants += [selector.at(0.7), selector.at(-np.inf)]
-    if isinstance(selector, Compensated):
+    if isinstance(selector, LowRankCompensation):
         variants += [dataclasses.replace(selector, of=selector.of.at(0.7))]
     if isinstance(selector, TopK):
         variants += [dataclasses.replace(selector, k=jnp.int32(1))]
@@ -279,7 +279,9 @@ def test_pooled_scores_are_means_over_the_tokens_of_a_window(window, odds):
                 expected[i, start : start + length] = sum(values[i, t] for t in members) / len(members)
     pooled = Pooled(GATE, odds, window)
     assert pooled(WEIGHTS, X, TOKENS).shape == (images, -(-count // length), GROUPS)
-    np.testing.assert_allclose(of_tiles(pooled(WEIGHTS, X, TOKENS), count, window), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        repeat_per_tile(pooled(WEIGHTS, X, TOKENS), count, window), expected, rtol=1e-4, atol=1e-6
+    )
     disturbed = jnp.where(TOKENS[..., None], X, 1e3)
     np.testing.assert_array_equal(pooled(WEIGHTS, disturbed, TOKENS), pooled(WEIGHTS, X, TOKENS))
 
@@ -322,8 +324,8 @@ def test_pooled_statistics_are_of_the_tokens_of_a_window(window):
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_pooled_statistics_are_fitted_by_ridge_regression(window):
-    passes = StoredPasses([FFNInputs({"f": X[:2]}, {"f": TOKENS[:2]}), FFNInputs({"f": X[2:]}, {"f": TOKENS[2:]})])
-    moments = measure_pooled(BareFFNs({"f": WEIGHTS}), passes, window)["f"]
+    passes = CachedBatches([FFNInputs({"f": X[:2]}, {"f": TOKENS[:2]}), FFNInputs({"f": X[2:]}, {"f": TOKENS[2:]})])
+    moments = measure_pooled(StandaloneFFNs({"f": WEIGHTS}), passes, window)["f"]
     scores = np.asarray(fit_pooled_statistics(moments, SIZE, window)(WEIGHTS, X, TOKENS))
     exists = np.asarray(existing_tiles(TOKENS, window or X.shape[1]))
     features = np.asarray(pooled_statistics(X, TOKENS, window), np.float64)[exists]
@@ -382,7 +384,7 @@ def test_sketches_that_cannot_be_made_are_refused():
 @pytest.mark.parametrize("name", ["fixed", "sections", "sections for images"])
 def test_sections_compute_always_what_the_gate_wants_or_never(name):
     selector = SELECTORS[name]
-    _, gated = Sections(selector.always, selector.gated).parts(WEIGHTS)
+    _, gated = Partition(selector.always, selector.gated).parts(WEIGHTS)
     which = kept(selector)
     assert which[..., : selector.always].all() and not which[..., selector.always + selector.gated :].any()
     if selector.gate is not None:
@@ -406,7 +408,7 @@ def test_decisions_for_many_tokens_and_sections_are_executed(name, implementatio
 
 def test_sections_must_fit():
     with pytest.raises(ValueError, match="sections of 10 and 4 neurons do not fit an FFN of 12"):
-        Sectioned(GATE, 10, 4)(WEIGHTS, X, TOKENS)
+        PartitionedSelector(GATE, 10, 4)(WEIGHTS, X, TOKENS)
 
 
 def firing_matrix(tokens=300, seed=0) -> np.ndarray:
@@ -420,9 +422,9 @@ def firing_matrix(tokens=300, seed=0) -> np.ndarray:
 
 
 def statistics_of(fires: np.ndarray) -> ActivationStatistics:
-    cofired = fires.T.astype(np.int64) @ fires
+    coactive = fires.T.astype(np.int64) @ fires
     blank = {field.name: np.zeros(1) for field in dataclasses.fields(ActivationStatistics)}
-    return ActivationStatistics(**blank | {"cofired": cofired})
+    return ActivationStatistics(**blank | {"cofired": coactive})
 
 
 def slow_indicators(fires: np.ndarray, tau: float, most: int, deviations: float) -> dict[int, set[int]]:
@@ -512,7 +514,7 @@ def test_factors_of_full_rank_make_up_for_whatever_is_left_out(name, threshold):
     of = SELECTORS[name].at(threshold)
     dense, left = kernels.ffn(X, *WEIGHTS), forward(WEIGHTS, X, of(WEIGHTS, X, TOKENS))
     assert np.abs(left - dense).max() > 0.1
-    whole = Compensated(of, low_rank_factors(WEIGHTS, D))(WEIGHTS, X, TOKENS)
+    whole = LowRankCompensation(of, low_rank_factors(WEIGHTS, D))(WEIGHTS, X, TOKENS)
     np.testing.assert_allclose(forward(WEIGHTS, X, whole), dense, rtol=1e-4, atol=1e-4)
 
 

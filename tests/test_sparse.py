@@ -14,14 +14,14 @@ from PIL import Image
 from tiny import TINY_CONFIG, tiny_detector
 
 import detr_jax
+from detr_jax.calibration.permutation import permute_neurons
 from detr_jax.kernels import Execution
-from detr_jax.sparsity.ordering import reorder
-from detr_jax.sparsity.selectors import (
-    Compensated,
+from detr_jax.methods import (
     LinearGate,
     Lots,
+    LowRankCompensation,
     Oracle,
-    Sectioned,
+    PartitionedSelector,
     Thresholded,
     TopK,
     low_rank_factors,
@@ -76,7 +76,7 @@ def assert_same(one, other, atol=1e-5):
 
 def test_it_is_called_like_the_dense_one(dense, plan, sparse, pixels):
     by_hand = jax.jit(lambda model, selectors: model(*pixels, selectors=selectors))
-    expected = by_hand(reorder(dense, plan.orders), plan.selectors)
+    expected = by_hand(permute_neurons(dense, plan.orders), plan.selectors)
     outputs = call(sparse, *pixels)
     assert_same(outputs, expected)
     assert type(outputs) is detr_jax.DetrOutputs
@@ -150,7 +150,7 @@ def test_thresholds(dense, sparse, pixels):
 def test_thresholds_of_selectors_that_hold_others(dense):
     gate = gates()["encoder.0"]
     factors = low_rank_factors(dense.ffn_weights()["encoder.0"], 2)
-    sparse = detr_jax.load_sparse(dense, plan_of(dense, {"encoder.0": Compensated(gate, factors)}))
+    sparse = detr_jax.load_sparse(dense, plan_of(dense, {"encoder.0": LowRankCompensation(gate, factors)}))
     assert float(sparse.with_threshold(0.25).plan.selectors["encoder.0"].of.threshold) == 0.25
 
 
@@ -262,7 +262,7 @@ def test_what_the_execution_computes(sparse, pixels):
     tiles = np.asarray(layer.kept).reshape(2, -1, 4, 8, 4)
     assert 0 < layer.density < layer.executed < 1
     np.testing.assert_allclose(layer.executed, tiles.any((2, 4)).mean(), rtol=1e-6)
-    in_sections = Sectioned(Thresholded(Lots(4), jnp.float32(-0.5)), always=8, gated=16)
+    in_sections = PartitionedSelector(Thresholded(Lots(4), jnp.float32(-0.5)), always=8, gated=16)
     parts = sparse.with_plan(dataclasses.replace(sparse.plan, selectors={"encoder.0": in_sections}))
     layer = parts.with_implementation(Execution(4, 4, implementation="xla")).inspect(*pixels)["encoder.0"]
     tiles = np.asarray(layer.kept).reshape(2, -1, 4, 8, 4).any((2, 4))
@@ -294,7 +294,7 @@ def test_detection_in_images_of_all_kinds(sparse, dense, tmp_path):
 
 def test_the_figure_shows_every_layer(sparse, tmp_path):
     backend = dict.__getitem__(matplotlib.rcParams, "backend")  # looking it up the usual way would choose one
-    sparse.draw_firing(IMAGES[0], tmp_path / "firing.png", threshold=0.0)
+    sparse.draw_activity(IMAGES[0], tmp_path / "firing.png", threshold=0.0)
     with Image.open(tmp_path / "firing.png") as figure:
         assert figure.width > 500 and figure.height > 300
         assert len(figure.convert("RGB").getcolors(10**7)) > 100

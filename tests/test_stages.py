@@ -4,12 +4,12 @@ import json
 
 import pytest
 from commands import refusal, run
+from profile_stages import StageTimes, stage_table
 from tiny import annotation, tiny_detector, write_coco
 
 import detr_jax
-from detr_jax.stages import StageTimes, stage_table
 
-NAME = "profile_run.py"
+NAME = "benchmarks/stage_times.py"
 FORWARD = ["decoding", "transfer", "backbone", "transformer without FFNs", "FFNs"]
 
 

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from detr_jax.model import FFNTrace, Selection
-from detr_jax.sparsity.grouping import firing_groups, group_count
-from detr_jax.sparsity.statistics import FiringCounts, count_firing, total_counts
+from detr_jax.evaluation.counts import ActivityCounts, count_activity, total_counts
+from detr_jax.methods.grouping import active_groups, group_count
+from detr_jax.models import FFNTrace, Selection
 
 BATCH, TOKENS, D, GROUPS, SIZE = 2, 7, 4, 3, 6
 
@@ -27,9 +27,9 @@ def lots(count: int, seed: int = 1) -> np.ndarray:
 
 def test_a_group_fires_when_one_of_its_neurons_does():
     hidden = jnp.array([[0.0, 0.0, 1e-30, 0.0, 0.0, 2.0]])
-    np.testing.assert_array_equal(firing_groups(hidden, 3), [[False, True, True]])
-    np.testing.assert_array_equal(firing_groups(hidden, 2), [[True, True]])
-    np.testing.assert_array_equal(firing_groups(hidden * 0, 2), [[False, False]])
+    np.testing.assert_array_equal(active_groups(hidden, 3), [[False, True, True]])
+    np.testing.assert_array_equal(active_groups(hidden, 2), [[True, True]])
+    np.testing.assert_array_equal(active_groups(hidden * 0, 2), [[False, False]])
 
 
 @pytest.mark.parametrize("size", [0, -1, 7])
@@ -52,7 +52,7 @@ def test_group_sizes_that_do_not_divide_are_refused(size):
 )
 def test_counts_are_those_of_a_loop(selection):
     trace = example_trace(selection)
-    counts = total_counts([{"f": count_firing(trace, SIZE)}] * 2)["f"]
+    counts = total_counts([{"f": count_activity(trace, SIZE)}] * 2)["f"]
     expected = dict.fromkeys(dataclasses.asdict(counts), 0)
     for i, t in zip(*np.nonzero(trace.tokens), strict=True):
         fires = [bool(h > 0) for h in trace.hidden[i, t]]
@@ -84,18 +84,18 @@ def test_counts_are_those_of_a_loop(selection):
 
 
 def test_a_dense_ffn_computes_every_group():
-    counts = total_counts([{"f": count_firing(example_trace(Selection()), SIZE)}])["f"]
+    counts = total_counts([{"f": count_activity(example_trace(Selection()), SIZE)}])["f"]
     assert counts.group_sparsity == 0 and counts.recall == counts.density == counts.channel_density == 1
     assert counts.zeros == counts.neuron_sparsity > 0.5
 
 
 def test_where_nothing_fires_or_is_computed_nothing_was_missed_or_in_vain():
     trace = example_trace(Selection(active=np.zeros((BATCH, TOKENS, GROUPS), bool)))
-    counts = count_firing(dataclasses.replace(trace, hidden=jnp.zeros_like(trace.hidden)), SIZE)
+    counts = count_activity(dataclasses.replace(trace, hidden=jnp.zeros_like(trace.hidden)), SIZE)
     assert counts.recall == counts.precision == 1
 
 
 def test_totals_do_not_overflow():
-    full = FiringCounts(*[np.int32(2**31 - 1)] * len(dataclasses.fields(FiringCounts)))
+    full = ActivityCounts(*[np.int32(2**31 - 1)] * len(dataclasses.fields(ActivityCounts)))
     total = total_counts([{"f": full}] * 3)["f"]
     assert set(dataclasses.asdict(total).values()) == {3 * (2**31 - 1)}

@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import refusal, run
+from ffn_study import image_batches, measure_effects, read_ffns
 from PIL import Image
 
-from detr_jax.evaluation.ffn_study import image_batches, measure_effects, read_ffns
-from detr_jax.sparsity.activations import measure
-from detr_jax.sparsity.methods import METHODS
-from detr_jax.sparsity.selectors import InputMagnitude, Oracle, Thresholded
-from detr_jax.training.activations import measure_activations
-from detr_jax.training.passes import StoredPasses
+from detr_jax.calibration.activation_passes import measure_activations
+from detr_jax.calibration.activations import measure
+from detr_jax.data.batches import CachedBatches
+from detr_jax.methods import InputMagnitude, Oracle, Thresholded
+from detr_jax.methods.registry import METHODS
 
-SCRIPT = "study_ffns.py"
+SCRIPT = "studies/ffns.py"
 IMAGES, D = 4, 16
 FEATURES, TOKENS = {"layer0": 32, "layer2": 64}, {"layer0": 9, "layer2": 6}
 DENSITIES = ("0.1", "0.5")
@@ -223,10 +223,10 @@ def test_effects_of_batches_are_those_of_the_whole(ffns_file):
 
 def test_activations_of_any_carrier_add_up_over_batches(ffns_file):
     ffns, inputs = read_ffns(ffns_file)
-    found = measure_activations(ffns, StoredPasses(image_batches(inputs, range(IMAGES), 3)), 8)
+    found = measure_activations(ffns, CachedBatches(image_batches(inputs, range(IMAGES), 3)), 8)
     for name, trace in ffns.traces(inputs, {}).items():
         kinds = jnp.zeros(trace.tokens.shape, int)
         whole = measure(ffns.weights[name], trace, kinds, kinds_count=1, group_size=8)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found[name], whole)
     with pytest.raises(ValueError, match="no images to measure"):
-        measure_activations(ffns, StoredPasses([]), 8)
+        measure_activations(ffns, CachedBatches([]), 8)

@@ -1,10 +1,9 @@
-"""scripts/study_recipes.py, on a few scenes, and what its tables say."""
+"""scripts/studies/recipes.py, on a few scenes, and what its tables say."""
 
 import json
 
 from commands import run
-
-from detr_jax.evaluation.recipe_report import best_table, points_table
+from recipe_report import best_table, points_table
 
 FEW = ("--train-images", 16, "--eval-images", 8, "--epochs", 1, "--allocation-images", 8, "--tuning.epochs", 1)
 FEW += ("--search.statistics-images", 16, "--search.calibration-images", 8, "--search.latency-images", 4)
@@ -13,7 +12,7 @@ FEW += ("--thresholds", 0.5, "--densities", 0.3, "--tuned-densities", 0.3, "--sh
 
 
 def test_every_recipe_is_measured_in_three_ways(tmp_path):
-    run("study_recipes.py", *FEW, "--out", tmp_path / "run")
+    run("studies/recipes.py", *FEW, "--out", tmp_path / "run")
     points = json.loads((tmp_path / "run" / "results.json").read_text())["points"]
     # From so few scenes most FFNs have no sets to choose for an image, and those recipes no points.
     assert {point["recipe"] for point in points} >= {

@@ -10,7 +10,7 @@ from tiny import TINY_CONFIG, annotation, tiny_detector, write_coco
 
 import detr_jax
 
-SCRIPT = "study_tiles.py"
+SCRIPT = "studies/tiles.py"
 IMAGES, TOKENS, D, FEATURES = 4, 9, 6, 16
 OPTIONS = ["--tile-sizes", "1", "4", "64", "--order-tile-sizes", "4", "--block-sizes", "4", "8", "--fit-tile-size", "4"]
 OPTIONS += ["--shares", "0.5", "0.25"]

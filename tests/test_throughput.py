@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from tiny import annotation, tiny_detector, write_coco
 
+from detr_jax.calibration.activation_passes import profile_activations
+from detr_jax.calibration.threshold_passes import measure_scores
+from detr_jax.data.batches import ImageBatches
 from detr_jax.data.coco import CocoDataset
 from detr_jax.data.dataset import Subset
-from detr_jax.data.embedding import embedded_batches
-from detr_jax.evaluation.detections import detect_dataset, measure_dataset
-from detr_jax.sparsity.selectors import LinearGate, Thresholded
-from detr_jax.training.activations import profile_activations
-from detr_jax.training.calibration import measure_scores
+from detr_jax.data.features import backbone_features
+from detr_jax.evaluation.runs import detect_dataset, measure_dataset
+from detr_jax.methods import LinearGate, Thresholded
 from detr_jax.training.gates import MGS, GateTraining, train_gates
-from detr_jax.training.passes import ImagePasses
 
 SIZES = [(32, 40)] * 5 + [(40, 32)] * 4
 BATCH = 2
@@ -61,10 +61,10 @@ def test_nothing_is_compiled_in_a_second_pass(dataset, compilations, name):
         if name == "detections":
             detect_dataset(model, dataset, BATCH, progress=False)
         elif name == "counts":
-            measure_dataset(model, embedded_batches(model, dataset, BATCH, ""), selectors=selectors, group_size=4)
+            measure_dataset(model, backbone_features(model, dataset, BATCH, ""), selectors=selectors, group_size=4)
         else:
             scores = {name: selector.score for name, selector in selectors.items()}
-            measure_scores(model, ImagePasses(model, dataset, BATCH), scores)
+            measure_scores(model, ImageBatches(model, dataset, BATCH), scores)
 
     make_pass(1)
     before = compilations.count
@@ -81,7 +81,7 @@ def test_statistics_compile_for_the_first_batch_of_a_shape_only(one_shape, compi
 
 def test_gate_training_compiles_in_its_first_pass_only(dataset, compilations, tmp_path):
     model, seen = tiny_detector(), []
-    passes = ImagePasses(model, dataset, BATCH, shuffle_seed=0)
+    passes = ImageBatches(model, dataset, BATCH, shuffle_seed=0)
     training = GateTraining(epochs=4, batch_size=BATCH, group_size=4, checkpoint_steps=3)
 
     def note(step: int, loss: jax.Array) -> None:
@@ -98,7 +98,7 @@ def test_bfloat16_trains_the_same_gates_and_detects_the_same(one_shape, tmp_path
     training = GateTraining(epochs=20, batch_size=BATCH, group_size=4, learning_rate=0.05)
     found = []
     for model, folder in ((single, "single"), (half, "half")):
-        passes = ImagePasses(model, one_shape, BATCH, shuffle_seed=0)
+        passes = ImageBatches(model, one_shape, BATCH, shuffle_seed=0)
         found.append(train_gates(model, passes, {"mgs": MGS}, training, tmp_path / folder, lambda *_: None)["mgs"])
     for name, gate in found[0].items():
         other = found[1][name].kernel

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from detr_jax.kernels.ordering import SIGNATURE_BITS, SIGNATURE_SHARE, signature_order
-from detr_jax.sparsity.tiles import count_tiles
+from detr_jax.kernels.token_sorting import SIGNATURE_BITS, SIGNATURE_SHARE, signature_order
+from detr_jax.methods.tiles import count_tiles
 
 IMAGES, TOKENS = 4, 11
 

@@ -5,8 +5,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
-
-from detr_jax.sparsity.token_orders import GridOrder, grid_order, hilbert_order, padding_last, window_shape
+from token_orders import GridOrder, grid_order, hilbert_order, padding_last, window_shape
 
 GRIDS = [(1, 1), (1, 7), (8, 8), (8, 14), (14, 8), (7, 12), (5, 9), (25, 42), (3, 40)]
 

@@ -15,7 +15,7 @@ from scipy.special import expit
 from tiny import annotation, tiny_detector, write_coco
 
 import detr_jax
-from detr_jax.sparsity import load_plan
+from detr_jax.plan import load_plan
 
 NAME = "train_gates.py"
 

@@ -1,6 +1,6 @@
 import jax
 
-from detr_jax.training.log import TrainingLog, plot_log, read_log
+from detr_jax.training.detector.log import TrainingLog, plot_log, read_log
 
 
 def test_log_goes_on_where_the_checkpoint_was(tmp_path):

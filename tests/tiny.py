@@ -10,9 +10,9 @@ from flax import nnx
 from PIL import Image
 
 from detr_jax import DETR, DetrConfig
-from detr_jax.model import BackboneConfig, FFNWeights, SecondLayer, Selector
-from detr_jax.sparsity import selectors
-from detr_jax.sparsity.selectors import Compensated, Thresholded, low_rank_factors
+from detr_jax import methods as selectors
+from detr_jax.methods import LowRankCompensation, Thresholded, low_rank_factors
+from detr_jax.models import BackboneConfig, FFNWeights, OutputLayer, Selector
 
 TINY_CONFIG = DetrConfig(
     BackboneConfig(depths=(1, 1), widths=(4, 8), strides=(1, 2), stem_width=4),
@@ -88,17 +88,17 @@ def every_selector(weights: FFNWeights, group_size: int, seed: int = 1) -> dict[
     few = features // 3
     pooled = selectors.PooledGate(random(d_model, 2), random(2), random(2, few), random(few))
     return found | {
-        "fixed set": selectors.Fixed(jnp.arange(groups) != 0, SecondLayer(random(features, d_model), random(d_model))),
-        "fixed": selectors.Sectioned(None, few, second=SecondLayer(random(few, d_model), random(d_model))),
-        "sections": selectors.Sectioned(of_part, few, features // 2),
-        "sections for images": selectors.Sectioned(Thresholded(pooled, jnp.float32(0)), 0, few),
+        "fixed set": selectors.Fixed(jnp.arange(groups) != 0, OutputLayer(random(features, d_model), random(d_model))),
+        "fixed": selectors.PartitionedSelector(None, few, second=OutputLayer(random(few, d_model), random(d_model))),
+        "sections": selectors.PartitionedSelector(of_part, few, features // 2),
+        "sections for images": selectors.PartitionedSelector(Thresholded(pooled, jnp.float32(0)), 0, few),
         "oracle": selectors.Oracle(group_size),
         "top k": selectors.TopK(linear, jnp.int32(2)),
         "sibs": selectors.Sibs(
             jnp.array([3, 1]), jnp.asarray(rng.random((2, features)) < 0.4), jnp.asarray(rng.random(features) < 0.9)
         ),
-        "compensated channels": Compensated(found["input magnitude"], factors),
-        "compensated groups": Compensated(found["linear gate"], factors),
+        "compensated channels": LowRankCompensation(found["input magnitude"], factors),
+        "compensated groups": LowRankCompensation(found["linear gate"], factors),
     }
 
 

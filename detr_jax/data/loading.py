@@ -8,11 +8,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from detr_jax.data.background import load_ahead, processes_for
 from detr_jax.data.dataset import Dataset
+from detr_jax.data.prefetch import prefetch, processes_for
 from detr_jax.data.transforms import preprocess, resized_size
-from detr_jax.mesh import own_rows
-from detr_jax.model import DetrConfig
+from detr_jax.mesh import local_slice
+from detr_jax.models import DetrConfig
 
 LONG_SIDES = 5
 """Lengths of the longer side, from square to the cap; a program is compiled for each of them and orientation."""
@@ -192,7 +192,7 @@ def batches(
     if not 0 <= start <= len(layouts):
         raise ValueError(f"cannot start at batch {start} of {len(layouts)}")
     layouts = layouts[start:]
-    rows = {size: own_rows(mesh, size) for size in {layout.shape[0] for layout in layouts}}
+    rows = {size: local_slice(mesh, size) for size in {layout.shape[0] for layout in layouts}}
 
     def load(layout: BatchLayout) -> Batch:
         return load_batch(dataset, config, layout, sizes, ids, rows[layout.shape[0]])
@@ -203,4 +203,4 @@ def batches(
         ]
         largest = max(images * height * width for images, height, width in shapes)
         processes = processes_for(sum(images for images, *_ in shapes), 3 * np.dtype(np.float32).itemsize * largest)
-    return load_ahead(layouts, load, processes or 0)
+    return prefetch(layouts, load, processes or 0)

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from detr_jax.data.dataset import Example
-from detr_jax.labels import SCENES_LABELS
+from detr_jax.models.labels import SCENES_LABELS
 
 SIDE = 128
 MAX_OBJECTS = 4

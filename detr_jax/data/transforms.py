@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from detr_jax.model import DetrConfig
+from detr_jax.models import DetrConfig
 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 STD = np.array([0.229, 0.224, 0.225], np.float32)

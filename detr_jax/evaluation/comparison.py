@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from detr_jax.data.embedding import EmbeddedBatch
+from detr_jax.data.features import BackboneFeatures
 from detr_jax.evaluation.coco_ap import CocoScores, bootstrap, confidence_interval, score
-from detr_jax.evaluation.detections import MeasuredDetections, measure_dataset
 from detr_jax.evaluation.flops import DenseFlops, remaining_share, sparse_flops
-from detr_jax.model import DETR, DetrConfig, Selector
-from detr_jax.sparsity.selectors import Thresholded, Traits
+from detr_jax.evaluation.runs import MeasuredDetections, measure_dataset
+from detr_jax.methods import Thresholded, Traits
+from detr_jax.models import DETR, DetrConfig, Selector
 
 Row = dict[str, Any]
 """What was measured with one set of selectors, as JSON."""
@@ -29,7 +29,7 @@ class Comparison:
 
     def __init__(
         self,
-        embedded: Sequence[EmbeddedBatch],
+        embedded: Sequence[BackboneFeatures],
         ground_truth: dict,
         flops: DenseFlops,
         group_size: int,

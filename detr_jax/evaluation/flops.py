@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from detr_jax.model import DETR, ImageTokens
-from detr_jax.sparsity.selectors import Traits
-from detr_jax.sparsity.statistics import FiringCounts
+from detr_jax.evaluation.counts import ActivityCounts
+from detr_jax.methods import Traits
+from detr_jax.models import DETR, ImageTokens
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def _count(function, *arguments) -> float:
     return float(jax.jit(function).lower(*arguments).cost_analysis()["flops"])
 
 
-def remaining_share(traits: Traits, cost: float, counts: FiringCounts, d_model: int, features: int) -> float:
+def remaining_share(traits: Traits, cost: float, counts: ActivityCounts, d_model: int, features: int) -> float:
     """What is left of an FFN's multiply-adds, the selector's own included; above 1 where it costs more than it saves.
 
     Args:

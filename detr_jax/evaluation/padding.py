@@ -4,8 +4,8 @@ import numpy as np
 
 from detr_jax.data.dataset import Dataset
 from detr_jax.evaluation.coco_ap import bootstrap_difference, confidence_interval, score
-from detr_jax.evaluation.detections import coco_results, predictions
-from detr_jax.model import DETR
+from detr_jax.evaluation.runs import coco_results, predictions
+from detr_jax.models import DETR
 
 
 def padding_effect(model: DETR, dataset: Dataset, batch_size: int) -> dict:

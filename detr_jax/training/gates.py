@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from detr_jax.mesh import beside, everywhere, mesh_of
-from detr_jax.model import FFNTrace, FFNWeights
-from detr_jax.sparsity.carrier import FFNCarrier
-from detr_jax.sparsity.grouping import firing_groups, group_count
-from detr_jax.sparsity.selectors import ContributionGate, Gate, LinearGate, LowRankGate, PooledGate, Thresholded
-from detr_jax.sparsity.selectors.score import group_sums
-from detr_jax.sparsity.tiles import mean_of_tokens
+from detr_jax.data.batches import BatchSource
+from detr_jax.mesh import mesh_of, replicate_like, replicated
+from detr_jax.methods import ContributionGate, Gate, LinearGate, LowRankGate, PooledGate, Thresholded
+from detr_jax.methods.base import group_sums
+from detr_jax.methods.grouping import active_groups, group_count
+from detr_jax.methods.tiles import mean_of_tokens
+from detr_jax.models import FFNTrace, FFNWeights
+from detr_jax.models.standalone import HasFFNs
 from detr_jax.training.checkpoints import Checkpoints
-from detr_jax.training.passes import Passes
 
 PAPER_GROUP_SIZE = 8
 PAPER_THRESHOLD = 0.5
@@ -29,7 +29,7 @@ Objective = Literal["firing", "balanced", "contribution", "norm", "share"]
 
 
 @dataclass(frozen=True)
-class GateKind:
+class GateSpec:
     """One way of making gates."""
 
     objective: Objective = "firing"
@@ -44,14 +44,14 @@ class GateKind:
             raise ValueError(f"gates that learn shares are pooled and have a rank, and no others are pooled: {self}")
 
 
-MGS = GateKind()
+MGS = GateSpec()
 KINDS = {
     "firing": MGS,
-    "contribution": GateKind("contribution"),
-    "balanced": GateKind("balanced", rank=16),
-    "norm": GateKind("norm"),
-    "features": GateKind("share", rank=64, pooled="features"),
-    "contributions": GateKind("share", rank=16, pooled="contributions"),
+    "contribution": GateSpec("contribution"),
+    "balanced": GateSpec("balanced", rank=16),
+    "norm": GateSpec("norm"),
+    "features": GateSpec("share", rank=64, pooled="features"),
+    "contributions": GateSpec("share", rank=16, pooled="contributions"),
 }
 """What `sparsity.methods` are made from: MGS, MGS with weighted labels, Deja Vu, D2DMoE, and two that are pooled."""
 
@@ -79,7 +79,7 @@ class GateTraining:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
-def initial_gate(kind: GateKind, d_model: int, groups: int, key: jax.Array) -> Gate:
+def initial_gate(kind: GateSpec, d_model: int, groups: int, key: jax.Array) -> Gate:
     """A gate that gives every group even odds, whatever the input.
 
     The loss of one linear layer is convex, so zeros are as good a start as any; of two layers one must differ.
@@ -130,7 +130,7 @@ def gate_loss(objective: Objective, gate: Gate, weights: FFNWeights, trace: FFNT
     scores = gate(weights, trace.inputs, trace.tokens)
     if objective == "share":
         return _share_loss(scores, weights, trace, gate.traits.tile_size)
-    fires = firing_groups(trace.hidden, scores.shape[-1])
+    fires = active_groups(trace.hidden, scores.shape[-1])
     counted = trace.tokens[..., None]
     if objective in ("contribution", "norm"):
         # Padding may add to the output; in a unit that is 0 without it, that would be infinitely much.
@@ -159,9 +159,9 @@ def _share_loss(scores: jax.Array, weights: FFNWeights, trace: FFNTrace, window:
 
 
 def train_gates(
-    carrier: FFNCarrier,
-    passes: Passes,
-    kinds: Mapping[str, GateKind],
+    ffns_of: HasFFNs,
+    passes: BatchSource,
+    kinds: Mapping[str, GateSpec],
     training: GateTraining,
     folder: Path,
     report: Callable[[int, jax.Array], None],
@@ -194,15 +194,15 @@ def train_gates(
     optimise = optax.adam(optax.cosine_decay_schedule(training.learning_rate, total))
     thresholds = {kind: {name: s.threshold for name, s in chosen.items()} for kind, chosen in (running or {}).items()}
 
-    @partial(jax.jit, out_shardings=everywhere(mesh_of(carrier)))
-    def take_step(state, thresholds, carrier, batch):
+    @partial(jax.jit, out_shardings=replicated(mesh_of(ffns_of)))
+    def take_step(state, thresholds, ffns_of, batch):
         gates, memory = state
-        weights = carrier.ffn_weights()
+        weights = ffns_of.ffn_weights()
 
         def selectors(kind):
             return {name: Thresholded(gates[kind][name], threshold) for name, threshold in thresholds[kind].items()}
 
-        traces = {kind: carrier.traces(batch, selectors(kind)) for kind in thresholds} or carrier.traces(batch, {})
+        traces = {kind: ffns_of.traces(batch, selectors(kind)) for kind in thresholds} or ffns_of.traces(batch, {})
 
         def loss_of(gates):
             losses = [
@@ -216,16 +216,16 @@ def train_gates(
         updates, memory = optimise.update(gradients, memory)
         return (optax.apply_updates(gates, updates), memory), loss
 
-    gates = _initial_gates(carrier, kinds, training) | dict(start or {})
+    gates = _initial_gates(ffns_of, kinds, training) | dict(start or {})
     if running is not None:
         gates = {kind: {name: running[kind][name].score for name in gates[kind]} for kind in kinds}
-    state, thresholds = beside(carrier, ((gates, optimise.init(gates)), thresholds))
+    state, thresholds = replicate_like(ffns_of, ((gates, optimise.init(gates)), thresholds))
     checkpoints = Checkpoints(folder)
     start, state = checkpoints.restore(state) or (0, state)
     if start:
         report(start, jnp.nan)
     for step, batch in enumerate(batches_from(passes, training.epochs, start), start + 1):
-        state, loss = take_step(state, thresholds, carrier, batch)
+        state, loss = take_step(state, thresholds, ffns_of, batch)
         report(step, loss)
         if step % training.checkpoint_steps == 0 or step == total:
             checkpoints.save(step, state)
@@ -233,8 +233,8 @@ def train_gates(
     return {kind: {name: state[0][kind][name] for name in gates[kind]} for kind in kinds}
 
 
-def _initial_gates(carrier: FFNCarrier, kinds: Mapping[str, GateKind], training: GateTraining) -> dict[str, Gates]:
-    shapes = {name: weights.w_in.shape for name, weights in carrier.ffn_weights().items()}
+def _initial_gates(ffns_of: HasFFNs, kinds: Mapping[str, GateSpec], training: GateTraining) -> dict[str, Gates]:
+    shapes = {name: weights.w_in.shape for name, weights in ffns_of.ffn_weights().items()}
     keys = dict(zip(shapes, jax.random.split(jax.random.key(training.seed), len(shapes)), strict=True))
     return {
         kind_name: {
@@ -245,7 +245,7 @@ def _initial_gates(carrier: FFNCarrier, kinds: Mapping[str, GateKind], training:
     }
 
 
-def batches_from(passes: Passes, epochs: int, start: int) -> Iterator[Any]:
+def batches_from(passes: BatchSource, epochs: int, start: int) -> Iterator[Any]:
     """The batches of several passes from step `start` on."""
     for epoch in range(start // len(passes), epochs):
         yield from passes.batches(epoch, start % len(passes) if epoch == start // len(passes) else 0)

@@ -1,0 +1,121 @@
+"""Second layers that make up, as well as they can, for the neurons that are left out, of fixed sets or of others.
+
+With h the hidden activations and K the neurons that are kept, W' and b' minimise the mean of ||h_K W' + b' - y||^2,
+where y = h W_out + b_out: least squares, in closed form from the mean and covariance of h. Which neurons to keep is
+decided by eliminating, one by one, the neuron whose loss costs least once the others have made up for it (the optimal
+brain surgeon of Hassibi and Stork 1992, for whole neurons under the squared error of the FFN's output). Nothing is
+trained, and at run time it is an ordinary narrower FFN.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from scipy.linalg.blas import dger
+
+from detr_jax.calibration.moments import CrossMoments, Moments
+from detr_jax.models import FFNWeights, OutputLayer
+
+RIDGE = 1e-3
+"""Of the mean variance, added to each: neurons that hardly ever fire are not relied on."""
+
+
+def obs_ranking(weights: FFNWeights, moments: Moments) -> np.ndarray:
+    """(F,) the neurons by how long they are kept, the last one that is left first.
+
+    Args:
+        weights: of the FFN.
+        moments: of its hidden activations.
+    """
+    _check(weights, moments)
+    covariance = moments.covariance
+    varies = np.diag(covariance) > 0
+    neurons = np.flatnonzero(varies)
+    inverse = np.asfortranarray(np.linalg.inv(_ridged(covariance[np.ix_(neurons, neurons)])))
+    rows = np.asarray(weights.w_out, np.float64)[neurons]
+    # What is gone has a zero row and column, and is cut off now and then.
+    order, left = [], neurons
+    gone = np.zeros(len(left), bool)
+    for _ in range(len(neurons)):
+        costs = np.where(gone, np.inf, (rows**2).sum(1) / np.maximum(np.diag(inverse), np.finfo(np.float64).tiny))
+        out = int(costs.argmin())
+        order.append(left[out])
+        gone[out] = True
+        column = inverse[:, out].copy()
+        rows -= np.outer(column, rows[out] / column[out])
+        inverse = dger(-1 / column[out], column, column, a=inverse, overwrite_a=True)
+        if gone.mean() > 0.25:
+            left, rows = left[~gone], rows[~gone]
+            inverse = np.asfortranarray(inverse[np.ix_(~gone, ~gone)])
+            gone = np.zeros(len(left), bool)
+    return np.concatenate([np.array(order[::-1], int), np.flatnonzero(~varies)])
+
+
+def reconstruct_output(weights: FFNWeights, moments: Moments, kept: np.ndarray) -> OutputLayer:
+    """The second layer of an FFN of which some neurons are left.
+
+    Args:
+        weights: of the FFN.
+        moments: of its hidden activations.
+        kept: (F,) bool.
+
+    Returns:
+        `w_out` (F, d) with zeros for the neurons that are left out.
+
+    Raises:
+        ValueError: if the moments or `kept` do not fit the FFN.
+    """
+    _check(weights, moments)
+    if kept.shape != (len(weights.w_in),) or kept.dtype != bool:
+        raise ValueError(f"{len(weights.w_in)} neurons are kept or not: a bool for each, not {kept.dtype} {kept.shape}")
+    own = np.asarray(weights.w_out, np.float64)
+    covariance = moments.covariance
+    fitted = _fitted(own, kept, covariance[np.ix_(kept, kept)], covariance[np.ix_(kept, ~kept)] @ own[~kept])
+    bias = np.asarray(weights.b_out, np.float64) + moments.mean @ (own - fitted)
+    return OutputLayer(jnp.asarray(fitted, jnp.float32), jnp.asarray(bias, jnp.float32))
+
+
+def reconstruct_from_kept(weights: FFNWeights, moments: CrossMoments) -> OutputLayer:
+    """The second layer of an FFN that computes other neurons for other tokens.
+
+    Args:
+        weights: of the FFN.
+        moments: of the hidden activations (F,), 0 where they are left out, as inputs, and h W_out (d,) as outputs.
+
+    Returns:
+        `w_out` (F, d) with zeros for neurons that are always left out.
+
+    Raises:
+        ValueError: if the moments do not fit the FFN.
+    """
+    _check(weights, moments.inputs)
+    own = np.asarray(weights.w_out, np.float64)
+    kept = np.diag(moments.inputs.products) > 0
+    among = moments.inputs.covariance[np.ix_(kept, kept)]
+    fitted = _fitted(own, kept, among, moments.cross_covariance[kept] - among @ own[kept])
+    bias = np.asarray(weights.b_out, np.float64) + moments.output_mean - moments.inputs.mean @ fitted
+    return OutputLayer(jnp.asarray(fitted, jnp.float32), jnp.asarray(bias, jnp.float32))
+
+
+def _fitted(own: np.ndarray, kept: np.ndarray, among: np.ndarray, missing: np.ndarray) -> np.ndarray:
+    """(F, d): the detector's own rows and what makes up for the rest.
+
+    Args:
+        own: (F, d) rows.
+        kept: (F,) bool.
+        among: (k, k) covariance of the activations that are kept.
+        missing: (k, d) covariance of those with what their own rows leave of the output.
+    """
+    fitted = np.zeros_like(own)
+    if kept.any():
+        fitted[kept] = own[kept] + np.linalg.solve(_ridged(among), missing)
+    return fitted
+
+
+def _ridged(covariance: np.ndarray) -> np.ndarray:
+    size = len(covariance)
+    variance = np.trace(covariance) / max(size, 1)
+    return covariance + max(RIDGE * variance, np.finfo(np.float32).tiny) * np.eye(size)
+
+
+def _check(weights: FFNWeights, moments: Moments) -> None:
+    if np.shape(moments.sums) != (len(weights.w_in),):
+        raise ValueError(f"moments of {np.shape(moments.sums)} activations do not fit {len(weights.w_in)} neurons")

@@ -1,0 +1,88 @@
+"""What sparsity costs in each FFN, and how much of it each should have."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from detr_jax.data.features import BackboneFeatures
+from detr_jax.models import DETR, DetrOutputs, ImageTokens, Selector, Selectors
+from detr_jax.models.detr.divergence import output_divergence
+
+_change = jax.jit(output_divergence)
+
+
+@jax.jit
+def _outputs(model: DETR, tokens: ImageTokens, selectors: Selectors) -> DetrOutputs:
+    return model.transform(tokens, selectors=selectors)
+
+
+class OutputDivergence:
+    """How much selectors change a detector's outputs on a set of images.
+
+    Args:
+        model: the detector.
+        embedded: the images behind the backbone.
+    """
+
+    def __init__(self, model: DETR, embedded: Sequence[BackboneFeatures]):
+        self._model, self._embedded = model, embedded
+        self._dense = [_outputs(model, batch.tokens, {}) for batch in embedded]
+
+    def __call__(self, selectors: Mapping[str, Selector]) -> float:
+        """The mean over images of `output_divergence`."""
+        changes = [
+            np.asarray(_change(dense, _outputs(self._model, batch.tokens, dict(selectors))))[batch.valid]
+            for batch, dense in zip(self._embedded, self._dense, strict=True)
+        ]
+        return float(np.concatenate(changes).mean())
+
+
+@dataclass(frozen=True)
+class SensitivityTable:
+    """One method at several densities in each FFN, the others dense.
+
+    Attributes:
+        names: of the FFNs.
+        densities: (settings,) targets, from 1, which is dense, to the sparsest.
+        settings: of each FFN its selector at each density.
+        losses: (FFNs, settings) change of the outputs.
+    """
+
+    names: tuple[str, ...]
+    densities: np.ndarray
+    settings: tuple[Sequence[Selector], ...]
+    losses: np.ndarray
+
+    def selectors(self, choice: Sequence[int]) -> dict[str, Selector]:
+        """The selectors of an allocation, see `sparsity.allocation`."""
+        return {name: row[c] for name, row, c in zip(self.names, self.settings, choice, strict=True)}
+
+
+def layer_sensitivity(
+    change: OutputDivergence, densities: Sequence[float], settings: Mapping[str, Sequence[Selector]]
+) -> SensitivityTable:
+    """Measures what each density costs in each FFN.
+
+    Args:
+        change: measures the detector.
+        densities: targets, falling from 1.
+        settings: of each FFN by name its selector at each density, alike but for their numbers: dense FFNs run with the
+            selectors of density 1, so that one program serves all settings.
+
+    Raises:
+        ValueError: if the densities do not fall from 1.
+    """
+    grid = np.array(densities)
+    if not len(grid) or grid[0] != 1 or (np.diff(grid) >= 0).any() or grid[-1] < 0:
+        raise ValueError(f"densities must fall from 1 to at least 0, not {list(densities)}")
+    sensitivity = SensitivityTable(
+        tuple(settings), grid, tuple(settings.values()), np.zeros((len(settings), len(grid)))
+    )
+    for i in range(len(settings)):
+        for setting in range(1, len(grid)):
+            choice = [0] * len(settings)
+            choice[i] = setting
+            sensitivity.losses[i, setting] = change(sensitivity.selectors(choice))
+    return sensitivity

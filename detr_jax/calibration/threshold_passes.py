@@ -1,0 +1,118 @@
+"""Calibration passes: what scores are on held-out images, and from that the thresholds."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from detr_jax.calibration.thresholds import ScoreHistogram, score_histogram
+from detr_jax.data.batches import BatchSource
+from detr_jax.mesh import replicate_like, to_host
+from detr_jax.methods import Score, Thresholded
+from detr_jax.methods.base import SharedScore
+from detr_jax.methods.tiles import existing_tiles
+from detr_jax.models import Selectors
+from detr_jax.models.standalone import HasFFNs, sum_by_name
+
+
+@partial(jax.jit, static_argnames="tile_size")
+def _histograms(ffns_of, batch, scores, running, *, tile_size):
+    weights = ffns_of.ffn_weights()
+    traces = ffns_of.traces(batch, running)
+    return {name: score_histogram(score, weights[name], traces[name], tile_size) for name, score in scores.items()}
+
+
+def measure_scores(
+    ffns_of: HasFFNs,
+    passes: BatchSource,
+    scores: Mapping[str, Score],
+    running: Selectors | None = None,
+    *,
+    tile_size: int = 1,
+) -> dict[str, ScoreHistogram]:
+    """How the scores of every FFN are distributed.
+
+    Args:
+        carrier: of the FFNs.
+        passes: data that nothing was trained on; one pass is made.
+        scores: of each FFN by name.
+        running: selectors that are in effect meanwhile; None for the dense FFNs.
+        tile_size: consecutive tokens that are computed together, see `score_histogram`.
+
+    Raises:
+        ValueError: if there are no images.
+    """
+    scores, running = replicate_like(ffns_of, (dict(scores), dict(running or {})))
+    measure = partial(_histograms, tile_size=tile_size)
+    histograms = (to_host(measure(ffns_of, batch, scores, running)) for batch in passes.batches())
+    return sum_by_name(histograms, "calibrate thresholds")
+
+
+def collect_scores(ffns_of: HasFFNs, passes: BatchSource, scores: Mapping[str, SharedScore]) -> dict[str, np.ndarray]:
+    """All scores of decisions that many tokens share.
+
+    Args:
+        carrier: of the FFNs, which run dense.
+        passes: data; one pass is made.
+        scores: of each FFN by name.
+
+    Returns:
+        by name (decisions, G), those of padding alone left out.
+
+    Raises:
+        ValueError: if there are no images.
+    """
+    scores = replicate_like(ffns_of, dict(scores))
+    batches = [to_host(_scores(ffns_of, batch, scores)) for batch in passes.batches()]
+    if not batches:
+        raise ValueError("there are no images to calibrate thresholds on")
+    return {name: np.concatenate([batch[name][0][batch[name][1]] for batch in batches]) for name in scores}
+
+
+@jax.jit
+def _scores(ffns_of, batch, scores):
+    """Scores (images, decisions, G), and which decisions are about any token."""
+    weights = ffns_of.ffn_weights()
+
+    def of_ffn(score, weights, trace):
+        exists = existing_tiles(trace.tokens, score.traits.tile_size or trace.tokens.shape[-1])
+        return score(weights, trace.inputs, trace.tokens), exists
+
+    return {
+        name: of_ffn(scores[name], weights[name], trace)
+        for name, trace in ffns_of.traces(batch, {}).items()
+        if name in scores
+    }
+
+
+def calibrate(
+    ffns_of: HasFFNs,
+    passes: BatchSource,
+    scores: Mapping[str, Score],
+    threshold_of: Callable[[ScoreHistogram], float],
+    *,
+    in_turn: bool = False,
+    tile_size: int = 1,
+) -> dict[str, Thresholded]:
+    """Selectors from scores, each with a threshold of its own.
+
+    Args:
+        carrier: of the FFNs.
+        passes: data that nothing was trained on.
+        scores: of each FFN by name, in the order in which they run.
+        threshold_of: makes a threshold of a histogram: `density_threshold` or `recall_threshold` with its target.
+        in_turn: calibrate each on the inputs that the earlier ones leave it, one pass per FFN, instead of all on the
+            dense FFNs in one pass.
+        tile_size: consecutive tokens that are computed together: densities and recalls are those of tiles.
+    """
+    open_ = {name: Thresholded(score, jnp.float32(-jnp.inf)) for name, score in scores.items()}
+    if not in_turn:
+        histograms = measure_scores(ffns_of, passes, scores, tile_size=tile_size)
+        return {name: open_[name].at(threshold_of(histogram)) for name, histogram in histograms.items()}
+    chosen = dict(open_)
+    for name in scores:
+        histogram = measure_scores(ffns_of, passes, scores, chosen, tile_size=tile_size)[name]
+        chosen[name] = open_[name].at(threshold_of(histogram))
+    return chosen

@@ -1,0 +1,80 @@
+"""Passes over training data, as inputs of whatever carries the FFNs."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from detr_jax.data.dataset import Dataset
+from detr_jax.data.features import embed_batch
+from detr_jax.data.loading import batches, layout_batches
+from detr_jax.data.prefetch import dispatch_ahead
+from detr_jax.mesh import mesh_of, shard_batch
+from detr_jax.models import DETR, ImageTokens
+
+
+class BatchSource(Protocol):
+    """Batches for an `HasFFNs`, pass after pass: a function of the pass and the position in it alone."""
+
+    def __len__(self) -> int:
+        """Batches in one pass."""
+
+    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[Any]:
+        """The batches of a pass from position `start` on."""
+
+
+class ImageBatches:
+    """Images of a data set, read again in every pass.
+
+    Args:
+        model: the detector whose backbone they go through, on its devices.
+        dataset: the images.
+        batch_size: images per batch, over all devices.
+        shuffle_seed: of the order, another one in every pass; None keeps the data set's.
+        progress: title of a bar for every pass; None shows none.
+    """
+
+    def __init__(
+        self,
+        model: DETR,
+        dataset: Dataset,
+        batch_size: int,
+        shuffle_seed: int | None = None,
+        progress: str | None = None,
+    ):
+        self._model, self._dataset, self._batch_size = model, dataset, batch_size
+        self._seed, self._progress = shuffle_seed, progress
+
+    def __len__(self) -> int:
+        return len(layout_batches(self._dataset.image_sizes(), self._model.config, self._batch_size))
+
+    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[ImageTokens]:
+        mesh, order = mesh_of(self._model), {"shuffle_seed": self._seed, "epoch": epoch, "start": start}
+        loaded = batches(self._dataset, self._model.config, self._batch_size, mesh=mesh, **order)
+        embedded = dispatch_ahead(embed_batch(self._model, batch, mesh) for batch in loaded)
+        hidden = self._progress is None
+        yield from tqdm(embedded, self._progress, len(self), initial=start, unit="batch", disable=hidden)
+
+
+class CachedBatches:
+    """Batches that are in memory, such as the tokens of an embedded data set.
+
+    Args:
+        stored: the batches; where devices share them, the rows of this process.
+        shuffle_seed: of their order, another one in every pass; None keeps it.
+        mesh: devices that share every batch, see `detr_jax.mesh`.
+    """
+
+    def __init__(self, stored: Sequence[Any], shuffle_seed: int | None = None, mesh: Mesh | None = None):
+        self._stored, self._seed, self._mesh = stored, shuffle_seed, mesh
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[Any]:
+        order = np.arange(len(self._stored))
+        if self._seed is not None:
+            order = np.random.default_rng([self._seed, epoch]).permutation(order)
+        return (shard_batch(self._mesh, self._stored[i]) for i in order[start:])

@@ -1,0 +1,70 @@
+"""Images as the transformer sees them: the part of a forward pass that no selector changes, done once."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from detr_jax.data.dataset import Dataset
+from detr_jax.data.loading import Batch, batches
+from detr_jax.data.prefetch import dispatch_ahead
+from detr_jax.mesh import map_shards, mesh_of, shard_batch, to_host_local
+from detr_jax.models import DETR, ImageTokens
+
+
+@dataclass(frozen=True)
+class BackboneFeatures:
+    """A batch behind the backbone.
+
+    Attributes:
+        tokens: what the transformer gets, in host memory; where several hosts share the batch, of the own images.
+        sizes: (batch, 2) int, original height and width in pixels.
+        image_ids: (batch,) int.
+        valid: (batch,) bool, false for copies that fill the batch.
+        grid: rows and columns of the tokens.
+    """
+
+    tokens: ImageTokens
+    sizes: np.ndarray
+    image_ids: np.ndarray
+    valid: np.ndarray
+    grid: tuple[int, int]
+
+
+@partial(jax.jit, static_argnames="mesh")
+def _embed(
+    model: DETR, pixel_values: jax.Array, pixel_mask: jax.Array, valid: jax.Array, *, mesh: Mesh | None
+) -> ImageTokens:
+    return map_shards(mesh, lambda model, images: model.embed(*images))(model, (pixel_values, pixel_mask, valid))
+
+
+def embed_batch(model: DETR, batch: Batch, mesh: Mesh | None) -> ImageTokens:
+    """What the transformer gets of a batch, on the device of the detector or those that it was replicated over."""
+    return _embed(model, *shard_batch(mesh, (batch.pixel_values, batch.pixel_mask, batch.valid[batch.own])), mesh=mesh)
+
+
+def backbone_features(model: DETR, dataset: Dataset, batch_size: int, progress: str) -> Iterator[BackboneFeatures]:
+    """One pass over a data set behind the backbone, with a progress bar.
+
+    As a list it takes two arrays of tokens x d numbers of host memory for every image, and serves any number of passes.
+
+    Args:
+        model: the detector.
+        dataset: the images.
+        batch_size: images per batch.
+        progress: title of the bar.
+
+    Raises:
+        ValueError: if the devices of the detector cannot share a batch.
+    """
+    mesh = mesh_of(model)
+    loaded = batches(dataset, model.config, batch_size, mesh=mesh)
+    with tqdm(total=len(dataset), unit="image", desc=progress) as bar:
+        for batch, tokens in dispatch_ahead((batch, embed_batch(model, batch, mesh)) for batch in loaded):
+            grid = model.token_grid(batch.pixel_mask.shape[1:])
+            yield BackboneFeatures(to_host_local(tokens), batch.sizes, batch.image_ids, batch.valid, grid)
+            bar.update(int(batch.valid.sum()))

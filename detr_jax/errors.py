@@ -1,0 +1,33 @@
+"""Errors that a user can mend: what was given is wrong, missing, or already there.
+
+Each is also the built-in error that research code would catch. Commands print these as one line; any other error is our
+own fault and shows its traceback.
+"""
+
+
+class UserError(Exception):
+    """Base of all errors that a user can mend."""
+
+
+class InputError(UserError, ValueError):
+    """A value, file or combination of options is wrong; the message says what would be right."""
+
+
+class InputTypeError(UserError, TypeError):
+    """A value is of a type that is not taken."""
+
+
+class MissingFileError(UserError, FileNotFoundError):
+    """A file or folder does not exist."""
+
+
+class ExistingFileError(UserError, FileExistsError):
+    """A file or run exists and may not be overwritten."""
+
+
+class OutputError(UserError, OSError):
+    """A file cannot be written: no space, no permission, no network."""
+
+
+class MissingDependencyError(UserError, ImportError):
+    """An optional package is needed and not installed."""

@@ -1,0 +1,181 @@
+"""Running a detector over a data set."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from detr_jax.data.dataset import Dataset
+from detr_jax.data.features import BackboneFeatures
+from detr_jax.data.loading import Batch, batches
+from detr_jax.data.prefetch import dispatch_ahead
+from detr_jax.evaluation.counts import ActivityCounts, count_activity, total_counts
+from detr_jax.mesh import local_slice, map_shards, mesh_of, replicate_like, shard_batch, to_host
+from detr_jax.models import DETR, DetrOutputs, ImageTokens, Selectors
+from detr_jax.models.detr.postprocess import Detections, postprocess
+
+
+@partial(jax.jit, static_argnames="mesh")
+def detect(
+    model: DETR,
+    pixel_values: jax.Array,
+    pixel_mask: jax.Array,
+    sizes: jax.Array,
+    selectors: Selectors | None = None,
+    *,
+    mesh: Mesh | None = None,
+) -> tuple[DetrOutputs, Detections]:
+    """One batch, compiled once per shape and kind of detector, not per value of its weights or selectors.
+
+    Args:
+        model: the detector.
+        pixel_values: (batch, height, width, 3) float32.
+        pixel_mask: (batch, height, width) bool.
+        sizes: (batch, 2) original height and width in pixels.
+        selectors: selector of each sparse FFN by name.
+        mesh: devices that share the batch, see `detr_jax.mesh`.
+    """
+
+    def of_images(held, images):
+        (model, selectors), (pixel_values, pixel_mask, sizes) = held, images
+        outputs = model(pixel_values, pixel_mask, selectors=selectors)
+        return outputs, postprocess(outputs.logits, outputs.boxes, sizes)
+
+    return map_shards(mesh, of_images)((model, selectors), (pixel_values, pixel_mask, sizes))
+
+
+@partial(jax.jit, static_argnames=("group_size", "mesh"))
+def detect_and_count(
+    model: DETR,
+    tokens: ImageTokens,
+    sizes: jax.Array,
+    selectors: Selectors,
+    *,
+    group_size: int,
+    mesh: Mesh | None = None,
+) -> tuple[DetrOutputs, Detections, dict[str, ActivityCounts]]:
+    """As `detect`, from what the backbone gave, and what fires in every FFN in groups of `group_size`, per device."""
+
+    def of_images(held, images):
+        (model, selectors), (tokens, sizes) = held, images
+        outputs = model.transform(tokens, selectors=selectors, trace=True)
+        counts = {name: count_activity(trace, group_size) for name, trace in outputs.traces.items()}
+        seen = dataclasses.replace(outputs, traces=None)
+        return seen, postprocess(outputs.logits, outputs.boxes, sizes), jax.tree.map(lambda count: count[None], counts)
+
+    return map_shards(mesh, of_images)((model, selectors), (tokens, sizes))
+
+
+def predictions(
+    model: DETR,
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    selectors: Selectors | None = None,
+    exact: bool = False,
+    progress: bool = True,
+) -> Iterator[tuple[Batch, DetrOutputs, Detections]]:
+    """What the detector says about every image of a data set, batch by batch, as numpy arrays.
+
+    Args:
+        model: the detector.
+        dataset: the images.
+        batch_size: images per batch.
+        selectors: selector of each sparse FFN by name.
+        exact: without padding; compiles for every size of image.
+        progress: show a bar with images per second.
+
+    Raises:
+        ValueError: if a score is not finite, or the devices of the detector cannot share a batch.
+    """
+    mesh = mesh_of(model)
+    selectors = replicate_like(model, selectors)
+
+    def compute(batch: Batch) -> tuple[Batch, tuple[DetrOutputs, Detections]]:
+        images = shard_batch(mesh, (batch.pixel_values, batch.pixel_mask, batch.sizes[batch.own]))
+        return batch, detect(model, *images, selectors, mesh=mesh)
+
+    loaded = batches(dataset, model.config, batch_size, exact=exact, mesh=mesh)
+    with tqdm(total=len(dataset), unit="image", disable=not progress) as bar:
+        for batch, computed in dispatch_ahead(map(compute, loaded)):
+            outputs, detections = to_host(computed)
+            if not np.isfinite(detections.scores).all():
+                raise ValueError(f"the detector's scores for images {batch.image_ids.tolist()} are not finite")
+            yield batch, outputs, detections
+            bar.update(int(batch.valid.sum()))
+
+
+def coco_results(batch: Batch | BackboneFeatures, detections: Detections) -> list[dict]:
+    """Detections in COCO's results format, one for every object query of every valid image."""
+    corners = np.asarray(detections.boxes, np.float64)
+    boxes = np.concatenate([corners[..., :2], corners[..., 2:] - corners[..., :2]], axis=-1)
+    return [
+        {"image_id": int(batch.image_ids[i]), "category_id": label, "bbox": box, "score": score}
+        for i in np.flatnonzero(batch.valid)
+        for label, box, score in zip(
+            detections.labels[i].tolist(), boxes[i].tolist(), detections.scores[i].tolist(), strict=True
+        )
+    ]
+
+
+def detect_dataset(
+    model: DETR,
+    dataset: Dataset,
+    batch_size: int,
+    *,
+    selectors: Selectors | None = None,
+    exact: bool = False,
+    progress: bool = True,
+) -> list[dict]:
+    """Every image's detections in COCO's results format; arguments and errors as in `predictions`."""
+    passes = predictions(model, dataset, batch_size, selectors=selectors, exact=exact, progress=progress)
+    return [result for batch, _, detections in passes for result in coco_results(batch, detections)]
+
+
+@dataclass(frozen=True)
+class MeasuredDetections:
+    """Detections of a data set and what fired while they were made.
+
+    Attributes:
+        results: in COCO's results format.
+        counts: of every FFN by name in the order in which they run, in the forward passes that the selectors acted on.
+    """
+
+    results: list[dict]
+    counts: dict[str, ActivityCounts]
+
+
+def measure_dataset(
+    model: DETR,
+    embedded: Iterable[BackboneFeatures],
+    *,
+    selectors: Selectors,
+    group_size: int,
+) -> MeasuredDetections:
+    """Every image's detections, and the firing counts of every FFN.
+
+    Args:
+        model: the detector.
+        embedded: the images behind the backbone, see `detr_jax.data.features`.
+        selectors: selector of each sparse FFN by name; empty for the dense detector.
+        group_size: neurons per group, for the counts.
+    """
+    mesh = mesh_of(model)
+    selectors = replicate_like(model, selectors)
+
+    def compute(batch: BackboneFeatures) -> tuple[BackboneFeatures, tuple]:
+        images = shard_batch(mesh, (batch.tokens, batch.sizes[local_slice(mesh, len(batch.sizes))]))
+        return batch, detect_and_count(model, *images, selectors, group_size=group_size, mesh=mesh)
+
+    results, counts = [], []
+    for batch, computed in dispatch_ahead(map(compute, embedded)):
+        _, detections, counted = to_host(computed)
+        results += coco_results(batch, detections)
+        counts.append(counted)
+    totals = total_counts(counts)
+    return MeasuredDetections(results, {name: totals[name] for name in model.config.ffn_names})

@@ -1,0 +1,58 @@
+"""A selector whose groups are really left out, by the sparse FFN operation instead of the masked reference."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+
+from detr_jax.kernels import Execution
+from detr_jax.methods.base import Traits
+from detr_jax.models import FFNWeights, Selection, Selector, Selectors
+from detr_jax.pytrees import pytree
+
+
+@pytree
+@dataclass(frozen=True)
+class Executed:
+    """Another selector, and how the FFN computes what it selects.
+
+    Attributes:
+        selector: decides about groups or neurons.
+        execution: tiles, blocks and implementation.
+    """
+
+    selector: Selector
+    execution: Execution = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> Selection:
+        """Selects.
+
+        Raises:
+            ValueError: if the selector leaves out channels or compensates, which only the masked reference can.
+        """
+        selection = self.selector(ffn, x, tokens)
+        fixed = selection.sections is not None and not selection.sections.gated
+        groups = selection.active is not None or fixed
+        if not groups or selection.channels is not None or selection.factors is not None:
+            raise ValueError(
+                f"{type(self.selector).__name__} does not choose groups of neurons alone, so it runs in the masked "
+                "reference only"
+            )
+        if selection.tile_size == 1 and not fixed:
+            # Padding needs nothing, or it would make tiles denser.
+            selection = dataclasses.replace(selection, active=selection.active & tokens[..., None])
+        return dataclasses.replace(selection, execution=self.execution)
+
+    @property
+    def traits(self) -> Traits:
+        return self.selector.traits
+
+    def cost(self, d_model: int, features: int) -> float:
+        """Multiply-adds per token of the decision."""
+        return self.selector.cost(d_model, features)
+
+
+def executed(selectors: Selectors, execution: Execution | None) -> dict[str, Selector]:
+    """The same selectors computed in another way; None is the masked reference."""
+    bare = {name: s.selector if isinstance(s, Executed) else s for name, s in selectors.items()}
+    return bare if execution is None else {name: Executed(selector, execution) for name, selector in bare.items()}

@@ -1,0 +1,59 @@
+"""Magnitudes of hidden activations or of input channels: TEAL and WINA."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from detr_jax.kernels import hidden_activations
+from detr_jax.methods.base import Traits
+from detr_jax.models import FFNWeights
+from detr_jax.pytrees import pytree
+
+
+@pytree
+@dataclass(frozen=True)
+class HiddenMagnitude:
+    """|h_j|, or |h_j| ||W_out[j]||: takes the whole first product and saves the second.
+
+    Liu et al. 2025, "TEAL"; Chen et al. 2025, "WINA", without its rotation. Both take their thresholds from quantiles
+    of what is observed; TEAL's shortcut for symmetric distributions does not hold after a ReLU and is not used.
+
+    Attributes:
+        weighted: by the norms of the output weights (WINA).
+    """
+
+    traits: ClassVar = Traits("statistics", "neuron", "second")
+
+    weighted: bool = field(metadata={"static": True})
+
+    def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> jax.Array:
+        hidden = hidden_activations(x, ffn.w_in, ffn.b_in).astype(jnp.float32)
+        return hidden * jnp.linalg.norm(ffn.w_out.astype(jnp.float32), axis=1) if self.weighted else hidden
+
+    def cost(self, d_model: int, features: int) -> float:
+        return float(features) if self.weighted else 0.0
+
+
+@pytree
+@dataclass(frozen=True)
+class InputMagnitude:
+    """|x_i|, or |x_i| ||W_in[:, i]||: leaves channels out of the first product and saves nothing of the second.
+
+    The same sources.
+
+    Attributes:
+        weighted: by the norms of the input weights (WINA).
+    """
+
+    traits: ClassVar = Traits("statistics", "channel", "first")
+
+    weighted: bool = field(metadata={"static": True})
+
+    def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> jax.Array:
+        size = jnp.abs(x.astype(jnp.float32))
+        return size * jnp.linalg.norm(ffn.w_in.astype(jnp.float32), axis=0) if self.weighted else size
+
+    def cost(self, d_model: int, features: int) -> float:
+        return float(d_model) if self.weighted else 0.0

@@ -1,0 +1,35 @@
+"""The control: groups drawn by lot."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import jax
+
+from detr_jax.methods.base import Traits
+from detr_jax.methods.grouping import group_count
+from detr_jax.models import FFNWeights
+from detr_jax.pytrees import pytree
+
+
+@pytree
+@dataclass(frozen=True)
+class Lots:
+    """Other groups for every token, the same ones in every run.
+
+    Attributes:
+        group_size: neurons per group.
+        seed: of the lots.
+    """
+
+    traits: ClassVar = Traits("nothing", "group", "both")
+
+    group_size: int = field(metadata={"static": True})
+    seed: int = field(default=0, metadata={"static": True})
+
+    def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> jax.Array:
+        groups = group_count(ffn.w_in.shape[0], self.group_size)
+        # Negative, because thresholds are finest near 0, where the few that low densities keep are.
+        return -jax.random.uniform(jax.random.key(self.seed), (*x.shape[:-1], groups))
+
+    def cost(self, d_model: int, features: int) -> float:
+        return 0.0

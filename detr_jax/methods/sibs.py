@@ -1,0 +1,92 @@
+"""SIBS, Static Indicator-Based Sparsification (Sedghi et al. 2025, arXiv 2510.09380), as we read it.
+
+The paper calls SIBS a heuristic that predicts inactive neurons from fixed activation patterns, and gives no algorithm
+that we could find. This is our reading. A neuron i is an indicator of the set S_i of neurons that stay silent when it
+fires, in at least a share tau of the cases; what is counted against tau is not the share that was observed but a lower
+confidence bound of it, so that rare neurons indicate nothing. A greedy cover picks the K indicators that silence most.
+At inference these are computed first; what the ones that fire indicate is left out, and so are neurons that never fire.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from detr_jax.calibration.activations import ActivationStatistics
+from detr_jax.kernels import hidden_activations
+from detr_jax.methods.base import Traits
+from detr_jax.models import FFNWeights, Selection
+from detr_jax.pytrees import pytree
+
+
+@pytree
+@dataclass(frozen=True)
+class Sibs:
+    """Indicators and what they silence.
+
+    Attributes:
+        indicators: (K,) int32, neurons.
+        silenced: (K, F) bool, the neurons that each indicator tells to be silent.
+        alive: (F,) bool, neurons that have ever fired.
+    """
+
+    traits: ClassVar = Traits("statistics", "neuron", "both")
+
+    indicators: jax.Array
+    silenced: jax.Array
+    alive: jax.Array
+
+    def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> Selection:
+        fires = hidden_activations(x, ffn.w_in[self.indicators], ffn.b_in[self.indicators]) > 0
+        silent = fires.astype(jnp.float32) @ self.silenced.astype(jnp.float32) > 0
+        computed_anyway = jnp.zeros_like(self.alive).at[self.indicators].set(True)
+        return Selection(active=(self.alive & ~silent) | computed_anyway)
+
+    def cost(self, d_model: int, features: int) -> float:
+        # The indicators' own activations are part of the FFN; 32 bits of their masks are combined in one operation.
+        return len(self.indicators) * features / 32
+
+
+def find_indicators(statistics: ActivationStatistics, *, tau: float, indicators: int, confidence: float = 1.96) -> Sibs:
+    """SIBS for one FFN.
+
+    Args:
+        statistics: of the FFN.
+        tau: least share of an indicator's firings in which an indicated neuron is silent.
+        indicators: K, their number at most; fewer where no other one would silence anything.
+        confidence: of the lower bound, in standard deviations (Wilson's interval for a share).
+
+    Raises:
+        ValueError: if `tau` is no share, or there are no statistics.
+    """
+    if not 0 < tau <= 1:
+        raise ValueError(f"tau must be above 0 and at most 1, not {tau}")
+    coactive = np.asarray(statistics.coactive, np.float64)
+    fired = np.diag(coactive)
+    if not fired.any():
+        raise ValueError("no neuron ever fired in these statistics; measure them on images")
+    trials = np.maximum(fired, 1)[:, None]
+    silent = _lower_bound(1 - coactive / trials, trials, confidence) >= tau
+    silent &= (fired > 0)[:, None] & (fired > 0)[None, :]
+
+    # Of the times that i fires, those in which a chosen indicator already silences j; no less than the most of them.
+    known = np.zeros_like(coactive)
+    chosen: list[int] = []
+    for _ in range(indicators):
+        gain = np.where(silent, np.maximum(fired[:, None] - known, 0), 0).sum(1)
+        gain[chosen] = 0
+        best = int(gain.argmax())
+        if gain[best] == 0:
+            break
+        chosen.append(best)
+        known = np.maximum(known, np.where(silent[best][None, :], coactive[:, best][:, None], 0))
+    index = np.array(chosen, np.int32)
+    return Sibs(jnp.asarray(index), jnp.asarray(silent[index]), jnp.asarray(fired > 0))
+
+
+def _lower_bound(share: np.ndarray, trials: np.ndarray, deviations: float) -> np.ndarray:
+    """Wilson's lower confidence bound of a share that was observed in a number of trials."""
+    z = deviations**2 / trials
+    return (share + z / 2 - deviations * np.sqrt(share * (1 - share) / trials + z / (4 * trials))) / (1 + z)

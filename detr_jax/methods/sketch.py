@@ -1,0 +1,84 @@
+"""What neurons contribute, guessed from a sketch of the first matrix product; needs the inputs' covariance only."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from detr_jax.methods.base import Traits, group_sums
+from detr_jax.methods.grouping import group_count
+from detr_jax.models import FFNWeights
+from detr_jax.pytrees import pytree
+
+
+@pytree
+@dataclass(frozen=True)
+class Sketch:
+    """The sum over a group's neurons of about h_j ||W_out[j]||, with W_in as a product of rank r.
+
+    Ours; per token it is a rough guess, averaged over the tokens of an image (`Pooled`) a good one.
+
+    Attributes:
+        down: (d, r) float32.
+        up: (r, F) float32; `(down @ up).T` is about W_in.
+        bias: (F,) float32, b_in and what the sketch leaves out on average.
+        norms: (F,) float32, ||W_out[j]||.
+        group_size: neurons per group.
+    """
+
+    traits: ClassVar = Traits("statistics", "group", "both")
+
+    down: jax.Array
+    up: jax.Array
+    bias: jax.Array
+    norms: jax.Array
+    group_size: int = field(metadata={"static": True})
+
+    def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> jax.Array:
+        hidden = jax.nn.relu(x.astype(jnp.float32) @ self.down @ self.up + self.bias)
+        return group_sums(hidden * self.norms, group_count(hidden.shape[-1], self.group_size))
+
+    def cost(self, d_model: int, features: int) -> float:
+        return float(self.down.shape[1] * (d_model + features))
+
+    def of_groups(self, groups: np.ndarray) -> "Sketch":
+        """The score of some groups, (k,) indices, as of an FFN that has no others."""
+        neurons = (groups[:, None] * self.group_size + np.arange(self.group_size)).ravel()
+        part = (self.up[:, neurons], self.bias[neurons], self.norms[neurons])
+        return Sketch(self.down, *part, self.group_size)
+
+
+def sketch(ffn: FFNWeights, mean: np.ndarray, covariance: np.ndarray, rank: int, group_size: int) -> Sketch:
+    """The sketch of rank r whose first product is closest to the FFN's on inputs of a mean and covariance.
+
+    The matrix A of rank r that minimises E ||(W_in - A)(x - E x)||^2 is the truncated singular value decomposition of
+    W_in C^(1/2), times C^(-1/2).
+
+    Args:
+        ffn: the FFN.
+        mean: (d,) of its inputs.
+        covariance: (d, d) of its inputs, C.
+        rank: r.
+        group_size: neurons per group.
+
+    Raises:
+        ValueError: if the rank is not from 1 to the number of channels, or mean and covariance do not fit the FFN.
+    """
+    features, d_model = ffn.w_in.shape
+    if not 1 <= rank <= min(features, d_model):
+        raise ValueError(f"the rank must be from 1 to {min(features, d_model)}, not {rank}")
+    if mean.shape != (d_model,) or covariance.shape != (d_model, d_model):
+        raise ValueError(f"an FFN of {d_model} channels does not fit a covariance of shape {covariance.shape}")
+    w_in = np.asarray(ffn.w_in, np.float64)
+    # A ridge, so that directions in which the sample did not vary have an inverse.
+    ridge = 1e-4 * max(np.trace(covariance) / d_model, np.finfo(np.float32).tiny)
+    variances, axes = np.linalg.eigh(covariance + ridge * np.eye(d_model))
+    deviations = np.sqrt(np.maximum(variances, ridge))
+    left, values, right = np.linalg.svd(w_in @ (axes * deviations), full_matrices=False)
+    up = (left[:, :rank] * values[:rank]).T
+    down = (axes / deviations) @ right[:rank].T
+    bias = np.asarray(ffn.b_in, np.float64) + (w_in - (down @ up).T) @ mean
+    norms = np.linalg.norm(np.asarray(ffn.w_out, np.float64), axis=1)
+    return Sketch(*(jnp.asarray(array, jnp.float32) for array in (down, up, bias, norms)), group_size)

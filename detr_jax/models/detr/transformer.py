@@ -1,0 +1,156 @@
+"""DETR's post-norm transformer: encoder over image tokens, decoder over object queries."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from detr_jax.models.detr.config import DetrConfig
+from detr_jax.models.ffn import FFN, FFNTrace
+from detr_jax.models.selection import Selectors
+
+LAYER_NORM_EPSILON = 1e-5
+
+
+def softmax_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, *, mask: jax.Array | None = None, **unused
+) -> jax.Array:
+    """Attention as `nnx.MultiHeadAttention` calls it, which normalises its results rather than its weights.
+
+    The weights are by far the largest arrays of the transformer; this saves a pass over them.
+
+    Args:
+        query: (batch, queries, heads, d).
+        key: (batch, keys, heads, d).
+        value: (batch, keys, heads, d).
+        mask: (batch, 1, 1, keys) bool, true where to attend; every row has a key to attend to.
+        unused: what else the module passes: dropout and the like.
+
+    Returns:
+        (batch, queries, heads, d).
+    """
+    exact = jnp.float32  # scores and sums, whatever the dtype of the computation
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query * query.shape[-1] ** -0.5, key, preferred_element_type=exact)
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(exact).min)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    sums = weights.sum(-1).swapaxes(1, 2)[..., None]
+    mixed = jnp.einsum("bhqk,bkhd->bqhd", weights.astype(value.dtype), value, preferred_element_type=exact)
+    return (mixed / sums).astype(value.dtype)
+
+
+def _attention(config: DetrConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.MultiHeadAttention:
+    return nnx.MultiHeadAttention(
+        config.heads,
+        config.d_model,
+        decode=False,
+        keep_rngs=False,
+        attention_fn=softmax_attention,
+        kernel_init=nnx.initializers.glorot_uniform(),
+        dtype=dtype,
+        rngs=rngs,
+    )
+
+
+def _norm(config: DetrConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    # The fast variance E[x^2] - E[x]^2 loses digits that parity with torch needs.
+    return nnx.LayerNorm(config.d_model, epsilon=LAYER_NORM_EPSILON, use_fast_variance=False, dtype=dtype, rngs=rngs)
+
+
+class EncoderLayer(nnx.Module):
+    """Self-attention over image tokens, then the FFN; each added to its input and normalised."""
+
+    def __init__(self, config: DetrConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.self_attention = _attention(config, dtype, rngs)
+        self.norm1 = _norm(config, dtype, rngs)
+        self.ffn = FFN(config.d_model, config.ffn_features, dtype=dtype, rngs=rngs)
+        self.norm2 = _norm(config, dtype, rngs)
+
+    def attend(self, x: jax.Array, positions: jax.Array, mask: jax.Array) -> jax.Array:
+        """The part before the FFN; its result is the FFN's input."""
+        located = x + positions
+        return self.norm1(x + self.self_attention(located, located, x, mask=mask))
+
+
+class DecoderLayer(nnx.Module):
+    """Self-attention among queries, cross-attention to the image tokens, then the FFN."""
+
+    def __init__(self, config: DetrConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.self_attention = _attention(config, dtype, rngs)
+        self.norm1 = _norm(config, dtype, rngs)
+        self.cross_attention = _attention(config, dtype, rngs)
+        self.norm2 = _norm(config, dtype, rngs)
+        self.ffn = FFN(config.d_model, config.ffn_features, dtype=dtype, rngs=rngs)
+        self.norm3 = _norm(config, dtype, rngs)
+
+    def attend(
+        self, x: jax.Array, queries: jax.Array, memory: jax.Array, located_memory: jax.Array, mask: jax.Array
+    ) -> jax.Array:
+        """The part before the FFN; its result is the FFN's input."""
+        located = x + queries
+        x = self.norm1(x + self.self_attention(located, located, x))
+        return self.norm2(x + self.cross_attention(x + queries, located_memory, memory, mask=mask))
+
+
+class Transformer(nnx.Module):
+    """Encoder and decoder, with the learned object queries."""
+
+    def __init__(self, config: DetrConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.encoder = nnx.List([EncoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.encoder_layers)])
+        self.decoder = nnx.List([DecoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.decoder_layers)])
+        self.decoder_norm = _norm(config, dtype, rngs)
+        self.queries = nnx.Param(jax.random.normal(rngs.params(), (config.queries, config.d_model)))
+        self.dtype = dtype
+
+    def encode(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        tokens: jax.Array,
+        selectors: Selectors,
+        traces: dict[str, FFNTrace] | None,
+    ) -> jax.Array:
+        """Image tokens -> memory.
+
+        Args:
+            x: (batch, tokens, d).
+            positions: (batch, tokens, d) position encoding.
+            tokens: (batch, tokens) bool, false for padding.
+            selectors: selector of each sparse FFN by name.
+            traces: filled with every FFN's trace unless None.
+
+        Returns:
+            (batch, tokens, d).
+        """
+        mask = tokens[:, None, None, :]
+        for index, layer in enumerate(self.encoder):
+            name = f"encoder.{index}"
+            x = layer.attend(x, positions, mask)
+            if traces is not None:
+                traces[name] = layer.ffn.trace(x, tokens, selectors.get(name))
+            x = layer.norm2(x + layer.ffn(x, tokens, selectors.get(name)))
+        return x
+
+    def decode(
+        self,
+        memory: jax.Array,
+        positions: jax.Array,
+        tokens: jax.Array,
+        selectors: Selectors,
+        traces: dict[str, FFNTrace] | None,
+    ) -> list[jax.Array]:
+        """Memory -> the object queries' features (batch, queries, d) after each layer, normalised."""
+        mask = tokens[:, None, None, :]
+        batch = memory.shape[0]
+        queries = jnp.broadcast_to(self.queries[...].astype(self.dtype), (batch, *self.queries.shape))
+        located_memory = memory + positions
+        every_query = jnp.ones(queries.shape[:2], bool)
+        x = jnp.zeros_like(queries)
+        outputs = []
+        for index, layer in enumerate(self.decoder):
+            name = f"decoder.{index}"
+            x = layer.attend(x, queries, memory, located_memory, mask)
+            if traces is not None:
+                traces[name] = layer.ffn.trace(x, every_query, selectors.get(name))
+            x = layer.norm3(x + layer.ffn(x, every_query, selectors.get(name)))
+            outputs.append(self.decoder_norm(x))
+        return outputs

@@ -1,0 +1,142 @@
+"""ResNet with frozen batch norm, as DETR uses it: stride 32, or with a dilated last stage (DC5).
+
+He et al. 2016, in the form of torchvision (the stride sits on the 3x3 convolution).
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from detr_jax.models.detr.config import BackboneConfig
+
+BATCH_NORM_EPSILON = 1e-5
+
+
+class FrozenBatchNorm(nnx.Module):
+    """Batch norm whose statistics never change: an affine map per channel.
+
+    A detector that is trained from scratch takes its statistics from one batch, by a call while `fit` is set.
+    """
+
+    def __init__(self, features: int, *, initial_scale: float, dtype: jnp.dtype):
+        self.scale = nnx.Param(jnp.full((features,), initial_scale))
+        self.bias = nnx.Param(jnp.zeros((features,)))
+        self.mean = nnx.BatchStat(jnp.zeros((features,)))
+        self.var = nnx.BatchStat(jnp.ones((features,)))
+        self.dtype = dtype
+        self.fit = False
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.fit:
+            self.mean[...] = x.mean((0, 1, 2))
+            self.var[...] = x.var((0, 1, 2))
+        scale = self.scale[...] * jax.lax.rsqrt(self.var[...] + BATCH_NORM_EPSILON)
+        shift = self.bias[...] - self.mean[...] * scale
+        return x * scale.astype(self.dtype) + shift.astype(self.dtype)
+
+
+class ConvNorm(nnx.Module):
+    """A convolution without bias, padded by half its (dilated) kernel as torch does, and its batch norm."""
+
+    def __init__(
+        self,
+        features_in: int,
+        features_out: int,
+        size: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        initial_scale: float = 1.0,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        padding = dilation * (size // 2)
+        self.conv = nnx.Conv(
+            features_in,
+            features_out,
+            (size, size),
+            strides=stride,
+            padding=((padding, padding), (padding, padding)),
+            kernel_dilation=dilation,
+            use_bias=False,
+            kernel_init=nnx.initializers.he_normal(),
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.norm = FrozenBatchNorm(features_out, initial_scale=initial_scale, dtype=dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.norm(_pointwise(self.conv, x) if self.conv.kernel_size == (1, 1) else self.conv(x))
+
+
+def _pointwise(conv: nnx.Conv, x: jax.Array) -> jax.Array:
+    """A 1x1 convolution as the matrix product that it is: on CPUs XLA computes products faster than convolutions."""
+    x, kernel = conv.promote_dtype((x, conv.kernel[...]), dtype=conv.dtype)
+    return x[:, :: conv.strides, :: conv.strides] @ kernel[0, 0]
+
+
+class Bottleneck(nnx.Module):
+    """1x1, 3x3, 1x1 convolutions around a shortcut; four times `width` features outside."""
+
+    def __init__(
+        self,
+        features_in: int,
+        width: int,
+        *,
+        stride: int,
+        dilation: int,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        features_out = 4 * width
+        self.conv1 = ConvNorm(features_in, width, 1, dtype=dtype, rngs=rngs)
+        self.conv2 = ConvNorm(width, width, 3, stride=stride, dilation=dilation, dtype=dtype, rngs=rngs)
+        # Small branches at the start train faster from scratch, most of all where batch norm is frozen.
+        self.conv3 = ConvNorm(width, features_out, 1, initial_scale=0.2, dtype=dtype, rngs=rngs)
+        self.downsample = (
+            ConvNorm(features_in, features_out, 1, stride=stride, dtype=dtype, rngs=rngs)
+            if stride != 1 or features_in != features_out
+            else None
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jax.nn.relu(self.conv1(x))
+        y = jax.nn.relu(self.conv2(y))
+        y = self.conv3(y)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return jax.nn.relu(y + shortcut)
+
+
+class ResNet(nnx.Module):
+    """The convolutional backbone: (batch, height, width, 3) -> (batch, height / stride, width / stride, features)."""
+
+    def __init__(self, config: BackboneConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.stem = ConvNorm(3, config.stem_width, 7, stride=2, dtype=dtype, rngs=rngs)
+        features = config.stem_width
+        stages = []
+        for index, (depth, width, stride) in enumerate(zip(config.depths, config.widths, config.strides, strict=True)):
+            dilated = config.dilate_last and index == len(config.depths) - 1
+            blocks = []
+            for block in range(depth):
+                first = block == 0
+                blocks.append(
+                    Bottleneck(
+                        features,
+                        width,
+                        stride=stride if first and not dilated else 1,
+                        dilation=2 if dilated and not first else 1,
+                        dtype=dtype,
+                        rngs=rngs,
+                    )
+                )
+                features = 4 * width
+            stages.append(nnx.List(blocks))
+        self.stages = nnx.List(stages)
+
+    def __call__(self, pixel_values: jax.Array) -> jax.Array:
+        x = jax.nn.relu(self.stem(pixel_values))
+        x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        for stage in self.stages:
+            for block in stage:
+                x = block(x)
+        return x

@@ -1,0 +1,127 @@
+"""The part of an FFN that is computed, and what decides it."""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from detr_jax.kernels import Execution, FFNWeights, expand_groups, repeat_per_tile
+
+
+class LowRankFactors(NamedTuple):
+    """Both matrices of an FFN as products of rank r, a cheap stand-in for what is left out.
+
+    Attributes:
+        in_neurons: (F, r), with `in_model` about W_in.
+        in_model: (r, d).
+        out_neurons: (F, r), with `out_model` about W_out.
+        out_model: (r, d).
+    """
+
+    in_neurons: jax.Array
+    in_model: jax.Array
+    out_neurons: jax.Array
+    out_model: jax.Array
+
+
+class OutputLayer(NamedTuple):
+    """A second layer in place of an FFN's own, fitted to what is left of the hidden neurons.
+
+    Attributes:
+        w_out: (n, d) rows of the neurons that may be computed, all F of them or those of the first two sections.
+        b_out: (d,).
+    """
+
+    w_out: jax.Array
+    b_out: jax.Array
+
+
+class Partition(NamedTuple):
+    """The hidden neurons of an FFN in three parts, in this order; the rest is never computed.
+
+    Attributes:
+        always: number of neurons that are computed for every token.
+        gated: number of neurons that something decides about.
+    """
+
+    always: int
+    gated: int
+
+    def parts(self, weights: FFNWeights) -> tuple[FFNWeights, FFNWeights]:
+        """The FFN of the neurons that are always computed, and that of the gated ones, which has no bias."""
+        ends = (0, self.always, self.always + self.gated)
+        of_always, of_gated = (
+            FFNWeights(*(array[start:end] for array in weights[:3]), weights.b_out)
+            for start, end in itertools.pairwise(ends)
+        )
+        return of_always, of_gated._replace(b_out=jnp.zeros_like(weights.b_out))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Selection:
+    """The part of an FFN that is computed exactly.
+
+    Attributes:
+        active: (..., decisions, G) bool, the groups of consecutive hidden neurons, all of them or the gated section's;
+            None for all of them.
+        tile_size: consecutive tokens that a decision is about; None for all tokens of an image.
+        sections: of the neurons, if not all of them are gated.
+        second: a second layer that makes up for what is left out; None for the FFN's own.
+        channels: (..., tokens, d) bool, the channels of x that enter the first product; None for all of them.
+        factors: what stands in for the rest; None leaves it out.
+        mask: (..., tokens, G) float of the values of `active`, through which gates get a gradient while they are
+            trained; None otherwise.
+        execution: how the FFN is computed without the rest; None for the masked reference.
+    """
+
+    active: jax.Array | None = None
+    channels: jax.Array | None = None
+    factors: LowRankFactors | None = None
+    second: OutputLayer | None = None
+    mask: jax.Array | None = None
+    tile_size: int | None = field(default=1, metadata={"static": True})
+    sections: Partition | None = field(default=None, metadata={"static": True})
+    execution: Execution | None = field(default=None, metadata={"static": True})
+
+    def per_token(self, shape: tuple[int, ...], features: int) -> jax.Array | None:
+        """(*shape, G) bool, or (*shape, F) with sections: what each token gets; None for everything.
+
+        Args:
+            shape: (..., tokens) of the FFN's inputs.
+            features: F.
+        """
+        active = self.active
+        if active is not None and self.tile_size != 1:
+            active = repeat_per_tile(active, shape[-1], self.tile_size)
+        if self.sections is None:
+            return active
+        always, gated = self.sections
+        if active is None:
+            active = jnp.ones((*shape, 1), bool)
+        parts = (
+            jnp.ones((*shape, always), bool),
+            expand_groups(active, gated),
+            jnp.zeros((*shape, features - always - gated), bool),
+        )
+        return jnp.concatenate(parts, axis=-1)
+
+
+class Selector(Protocol):
+    """Decides which part of an FFN is computed. A pytree, so that it passes through `jax.jit`."""
+
+    def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> Selection:
+        """Selects.
+
+        Args:
+            ffn: the FFN; selectors that look at hidden activations compute them.
+            x: (..., tokens, d) inputs of the FFN.
+            tokens: (..., tokens) bool, false for padding.
+        """
+
+
+Selectors = Mapping[str, Selector]
+"""Selector of each sparse FFN by name ("encoder.0"); an FFN without one is dense."""

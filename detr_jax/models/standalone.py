@@ -1,0 +1,77 @@
+"""Where FFNs come from: a detector, or arrays alone. Everything about sparsity works on either."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import jax
+
+from detr_jax.models import FFNTrace, FFNWeights, Selectors
+from detr_jax.models.ffn import trace
+
+Sum = TypeVar("Sum")
+"""Anything that adds up over batches."""
+
+
+class HasFFNs(Protocol):
+    """Something with FFNs that inputs go through; a pytree. `detr_jax.DETR` is one, its batches are `ImageTokens`."""
+
+    def ffn_weights(self) -> dict[str, FFNWeights]:
+        """The FFNs by name, in the order in which they run."""
+
+    def traces(self, batch: Any, selectors: Selectors) -> dict[str, FFNTrace]:
+        """What goes through each FFN while some of them are sparse."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FFNInputs:
+    """Inputs of FFNs that stand alone.
+
+    Attributes:
+        x: (images, tokens, d) inputs of each FFN by name.
+        tokens: (images, tokens) bool by name, false for padding.
+    """
+
+    x: dict[str, jax.Array]
+    tokens: dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StandaloneFFNs:
+    """FFNs as arrays, each with inputs of its own; none sees what another one computes.
+
+    Attributes:
+        weights: of each FFN by name.
+    """
+
+    weights: dict[str, FFNWeights]
+
+    def ffn_weights(self) -> dict[str, FFNWeights]:
+        return self.weights
+
+    def traces(self, batch: FFNInputs, selectors: Selectors) -> dict[str, FFNTrace]:
+        return {
+            name: trace(weights, batch.x[name], batch.tokens[name], selectors.get(name))
+            for name, weights in self.weights.items()
+        }
+
+
+def sum_by_name(batches: Iterable[Mapping[str, Sum]], purpose: str) -> dict[str, Sum]:
+    """What a pass measures of every FFN, added up over its batches.
+
+    Args:
+        batches: of each what was measured, by name of the FFN.
+        purpose: for the error.
+
+    Raises:
+        ValueError: if there are no batches.
+    """
+    totals: dict[str, Sum] = {}
+    for batch in batches:
+        for name, measured in batch.items():
+            totals[name] = totals[name] + measured if name in totals else measured
+    if not totals:
+        raise ValueError(f"there are no images to {purpose} on")
+    return totals

@@ -1,0 +1,75 @@
+"""Whether what a plan holds is usable, and fits a detector."""
+
+from collections.abc import Mapping
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from detr_jax.kernels import UnavailableError
+from detr_jax.models import DETR, FFNWeights, Selector, Selectors
+from detr_jax.models.ffn import forward
+
+
+def check_fit(selectors: Selectors, orders: Mapping[str, np.ndarray], model: DETR, source: str) -> None:
+    """Checks the selectors and orders of a plan without running the detector.
+
+    Args:
+        selectors: selector of each sparse FFN by name.
+        orders: (F,) of the hidden neurons by name.
+        model: the detector.
+        source: where they are from, for errors.
+
+    Raises:
+        ValueError: if they name FFNs that the detector does not have, an order is no permutation, numbers are NaN or
+            infinite (thresholds may be infinite), or shapes do not fit.
+    """
+    names = model.config.ffn_names
+    neurons = np.arange(model.config.ffn_features)
+    for name, order in orders.items():
+        if name not in names or not np.array_equal(np.sort(order, axis=None), neurons):
+            raise ValueError(f"{source}: {name}.order does not name each of {len(neurons)} hidden neurons once")
+    if unknown := set(selectors) - set(names):
+        raise ValueError(f"{source} has selectors for {sorted(unknown)}; this detector has {names}")
+    weights = jax.eval_shape(model.ffn_weights)
+    for name, selector in selectors.items():
+        _check_numbers(f"{name}.selector", selector, source)
+        _check_shapes(name, selector, weights[name], source)
+
+
+def _check_numbers(name: str, selector: Selector, source: str) -> None:
+    for path, array in jax.tree_util.tree_leaves_with_path(selector):
+        entry = f"{name}.{jax.tree_util.keystr(path, simple=True, separator='.')}"
+        is_threshold = entry.endswith(".threshold")
+        wrong = np.isnan(array) if is_threshold else ~np.isfinite(array)
+        if wrong.any():
+            raise ValueError(f"{source} is damaged: {entry} holds NaN or infinite values")
+        if is_threshold and np.shape(array):
+            raise ValueError(f"{source} is damaged: {entry} has the shape {np.shape(array)}; a threshold is one number")
+
+
+def _check_shapes(name: str, selector: Selector, weights: FFNWeights, source: str) -> None:
+    tokens = jax.ShapeDtypeStruct((1, 2), bool)
+    x = jax.ShapeDtypeStruct((*tokens.shape, weights.w_in.shape[1]), jnp.float32)
+    try:
+        kept, _ = jax.eval_shape(partial(_run, selector), weights, x, tokens)
+        if any(which is not None and which.shape[:-1] != tokens.shape for which in kept):
+            raise ValueError("it does not decide token by token")
+    except UnavailableError as error:
+        raise ValueError(f"{source}: the selector of {name} cannot be computed on this device: {error}") from error
+    except (AttributeError, TypeError, ValueError) as error:
+        leaves = jax.tree_util.tree_leaves_with_path(selector)
+        shapes = {jax.tree_util.keystr(path, simple=True, separator="."): np.shape(leaf) for path, leaf in leaves}
+        raise ValueError(
+            f"{source}: the selector of {name} does not fit its FFN: {error}; shapes of its arrays: {shapes}"
+        ) from error
+
+
+def _run(
+    selector: Selector, weights: FFNWeights, x: jax.Array, tokens: jax.Array
+) -> tuple[tuple[jax.Array | None, jax.Array | None], jax.Array]:
+    """The groups and channels that a selector selects for each token, and what the FFN makes of that."""
+    selection = selector(weights, x, tokens)
+    kept = selection.per_token(tokens.shape, len(weights.w_in)), selection.channels
+    return kept, forward(weights, x, selection)

@@ -1,0 +1,202 @@
+"""The search for a plan: of every FFN whether it stays dense, computes a fixed set of neurons, or one that is chosen
+anew for each image or window, by what that changes and how long it takes on this device."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from detr_jax.calibration.activation_passes import measure_activations
+from detr_jax.calibration.activations import ActivationStatistics
+from detr_jax.calibration.allocation import Choice, greedy, undominated
+from detr_jax.calibration.moment_passes import measure_kept, measure_moments, measure_pooled
+from detr_jax.calibration.permutation import coactivation_permutation, permute_neurons
+from detr_jax.calibration.sensitivity import OutputDivergence
+from detr_jax.calibration.threshold_passes import collect_scores
+from detr_jax.data.batches import CachedBatches
+from detr_jax.data.dataset import Dataset, Subset
+from detr_jax.data.features import BackboneFeatures, backbone_features
+from detr_jax.kernels import Execution
+from detr_jax.methods import Pooled, fit_pooled_statistics, sketch
+from detr_jax.models import DETR, Selector
+from detr_jax.search.candidates import DYNAMIC, Candidate, Material, candidates_of, reconstructed
+from detr_jax.search.ffn_times import measure_times
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """What is searched among, and how it is measured."""
+
+    window: int | None = None
+    """Consecutive tokens that share a choice; default all of an image."""
+    group_size: int = 1
+    """Neurons that are chosen together, by co-firing; what a CPU gathers may be single rows."""
+    block_size: int | None = None
+    """Neurons that are computed together; default the group size. Kernels for GPUs want 64."""
+    rank: int = 16
+    """Of the sketch of the first product, from which sets are chosen."""
+    fixed: tuple[float, ...] = (0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.06, 0.03)
+    """Densities of fixed sets to choose from."""
+    dynamic: tuple[float, ...] = (0.4, 0.3, 0.2, 0.15, 0.1, 0.06, 0.03, 0.015)
+    """Mean densities of chosen sets to choose from; none searches among fixed sets alone."""
+    statistics_images: int = 512
+    """Training images for statistics."""
+    calibration_images: int = 120
+    """Held-out training images for thresholds and for the change of the outputs."""
+    latency_images: int = 16
+    """Images of the batch that is timed."""
+    batch_size: int = 20
+    """Images per batch elsewhere."""
+    turns: int = 15
+    """Measured turns of the times."""
+
+
+class PlanSearch:
+    """The candidates of every FFN with their losses and times, and what can be chosen among them.
+
+    Args:
+        model: the detector, in its own order.
+        statistics: training images for statistics.
+        calibration: held-out training images.
+        settings: what is searched among.
+
+    Attributes:
+        model: the detector in the order in which the candidates were made.
+        orders: (F,) of the detector's own neurons by name, which make that order.
+        candidates: of each FFN by name; the first one is dense.
+        losses: of each FFN the change of the outputs with each of its candidates, the other FFNs being dense.
+        seconds: of each FFN the times of its candidates on a batch of calibration images.
+    """
+
+    def __init__(self, model: DETR, statistics: Dataset, calibration: Dataset, settings: SearchSettings):
+        self._settings, self._own, self.names = settings, model, model.config.ffn_names
+        sample = CachedBatches([batch.tokens for batch in self._embed(statistics, "embedding images for statistics")])
+        self.orders = {name: np.arange(model.config.ffn_features) for name in self.names}
+        of_neurons = measure_activations(model, sample, 1)
+        if settings.group_size > 1:
+            self.orders = {
+                name: coactivation_permutation(s.coactive, settings.group_size) for name, s in of_neurons.items()
+            }
+            of_neurons = {name: s.of_neurons(self.orders[name]) for name, s in of_neurons.items()}
+        self.model = permute_neurons(model, self.orders)
+
+        held_out = self._embed(calibration, "embedding calibration images")
+        timed = Subset(calibration, 0, min(settings.latency_images, len(calibration)))
+        (self._timed,) = backbone_features(model, timed, len(timed), "embedding the batch that is timed")
+        self.candidates = self._candidates(of_neurons, sample, held_out)
+        self.losses = self._losses(OutputDivergence(self.model, held_out))
+        ways = {name: [(c.selector, c.order) for c in of] for name, of in self.candidates.items()}
+        self.seconds = self.times(ways, "timing candidates")
+
+    def _embed(self, dataset: Dataset, title: str) -> list[BackboneFeatures]:
+        return list(backbone_features(self._own, dataset, self._settings.batch_size, title))
+
+    def _candidates(
+        self, statistics: Mapping[str, ActivationStatistics], passes: CachedBatches, held_out: list[BackboneFeatures]
+    ) -> dict[str, list[Candidate]]:
+        settings, weights = self._settings, self.model.ffn_weights()
+        inputs, hidden = measure_moments(self.model, passes)
+        size, window = settings.group_size, settings.window
+        sketches = {
+            name: sketch(weights[name], m.mean, m.covariance, settings.rank, size) for name, m in inputs.items()
+        }
+        pooled = measure_pooled(self.model, passes, window)
+        scores = {
+            "sketched": {name: Pooled(of, odds=False, window=window) for name, of in sketches.items()},
+            "pooled": {name: fit_pooled_statistics(moments, size, window) for name, moments in pooled.items()},
+        }
+        calibration = CachedBatches([batch.tokens for batch in held_out])
+        decisions = {kind: collect_scores(self.model, calibration, of) for kind, of in scores.items()}
+        execution = Execution(window, settings.block_size or size)
+
+        def material(name: str) -> Material:
+            of_kinds = ({kind: of[name] for kind, of in by_kind.items()} for by_kind in (scores, decisions))
+            return Material(weights[name], statistics[name], hidden[name], *of_kinds, execution)
+
+        found = {
+            name: candidates_of(material(name), settings.fixed, settings.dynamic)
+            for name in tqdm(self.names, desc="making candidates", unit="FFN")
+        }
+        # One pass measures what a candidate of every FFN keeps.
+        choosing = {name: [c for c in of if c.kind in DYNAMIC] for name, of in found.items()}
+        for turn in tqdm(range(max(map(len, choosing.values()))), desc="fitting second layers", unit="candidate"):
+            of_turn = {name: of[turn] for name, of in choosing.items() if turn < len(of)}
+            kept = measure_kept(self.model, passes, {name: c.trial for name, c in of_turn.items()})
+            for name, candidate in of_turn.items():
+                found[name].append(reconstructed(candidate, weights[name], kept[name]))
+        return found
+
+    def _losses(self, change: OutputDivergence) -> dict[str, np.ndarray]:
+        total = sum(map(len, self.candidates.values()))
+        dense = {name: of[0].trial for name, of in self.candidates.items()}
+        with tqdm(total=total, desc="changes of the outputs", unit="candidate") as bar:
+
+            def loss(name: str, candidate: Candidate) -> float:
+                bar.update()
+                return 0.0 if candidate.kind == "dense" else change(dense | {name: candidate.trial})
+
+            return {name: np.array([loss(name, c) for c in of]) for name, of in self.candidates.items()}
+
+    def times(
+        self, ways: Mapping[str, Sequence[tuple[Selector | None, np.ndarray]]], title: str
+    ) -> dict[str, np.ndarray]:
+        """The seconds of some ways to compute each FFN on a batch of calibration images, measured beside each other.
+
+        Args:
+            ways: of each FFN by name, selectors, None for the dense FFN, and the orders (F,) of `model`'s neurons that
+                they belong to.
+            title: of the bar.
+        """
+        traces = jax.jit(type(self.model).traces)(self.model, self._timed.tokens, {})
+        weights, turns = self.model.ffn_weights(), self._settings.turns
+        return {
+            name: np.array(measure_times(weights[name], traces[name], *zip(*ways[name], strict=True), turns))
+            for name in tqdm(self.names, desc=title, unit="FFN")
+        }
+
+    def choose(self, unit: str, share: float, kinds: Sequence[str]) -> dict[str, int]:
+        """The candidate of each FFN that together lose least within a share of what the dense FFNs cost.
+
+        Args:
+            unit: "latency" or "density".
+            share: of the dense FFNs' cost.
+            kinds: of the candidates to choose from.
+
+        Raises:
+            ValueError: if no candidates cost so little.
+        """
+        kept, losses, costs = [], [], []
+        for name, cost in self.costs(unit).items():
+            allowed = np.array([i for i, c in enumerate(self.candidates[name]) if c.kind in kinds])
+            rows = allowed[undominated(self.losses[name][allowed], cost[allowed])]
+            kept.append(rows), losses.append(self.losses[name][rows]), costs.append(cost[rows])
+        # `greedy` wants as many settings of every FFN.
+        longest = max(map(len, kept))
+        tables = (np.stack([np.pad(row, (0, longest - len(row)), "edge") for row in rows]) for rows in (losses, costs))
+        choice: Choice = greedy(*tables, share)
+        return {name: int(rows[min(c, len(rows) - 1)]) for name, rows, c in zip(self.names, kept, choice, strict=True)}
+
+    def costs(self, unit: str) -> dict[str, np.ndarray]:
+        """Of each FFN what its candidates cost, as shares of all dense FFNs."""
+        if unit == "density":
+            return {name: np.array([c.density for c in of]) / len(self.names) for name, of in self.candidates.items()}
+        dense = sum(seconds[0] for seconds in self.seconds.values())
+        return {name: seconds / dense for name, seconds in self.seconds.items()}
+
+    def cost(self, choice: Mapping[str, int], unit: str) -> float:
+        """What a choice costs, as a share of the dense FFNs."""
+        return float(sum(self.costs(unit)[name][i] for name, i in choice.items()))
+
+    def ladder(self, shares: Sequence[float], kinds: Sequence[str], unit: str = "latency") -> list[dict[str, int]]:
+        """Choices for shares of what the dense FFNs cost, as far as there are some that cost so little."""
+        costs = self.costs(unit).items()
+        least = sum(
+            min(cost[i] for i, c in enumerate(self.candidates[name]) if c.kind in kinds) for name, cost in costs
+        )
+        return [self.choose(unit, share, kinds) for share in shares if share > least]
+
+    def chosen(self, choice: Mapping[str, int]) -> dict[str, Candidate]:
+        """The candidates of a choice."""
+        return {name: self.candidates[name][i] for name, i in choice.items()}

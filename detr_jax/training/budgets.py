@@ -1,0 +1,415 @@
+"""Training gates to a budget, in the frozen detector: all of them in effect, a Lagrange multiplier per constraint."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from detr_jax.calibration.threshold_passes import measure_scores
+from detr_jax.calibration.thresholds import density_threshold
+from detr_jax.data.batches import BatchSource
+from detr_jax.kernels import repeat_per_tile
+from detr_jax.mesh import mesh_of, replicate_like, replicated, to_host
+from detr_jax.methods import Thresholded
+from detr_jax.methods.tiles import count_tiles, existing_tiles, existing_tokens
+from detr_jax.models import DETR, FFNTrace, FFNWeights, ImageTokens, Selection
+from detr_jax.models.detr.divergence import output_divergence
+from detr_jax.pytrees import pytree
+from detr_jax.training.checkpoints import Checkpoints
+from detr_jax.training.gates import batches_from, gate_loss
+
+_PROPORTIONAL = 10
+"""Steps of ascent that the excess of one batch weighs at once, which damps the multipliers' swings about a solution."""
+_LEAST_UNIT = 1e-6
+"""Of the objective, where gates begin without a loss."""
+_WIDEST_SHIFT = 16.0
+_HALVINGS = 14
+"""Of an interval of 32 in log-odds: to 0.002."""
+
+
+class Budget(Protocol):
+    """What is made small, and what must not exceed a bound."""
+
+    @property
+    def title(self) -> str:
+        """A few words for results."""
+
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        """On each bounded value, above 0."""
+
+    def parts(self, loss: jax.Array, densities: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """The objective (), and the bounded values (n,).
+
+        Args:
+            loss: () of the gates.
+            densities: () of each FFN by name.
+        """
+
+
+@dataclass(frozen=True)
+class DensityOfEach:
+    """Least loss with a density for each FFN, a multiplier for each.
+
+    Attributes:
+        densities: of each FFN by name.
+    """
+
+    densities: Mapping[str, float]
+
+    def __post_init__(self):
+        for density in self.densities.values():
+            _check_density(density)
+
+    @property
+    def title(self) -> str:
+        return "densities of each FFN"
+
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        return tuple(self.densities.values())
+
+    def parts(self, loss: jax.Array, densities: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return loss, jnp.stack([densities[name] for name in self.densities])
+
+
+@dataclass(frozen=True)
+class MeanDensity:
+    """Least loss with a mean density over the FFNs, which training shares among them.
+
+    Attributes:
+        density: the mean.
+    """
+
+    density: float
+
+    def __post_init__(self):
+        _check_density(self.density)
+
+    @property
+    def title(self) -> str:
+        return f"density {self.density:g}"
+
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        return (self.density,)
+
+    def parts(self, loss: jax.Array, densities: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return loss, jnp.stack(list(densities.values())).mean(keepdims=True)
+
+
+@dataclass(frozen=True)
+class MaxDivergence:
+    """Least mean density with a bound on the change of the detector's outputs: the dual.
+
+    Attributes:
+        change: the bound on the mean of `output_divergence`.
+    """
+
+    change: float
+
+    def __post_init__(self):
+        if not self.change > 0:
+            raise ValueError(f"a bound on the change of the outputs must be above 0, not {self.change}")
+
+    @property
+    def title(self) -> str:
+        return f"change {self.change:g}"
+
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        return (self.change,)
+
+    def parts(self, loss: jax.Array, densities: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return jnp.stack(list(densities.values())).mean(), loss[None]
+
+
+def _check_density(density: float) -> None:
+    if not 0 < density <= 1:
+        raise ValueError(f"a density must be above 0 and at most 1, not {density}")
+
+
+@dataclass(frozen=True)
+class GateTuning:
+    """How gates are trained to a budget."""
+
+    loss: Literal["output-change", "firing", "contribution"] = "output-change"
+    """The change of the detector's outputs, end to end through the frozen detector; or labels, see `gate_loss`, on the
+    inputs that the other gates leave."""
+    epochs: int = 2
+    """Passes over the training images."""
+    sampled: bool = True
+    """Draw decisions by their probabilities while training, instead of by the threshold."""
+    seed: int = 0
+    """Of the draws."""
+    learning_rate: float = 3e-3
+    """Peak learning rate of Adam, which decays to 0 along a cosine."""
+    multiplier_rate: float = 0.02
+    """Ascent of a multiplier per step and relative excess, in units of the objective at the start."""
+    tile_size: int = 1
+    """Consecutive tokens that are computed together, each what one of them needs; densities are those of tiles."""
+    checkpoint_steps: int = 200
+    """Steps between checkpoints."""
+
+    def __post_init__(self):
+        for name in ("epochs", "tile_size", "checkpoint_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+@pytree
+@dataclass(frozen=True)
+class StraightThrough:
+    """A selector whose decisions have the gradient of probabilities (Bengio et al. 2013, arXiv 1308.3432).
+
+    Where decisions are drawn by their probabilities, an open gate feels what closing it would cost; one that is open
+    for certain has a gradient as if its neurons were worth nothing by themselves.
+
+    Attributes:
+        of: decides; its scores are in log-odds.
+        key: to draw decisions with; None decides as `of` does.
+        tile_size: consecutive tokens that are computed together: each gets what one of them needs.
+    """
+
+    of: Thresholded
+    key: jax.Array | None = None
+    tile_size: int = field(default=1, metadata={"static": True})
+
+    def logits(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> jax.Array:
+        """(images, tokens, G) by how much the scores exceed the threshold; arguments as of a call."""
+        decisions = self.of.score(ffn, x, tokens) - self.of.threshold
+        return repeat_per_tile(decisions, tokens.shape[-1], self.of.score.traits.tile_size)
+
+    def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> Selection:
+        logits = self.logits(ffn, x, tokens)
+        images, count, groups = logits.shape
+        if self.key is not None:
+            # Tokens that share a decision share the draw, or one of many would nearly always open the group.
+            together = max(self.tile_size, self.of.score.traits.tile_size or count)
+            draws = jax.random.logistic(self.key, (images, -(-count // together), groups))
+            logits += repeat_per_tile(draws, count, together)
+        mask = repeat_per_tile(tile_unions(logits, tokens, self.tile_size), count, self.tile_size)
+        return Selection(active=mask > 0, mask=mask)
+
+
+def tile_unions(logits: jax.Array, tokens: jax.Array, tile_size: int) -> jax.Array:
+    """1 where a token of a tile has a margin of at least 0, otherwise 0, with the gradient of a soft "or".
+
+    That is 1 - prod(1 - p) over a tile's tokens, p = sigmoid(margin): the chunk sparsity of Song et al. 2025,
+    "BlockFFN". Where a token surely needs the group, the others have no gradient: closing them saves nothing.
+
+    Args:
+        margins: (images, tokens, G).
+        tokens: (images, tokens) bool, false for padding.
+        tile_size: tokens per tile; one gives a decision per token with the gradient of p.
+
+    Returns:
+        (images, tiles, G) float.
+    """
+    needed = existing_tokens(logits >= 0, tokens, tile_size, False).any(2)
+    # The logarithm of the product is a sum that neither overflows nor loses small probabilities.
+    none_needs = existing_tokens(jax.nn.log_sigmoid(-logits), tokens, tile_size, 0).sum(2)
+    soft = -jnp.expm1(none_needs)
+    return needed.astype(soft.dtype) + (soft - jax.lax.stop_gradient(soft))
+
+
+def union_density(logits: jax.Array, tokens: jax.Array, tile_size: int) -> jax.Array:
+    """The share () of the pairs of tile and group that are computed; arguments and gradient as of `tile_unions`."""
+    counted = existing_tiles(tokens, tile_size)
+    total = jnp.where(counted[..., None], tile_unions(logits, tokens, tile_size), 0).sum()
+    return total / jnp.maximum(counted.sum() * logits.shape[-1], 1)
+
+
+class Progress(NamedTuple):
+    """What a step reports.
+
+    Attributes:
+        loss: () of the gates in the step's batch.
+        densities: () of each FFN by name, in the step's batch.
+        multipliers: (constraints,) after it.
+    """
+
+    loss: jax.Array
+    densities: dict[str, jax.Array]
+    multipliers: jax.Array
+
+
+def tune_gates(
+    model: DETR,
+    passes: BatchSource,
+    selectors: Mapping[str, Thresholded],
+    budget: Budget,
+    tuning: GateTuning,
+    folder: Path,
+    report: Callable[[int, Progress | None], None],
+) -> dict[str, Thresholded]:
+    """Trains scores and thresholds of all FFNs together, or goes on from the latest checkpoint in `folder`.
+
+    The Lagrangian is objective / unit + sum_i m_i (value_i / bound_i - 1), the unit being the objective before the
+    first step. Gates descend, the multipliers m_i >= 0 ascend from 0. Gates are hard in the forward pass and
+    probabilities in the backward pass. The frozen weights are an argument of the compiled step that no gradient is
+    taken of.
+
+    Args:
+        model: the detector, frozen.
+        passes: training data, batches of `ImageTokens`.
+        selectors: of each FFN by name, to start from: trained, with scores in log-odds, and finite thresholds.
+        budget: what is made small within which bounds.
+        tuning: the recipe.
+        folder: for checkpoints.
+        report: called after every step with the number of steps taken so far and what it found; once with None when
+            training goes on from a checkpoint.
+
+    Returns:
+        the selectors, trained. `meet` sets their thresholds on held-out images.
+
+    Raises:
+        ValueError: if the bound is one on the change of the outputs and the loss something else.
+    """
+    if isinstance(budget, MaxDivergence) and tuning.loss != "output-change":
+        raise ValueError(f"a bound on the change of the outputs needs that as the loss, not {tuning.loss!r}")
+    total = tuning.epochs * len(passes)
+    optimise = optax.adam(optax.cosine_decay_schedule(tuning.learning_rate, total))
+
+    @partial(jax.jit, out_shardings=replicated(mesh_of(model)))
+    def take_step(state, model, batch, step, bounds):
+        selectors, memory, multipliers, unit = state
+
+        def value(selectors):
+            loss, densities = _loss_and_densities(tuning, model, batch, selectors, step)
+            objective, bounded = budget.parts(loss, densities)
+            excess = bounded / bounds - 1
+            # A batch of padding alone says nothing about either.
+            seen = jnp.where(batch.valid.any(), jnp.clip(jax.lax.stop_gradient(excess), -1, 1), 0)
+            first = (unit == 0) & batch.valid.any()
+            scale = jnp.where(first, jnp.maximum(jax.lax.stop_gradient(objective), _LEAST_UNIT), unit)
+            pressure = jnp.maximum(multipliers + _PROPORTIONAL * tuning.multiplier_rate * seen, 0)
+            lagrangian = objective / jnp.where(scale > 0, scale, 1) + (pressure * excess).sum()
+            return lagrangian, (seen, scale, loss, densities)
+
+        gradients, (seen, unit, loss, densities) = jax.grad(value, has_aux=True)(selectors)
+        updates, memory = optimise.update(gradients, memory)
+        multipliers = jnp.maximum(multipliers + tuning.multiplier_rate * seen, 0)
+        state = (optax.apply_updates(selectors, updates), memory, multipliers, unit)
+        return state, Progress(loss, densities, multipliers)
+
+    selectors = dict(selectors)
+    state = replicate_like(model, (selectors, optimise.init(selectors), jnp.zeros(len(budget.bounds)), jnp.float32(0)))
+    checkpoints = Checkpoints(folder)
+    start, state = checkpoints.restore(state) or (0, state)
+    if start:
+        report(start, None)
+    for step, batch in enumerate(batches_from(passes, tuning.epochs, start), start + 1):
+        state, progress = take_step(state, model, batch, step, jnp.array(budget.bounds))
+        report(step, progress)
+        if step % tuning.checkpoint_steps == 0 or step == total:
+            checkpoints.save(step, state)
+    checkpoints.close()
+    return {name: state[0][name] for name in selectors}
+
+
+def _loss_and_densities(
+    tuning: GateTuning, model: DETR, batch: ImageTokens, selectors: Mapping[str, Thresholded], step: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss () of gates that are in effect, and the density () of each FFN."""
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(tuning.seed), step), len(selectors))
+    running = {
+        name: StraightThrough(selector, key if tuning.sampled else None, tuning.tile_size)
+        for (name, selector), key in zip(selectors.items(), keys, strict=True)
+    }
+    outputs = model.transform(batch, selectors=running, trace=True)
+    weights = model.ffn_weights()
+    # Of its inputs, a gate takes what the others leave: they are not trained to make its decisions easier.
+    traces: dict[str, FFNTrace] = jax.lax.stop_gradient(outputs.traces)
+    densities = {}
+    for name, selector in running.items():
+        trace = traces[name]
+        logits = selector.logits(weights[name], trace.inputs, trace.tokens)
+        densities[name] = union_density(logits, trace.tokens, tuning.tile_size)
+    if tuning.loss == "output-change":
+        changes = output_divergence(model.transform(batch), outputs)
+        loss = jnp.where(batch.valid, changes, 0).sum() / jnp.maximum(batch.valid.sum(), 1)
+    else:
+        losses = [gate_loss(tuning.loss, s.logits, weights[name], traces[name]) for name, s in running.items()]
+        loss = jnp.stack(losses).mean()
+    return loss, densities
+
+
+def measure(
+    model: DETR, passes: BatchSource, selectors: Mapping[str, Thresholded], tile_size: int = 1
+) -> tuple[float, dict[str, float]]:
+    """The mean change of the outputs over the images of one pass, and the density of each FFN by name, of tiles.
+
+    Args:
+        model: the detector.
+        passes: batches of `ImageTokens`.
+        selectors: of each sparse FFN by name, in effect.
+        tile_size: consecutive tokens that are computed together.
+    """
+    count = partial(_measure, tile_size=tile_size)
+    selectors = replicate_like(model, dict(selectors))
+    measured = [to_host(count(model, batch, selectors)) for batch in passes.batches()]
+    changes, valid, tiles = zip(*measured, strict=True)
+    densities = {name: sum((t[name] for t in tiles[1:]), tiles[0][name]).density for name in selectors}
+    return float(np.sum(changes) / np.sum(valid)), densities
+
+
+@partial(jax.jit, static_argnames="tile_size")
+def _measure(model, batch, selectors, *, tile_size):
+    running = {name: StraightThrough(selector, tile_size=tile_size) for name, selector in selectors.items()}
+    outputs = model.transform(batch, selectors=running, trace=True)
+    changes = output_divergence(model.transform(batch), outputs)
+
+    def count(trace):
+        return count_tiles(
+            trace.selection.per_token(trace.tokens.shape, trace.hidden.shape[-1]), trace.tokens, tile_size
+        )
+
+    counts = {name: count(outputs.traces[name]) for name in selectors}
+    return jnp.where(batch.valid, changes, 0).sum(), batch.valid.sum(), counts
+
+
+def meet(
+    model: DETR, held_out: BatchSource, selectors: Mapping[str, Thresholded], budget: Budget, tile_size: int = 1
+) -> dict[str, Thresholded]:
+    """The selectors with thresholds that meet a budget exactly on images that nothing was trained on.
+
+    Densities of each FFN are calibrated in the order in which the FFNs run, with the others on. A mean density or a
+    bound on the change takes one number that all thresholds are shifted by, so that the densities keep their ratios.
+
+    Args:
+        model: the detector.
+        held_out: batches of `ImageTokens`.
+        selectors: of each FFN by name, in the order in which they run; all in effect.
+        budget: what they were trained to.
+        tile_size: consecutive tokens that are computed together.
+    """
+    chosen = dict(selectors)
+    if isinstance(budget, DensityOfEach):
+        for name, density in budget.densities.items():
+            scores = {name: chosen[name].score}
+            running = {n: StraightThrough(selector, tile_size=tile_size) for n, selector in chosen.items()}
+            histogram = measure_scores(model, held_out, scores, running, tile_size=tile_size)[name]
+            chosen[name] = chosen[name].at(density_threshold(histogram, density))
+        return chosen
+
+    def shifted(shift: float) -> dict[str, Thresholded]:
+        return {name: selector.at(selector.threshold + shift) for name, selector in chosen.items()}
+
+    def too_low(shift: float) -> bool:
+        change, densities = measure(model, held_out, shifted(shift), tile_size)
+        if isinstance(budget, MaxDivergence):
+            return change <= budget.change
+        return np.mean(list(densities.values())) > budget.density
+
+    low, high = -_WIDEST_SHIFT, _WIDEST_SHIFT
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if too_low(middle) else (low, middle)
+    return shifted(low if isinstance(budget, MaxDivergence) else high)

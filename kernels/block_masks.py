@@ -1,0 +1,79 @@
+"""Which blocks of hidden neurons each tile of tokens needs: as a map of pairs, and as a list for each tile."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class BlockLists(NamedTuple):
+    """The blocks that each tile needs.
+
+    Attributes:
+        indices: (..., tiles, B) int32, the blocks that a tile needs in front. What follows is not needed.
+        counts: (..., tiles) int32, how many those are.
+    """
+
+    indices: jax.Array
+    counts: jax.Array
+
+
+def mask_to_indices(needed: jax.Array) -> BlockLists:
+    """A map as lists: (..., tiles, B) bool -> lists whose rows are permutations of the B blocks, needed ones ascending.
+
+    All entries are valid blocks, also those behind the needed ones, so that nothing reads out of range.
+    """
+    order = jnp.argsort(~needed, axis=-1, stable=True)
+    return BlockLists(order.astype(jnp.int32), needed.sum(-1, dtype=jnp.int32))
+
+
+def indices_to_mask(lists: BlockLists, blocks: int) -> jax.Array:
+    """Lists as a map: a block is needed however often and in whatever order it is listed.
+
+    Args:
+        lists: `indices` (..., tiles, capacity), of any capacity; entries that name no block are ignored.
+        blocks: B, how many there are.
+
+    Returns:
+        (..., tiles, B) bool.
+    """
+    listed = jnp.arange(lists.indices.shape[-1]) < lists.counts[..., None]
+    inside = (lists.indices >= 0) & (lists.indices < blocks)
+    named = jnp.where(listed & inside, lists.indices, blocks)
+    flat = named.reshape(-1, named.shape[-1])
+    tile = jnp.arange(len(flat))[:, None]
+    needed = jnp.zeros((len(flat), blocks), bool).at[tile, flat].set(True, mode="drop")
+    return needed.reshape(*named.shape[:-1], blocks)
+
+
+def any_per_tile(active: jax.Array, tile_size: int, blocks: int) -> jax.Array:
+    """What tiles need when their tokens need groups: the union over the tokens of a tile and the groups of a block.
+
+    Args:
+        active: (..., tokens, G) bool, the groups of F / G neurons that each token needs.
+        tile_size: consecutive tokens per tile; the last tile may be shorter.
+        blocks: B, of F / B neurons each.
+
+    Returns:
+        (..., tiles, B) bool.
+
+    Raises:
+        ValueError: if a block would not consist of whole groups.
+    """
+    *batch, _, groups = active.shape
+    if groups % blocks:
+        raise ValueError(f"{groups} groups of neurons cannot be united into {blocks} blocks of equal size")
+    padded = pad_tokens(active, tile_size)
+    return padded.reshape(*batch, -1, tile_size, blocks, groups // blocks).any((-3, -1))
+
+
+def repeat_per_tile(decisions: jax.Array, tokens: int, tile_size: int | None) -> jax.Array:
+    """(..., tiles, n) -> (..., tokens, n), what each token's tile has; a tile size of None is one tile for all."""
+    return jnp.repeat(decisions, tile_size or tokens, axis=-2)[..., :tokens, :]
+
+
+def pad_tokens(array: jax.Array, tile_size: int) -> jax.Array:
+    """Appends zeros to (..., tokens, n) until tiles of `tile_size` tokens fill it."""
+    padding = [(0, 0)] * array.ndim
+    padding[-2] = (0, -array.shape[-2] % tile_size)
+    return jnp.pad(array, padding)

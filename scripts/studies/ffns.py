@@ -1,0 +1,368 @@
+"""Studies what sparsity does to FFNs that are given as arrays with samples of their inputs."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from ffn_study import (
+    Densities,
+    Effect,
+    Effects,
+    MeasuredSelector,
+    image_batches,
+    measure_effects,
+    plot_errors,
+    plot_tiles,
+    read_ffns,
+    study_markdown,
+)
+from tile_density import TILE_SIZES, measure_tiles
+from tqdm import tqdm
+
+from detr_jax import cli
+from detr_jax.calibration.activation_passes import measure_activations
+from detr_jax.calibration.activations import ActivationStatistics
+from detr_jax.calibration.moment_passes import measure_kept, measure_moments, measure_pooled
+from detr_jax.calibration.permutation import coactivation_permutation, kmeans_permutation, permute
+from detr_jax.calibration.reconstruction import obs_ranking, reconstruct_from_kept, reconstruct_output
+from detr_jax.calibration.threshold_passes import measure_scores
+from detr_jax.data.batches import CachedBatches
+from detr_jax.files import refuse_existing, replacing, write_json
+from detr_jax.methods import (
+    ContributionGate,
+    Fixed,
+    HiddenMagnitude,
+    Oracle,
+    PartitionedSelector,
+    Pooled,
+    Score,
+    TopK,
+    by_contribution,
+    find_indicators,
+    fit_pooled_statistics,
+    sketch,
+)
+from detr_jax.methods.grouping import group_count
+from detr_jax.methods.registry import METHODS, SKETCH_RANK, Ingredients
+from detr_jax.models.standalone import StandaloneFFNs
+from detr_jax.training.gates import KINDS, Gates, GateSpec, GateTraining, train_gates
+
+WINDOW = 32
+"""Consecutive tokens of the table of fixed and chosen neurons that share a decision."""
+
+Statistics = dict[str, ActivationStatistics]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Studies what sparsity does to FFNs that are given as arrays with samples of their inputs, each for itself.
+
+    The file is an .npz with layerL.w1 (F, d), layerL.b1 (F,), layerL.w2 (d, F), layerL.b2 (d,) and layerL.x (images,
+    tokens, d) for L = 0, 1, ... The first half of the images is for statistics, gates and thresholds, the other half is
+    measured: what a part of the neurons leaves of the output, how dense firing is for tiles of tokens, and the output's
+    error against the multiply-adds that every selector leaves.
+
+    For example `python scripts/studies/ffns.py ffns.npz --out runs/ffns`. Writes results.json, tables.md, errors.png
+    and tiles.png into the output folder.
+    """
+
+    ffns: tyro.conf.Positional[Path]
+    """The .npz file."""
+    training: Annotated[GateTraining, tyro.conf.OmitArgPrefixes] = field(
+        default_factory=lambda: GateTraining(epochs=60, batch_size=2, learning_rate=6e-3)
+    )
+    wide_group_size: int = 64
+    """Hidden neurons per group of the second size that tiles are counted for."""
+    tile_sizes: tuple[int, ...] = TILE_SIZES
+    """Tokens per tile."""
+    densities: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.5)
+    """Shares of the groups, neurons or channels that thresholds are calibrated to."""
+    taus: tuple[float, ...] = (0.99, 0.95, 0.9, 0.8)
+    """Of SIBS: the least share of an indicator's firings in which a neuron that it silences is silent."""
+    indicators: int = 32
+    """Of SIBS: indicators per FFN."""
+    out: Path = Path("runs/study_ffns")
+    """Folder for the results."""
+    overwrite: bool = False
+    """Replace the results in the output folder."""
+
+
+@dataclass(frozen=True)
+class Halves:
+    """The inputs to calibrate on and those to measure."""
+
+    calibration: CachedBatches
+    test: CachedBatches
+
+
+def permuted(ffns: StandaloneFFNs, orders: Mapping[str, np.ndarray]) -> StandaloneFFNs:
+    """The same functions with their neurons in other orders."""
+    return StandaloneFFNs({name: permute(weights, orders[name]) for name, weights in ffns.weights.items()})
+
+
+def cofiring(statistics: Statistics, group_size: int) -> dict[str, np.ndarray]:
+    """Of each FFN the order that brings neurons together that fire together."""
+    return {name: coactivation_permutation(s.coactive, group_size) for name, s in statistics.items()}
+
+
+def fixed_and_chosen(ffns: StandaloneFFNs, halves: Halves) -> dict[str, dict[str, float]]:
+    """By what is measured, of each FFN: how much is zero, and the errors of keeping a part of the neurons."""
+    calibration = measure_activations(ffns, halves.calibration, 1)
+    test = measure_activations(ffns, halves.test, 1)
+    rows = {
+        "activations that are exactly zero": {
+            n: 1 - s.fired.sum() / (s.tokens.sum() * s.fired.size) for n, s in test.items()
+        },
+        "neurons that fire at all in an image": {n: s.images_fired.mean() / s.images for n, s in test.items()},
+    }
+    contributions = HiddenMagnitude(weighted=True)
+
+    def fixed(name: str) -> Score:
+        return by_contribution(calibration[name], ffns.weights[name], 1)
+
+    def pooled(window: int | None) -> Callable[[str], Score]:
+        return lambda name: Pooled(contributions, odds=False, window=window)
+
+    for title, share, score in (
+        ("error, one fixed set of 25 % of the neurons", 0.25, fixed),
+        ("error, best 25 % per image", 0.25, pooled(None)),
+        (f"error, best 25 % per {WINDOW} consecutive tokens", 0.25, pooled(WINDOW)),
+        ("error, one fixed set of 50 %", 0.5, fixed),
+    ):
+        selectors = {
+            name: TopK(score(name), jnp.int32(round(share * len(weights.w_in))))
+            for name, weights in ffns.weights.items()
+        }
+        effects = measure_effects(ffns, halves.test.batches(), selectors)
+        rows[title] = {name: effect.error for name, effect in effects.items()}
+    return {title: {name: float(value) for name, value in row.items()} for title, row in rows.items()}
+
+
+def tile_densities(
+    ffns: StandaloneFFNs, statistics: Statistics, halves: Halves, arguments: Arguments
+) -> dict[str, dict[str, Densities]]:
+    """Of each FFN, by how its neurons are grouped."""
+    size, wide = arguments.training.group_size, arguments.wide_group_size
+    kmeans = {name: kmeans_permutation(np.asarray(weights.w_in), size) for name, weights in ffns.weights.items()}
+    groupings = {
+        f"groups of {size}, given order": (size, ffns),
+        f"groups of {size} by co-firing": (size, permuted(ffns, cofiring(statistics, size))),
+        f"groups of {size} by k-means": (size, permuted(ffns, kmeans)),
+        f"groups of {wide} by co-firing": (wide, permuted(ffns, cofiring(statistics, wide))),
+    }
+    measured = {
+        title: measure_tiles(
+            ffns_of,
+            halves.test.batches(),
+            dict.fromkeys(ffns_of.weights, Oracle(group_size)),
+            group_size,
+            arguments.tile_sizes,
+        )
+        for title, (group_size, ffns_of) in tqdm(groupings.items(), desc="counting tiles", unit="grouping")
+    }
+    return {name: {title: of_ffns[name] for title, of_ffns in measured.items()} for name in ffns.weights}
+
+
+SHARES = (0.25, 0.125)
+"""Of the neurons, for the table of sets that are decided for many tokens at once."""
+
+
+def shared_sets(ffns: StandaloneFFNs, halves: Halves, training: GateTraining) -> dict[str, dict[str, dict[str, float]]]:
+    """By share of the neurons and how they are chosen, of each FFN the error of its output.
+
+    Fixed sets, then for whole images and for windows what pooled inputs choose, what a sketch chooses, both also with
+    a second layer that is fitted to the choices, what a trained gate chooses, and the best.
+    """
+    statistics = measure_activations(ffns, halves.calibration, 1)
+    inputs, hidden = measure_moments(ffns, halves.calibration)
+    sketches = {
+        name: sketch(ffns.weights[name], m.mean, m.covariance, min(SKETCH_RANK, len(m.mean)), 1)
+        for name, m in inputs.items()
+    }
+    kinds = {"contributions": KINDS["contributions"]}
+    start = {"contributions": {name: ContributionGate.from_sketch(s) for name, s in sketches.items()}}
+    tuning = replace(training, group_size=1, learning_rate=training.learning_rate / 6)
+    gates = train(ffns, halves.calibration, tuning, kinds, start)["contributions"]
+    contributions = HiddenMagnitude(weighted=True)
+    errors: dict[str, dict[str, dict[str, float]]] = {}
+    for share in SHARES:
+        count = {name: round(share * len(weights.w_in)) for name, weights in ffns.weights.items()}
+
+        def measure(score_of: Callable[[str], Score], count: dict[str, int] = count) -> dict[str, float]:
+            selectors = {name: TopK(score_of(name), jnp.int32(k)) for name, k in count.items()}
+            return {n: e.error for n, e in measure_effects(ffns, halves.test.batches(), selectors).items()}
+
+        def reconstructed(name: str, count: dict[str, int] = count) -> Fixed:
+            order = obs_ranking(ffns.weights[name], hidden[name])
+            kept = np.isin(np.arange(len(order)), order[: count[name]])
+            return Fixed(jnp.asarray(kept), reconstruct_output(ffns.weights[name], hidden[name], kept))
+
+        def measure_refitted(scores: Mapping[str, Score], count: dict[str, int] = count) -> dict[str, float]:
+            selectors = {name: TopK(scores[name], jnp.int32(k)) for name, k in count.items()}
+            kept = measure_kept(ffns, halves.calibration, selectors)
+            fitted = {
+                name: PartitionedSelector(
+                    selectors[name], 0, len(weights.w_in), reconstruct_from_kept(weights, kept[name])
+                )
+                for name, weights in ffns.weights.items()
+            }
+            return {n: e.error for n, e in measure_effects(ffns, halves.test.batches(), fitted).items()}
+
+        of_share = {"fixed": measure(lambda name: by_contribution(statistics[name], ffns.weights[name], 1))}
+        effects = measure_effects(ffns, halves.test.batches(), {name: reconstructed(name) for name in ffns.weights})
+        of_share["fixed, refitted"] = {name: effect.error for name, effect in effects.items()}
+        for title, window in (("per image", None), (f"per {WINDOW} tokens", WINDOW)):
+            of_pooled = measure_pooled(ffns, halves.calibration, window)
+            by_sketch = {name: Pooled(of_one, False, window) for name, of_one in sketches.items()}
+            by_inputs = {name: fit_pooled_statistics(moments, 1, window) for name, moments in of_pooled.items()}
+            of_share |= {
+                f"pooled inputs, {title}": measure(by_inputs.get),
+                f"pooled inputs, refitted, {title}": measure_refitted(by_inputs),
+                f"sketch, {title}": measure(by_sketch.get),
+                f"sketch, refitted, {title}": measure_refitted(by_sketch),
+                f"trained gate, {title}": measure(lambda name, window=window: replace(gates[name], window=window)),
+                f"best, {title}": measure(lambda name, window=window: Pooled(contributions, False, window)),
+            }
+        errors[f"{share:g}"] = of_share
+    return errors
+
+
+def train(
+    ffns: StandaloneFFNs,
+    passes: CachedBatches,
+    training: GateTraining,
+    kinds: Mapping[str, GateSpec] = KINDS,
+    start: Mapping[str, Gates] | None = None,
+) -> dict[str, Gates]:
+    """Gates of some kinds."""
+    with (
+        TemporaryDirectory() as folder,
+        tqdm(total=training.epochs * len(passes), desc="training gates", unit="step") as bar,
+    ):
+
+        def report(step: int, loss: jax.Array) -> None:
+            bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
+            bar.update(step - bar.n)
+
+        return train_gates(ffns, passes, kinds, training, Path(folder), report, start=start)
+
+
+def compare_selectors(
+    ffns: StandaloneFFNs, gates: Mapping[str, Gates], halves: Halves, arguments: Arguments
+) -> Effects:
+    """What every selector does to each FFN."""
+    size = arguments.training.group_size
+    statistics = measure_activations(ffns, halves.calibration, size)
+    inputs, hidden = measure_moments(ffns, halves.calibration)
+    pooled = measure_pooled(ffns, halves.calibration, None)
+    ingredients = {
+        name: Ingredients(
+            *(weights, statistics[name], inputs[name], hidden[name], pooled[name]),
+            {kind: of_kind[name] for kind, of_kind in gates.items()},
+            size,
+        )
+        for name, weights in ffns.weights.items()
+    }
+
+    def same(selector: MeasuredSelector) -> dict[str, MeasuredSelector]:
+        return dict.fromkeys(ffns.weights, selector)
+
+    def indicated(tau: float) -> dict[str, MeasuredSelector]:
+        return {n: find_indicators(s, tau=tau, indicators=arguments.indicators) for n, s in statistics.items()}
+
+    settings = {
+        "oracle, neurons": {"exact": same(Oracle(1))},
+        "oracle, groups": {"exact": same(Oracle(size))},
+        "sibs": {f"tau {tau:g}": indicated(tau) for tau in arguments.taus},
+    }
+    for title, method in tqdm(METHODS.items(), desc="calibrating selectors", unit="method"):
+        scores = {name: method.score(made_from) for name, made_from in ingredients.items()}
+        histograms = measure_scores(ffns, halves.calibration, scores)
+        found = {n: method.at_densities(i, histograms[n], arguments.densities) for n, i in ingredients.items()}
+        settings[title] = {
+            f"{density:g}": {name: selectors[i] for name, selectors in found.items()}
+            for i, density in enumerate(arguments.densities)
+        }
+    with tqdm(total=sum(map(len, settings.values())), desc="measuring selectors", unit="setting") as bar:
+
+        def measure(selectors: Mapping[str, MeasuredSelector]) -> dict[str, Effect]:
+            effects = measure_effects(ffns, halves.test.batches(), selectors)
+            bar.update()
+            return effects
+
+        measured = {m: {setting: measure(chosen) for setting, chosen in of.items()} for m, of in settings.items()}
+    return {
+        name: {method: {setting: effects[name] for setting, effects in of.items()} for method, of in measured.items()}
+        for name in ffns.weights
+    }
+
+
+def main(arguments: Arguments) -> None:
+    started = time.perf_counter()
+    refuse_existing(arguments.out / "results.json", arguments.overwrite)
+    for option in ("densities", "taus", "tile_sizes"):
+        if not getattr(arguments, option):
+            raise ValueError(f"--{option.replace('_', '-')} needs at least one value")
+    for option in ("densities", "taus"):
+        if wrong := [share for share in getattr(arguments, option) if not 0 < share <= 1]:
+            raise ValueError(f"--{option} must be above 0 and at most 1, not {wrong[0]:g}")
+    if (least := min(arguments.tile_sizes)) < 1:
+        raise ValueError(f"--tile-sizes must be at least 1, not {least}")
+    ffns, inputs = read_ffns(arguments.ffns)
+    training = arguments.training
+    for weights in ffns.weights.values():
+        for group_size in (training.group_size, arguments.wide_group_size):
+            group_count(len(weights.w_in), group_size)
+    count = len(next(iter(inputs.x.values())))
+    if count < 2:
+        raise ValueError(
+            f"{arguments.ffns} has the inputs of {count} image; at least 2 are needed, one half to test on"
+        )
+    calibration = image_batches(inputs, range(count // 2), training.batch_size)
+    test = image_batches(inputs, range(count // 2, count), training.batch_size)
+    halves = Halves(CachedBatches(calibration), CachedBatches(test))
+    images = {"calibration": count // 2, "test": count - count // 2}
+
+    basics = fixed_and_chosen(ffns, halves)
+    statistics = measure_activations(ffns, halves.calibration, training.group_size)
+    tiles = tile_densities(ffns, statistics, halves, arguments)
+    ordered = permuted(ffns, cofiring(statistics, training.group_size))
+    gates = train(ordered, CachedBatches(calibration, training.seed), training)
+    effects = compare_selectors(ordered, gates, halves, arguments)
+    sets = shared_sets(ffns, halves, training)
+
+    text = study_markdown(images, basics, sets, tiles, effects)
+    print(text)
+    with replacing(arguments.out / "tables.md") as temporary:
+        temporary.write_text(text + "\n")
+    title = f"{arguments.ffns.stem}: {images['calibration']} images to calibrate on, {images['test']} to test on"
+    plot_errors(arguments.out / "errors.png", title, effects)
+    plot_tiles(arguments.out / "tiles.png", title, tiles)
+    seconds = time.perf_counter() - started
+    write_json(
+        arguments.out / "results.json",
+        {
+            "images": images,
+            "basics": basics,
+            "sets": sets,
+            "tiles": tiles,
+            "selectors": {
+                name: {method: {s: asdict(effect) for s, effect in of.items()} for method, of in methods.items()}
+                for name, methods in effects.items()
+            },
+            "seconds": seconds,
+            **cli.provenance(arguments),
+        },
+    )
+    print(f"\nresults.json, tables.md, errors.png and tiles.png are in {arguments.out} after {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    cli.run(main, Arguments)

@@ -1,0 +1,323 @@
+"""From the paper's recipe to the fastest plan: what each ingredient does for accuracy, tile density and FFN time."""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from recipe_report import LOST, best_table, plot_recipes, points_table
+from tqdm import tqdm
+
+import detr_jax
+from detr_jax import cli
+from detr_jax.calibration.allocation import greedy
+from detr_jax.calibration.sensitivity import OutputDivergence, SensitivityTable, layer_sensitivity
+from detr_jax.calibration.threshold_passes import measure_scores
+from detr_jax.calibration.thresholds import density_threshold
+from detr_jax.data.batches import CachedBatches
+from detr_jax.data.dataset import Subset
+from detr_jax.data.features import BackboneFeatures, backbone_features
+from detr_jax.data.registry import open_dataset
+from detr_jax.evaluation.coco_ap import bootstrap, confidence_interval, score
+from detr_jax.evaluation.runs import measure_dataset
+from detr_jax.files import replacing, write_json
+from detr_jax.kernels import Execution
+from detr_jax.methods import Executed, Thresholded, log_odds
+from detr_jax.models import DETR, Selector
+from detr_jax.run_folder import RESULTS, open_run
+from detr_jax.search.candidates import KINDS
+from detr_jax.search.search import PlanSearch, SearchSettings
+from detr_jax.training.budgets import (
+    DensityOfEach,
+    GateTuning,
+    MeanDensity,
+    Progress,
+    StraightThrough,
+    measure,
+    meet,
+    tune_gates,
+)
+from detr_jax.training.gates import KINDS as GATE_KINDS
+from detr_jax.training.gates import Gates, GateSpec, GateTraining, train_gates
+
+GRID = (1.0, 0.7, 0.5, 0.4, 0.3, 0.25, 0.2, 0.16, 0.12, 0.09, 0.06, 0.04, 0.02)
+"""Densities of tiles that gates' allocations choose from, in each FFN."""
+OUTPUTS = ("gates-own", "gates", "tuned", "progress.json", "recipes.md", "recipes.png")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Goes from the paper's recipe to the fastest plan, one ingredient after the other, and measures each at several
+    densities: points of AP, density of pairs of token tile and neuron block, and time of all FFNs on this device.
+
+    Everything is measured as it runs: what one token of a tile needs, the whole tile gets. Without options: detr-tiny
+    on 500 generated scenes. Writes results.json, recipes.md and recipes.png into the output folder.
+    """
+
+    model: str = "detr-tiny"
+    """Name of a detector or path of a checkpoint."""
+    preset: str | None = None
+    """Architecture of a checkpoint that does not say which it is, e.g. detr-r50."""
+    coco: Path | None = None
+    """Folder with train2017/, val2017/ and annotations/; without it, scenes are generated."""
+    train_images: int = 4096
+    """Images to train gates on; what the transformer gets of them is kept in memory."""
+    eval_images: int = 500
+    """Validation images."""
+    allocation_images: int = 40
+    """Of the calibration images, those on which gates' densities are shared among the FFNs."""
+    tile_size: int = 64
+    """Consecutive tokens that are computed together; an image of fewer is one tile."""
+    thresholds: tuple[float, ...] = (0.95, 0.9, 0.8, 0.7, 0.5, 0.3, 0.1)
+    """Of the paper's recipe; its own is 0.5."""
+    densities: tuple[float, ...] = (0.5, 0.4, 0.3, 0.24, 0.19, 0.15, 0.12, 0.09)
+    """Mean densities of tiles that gates are calibrated to."""
+    tuned_densities: tuple[float, ...] = (0.19, 0.12)
+    """Mean densities of tiles that gates are trained to."""
+    shares: tuple[float, ...] = (0.5, 0.4, 0.33, 0.27, 0.22, 0.18, 0.14, 0.1)
+    """Of the dense FFNs' density, and of their time, that plans are searched for."""
+    training: Annotated[GateTraining, tyro.conf.OmitArgPrefixes] = field(
+        default_factory=lambda: GateTraining(batch_size=16)
+    )
+    tuning: GateTuning = field(default_factory=GateTuning)
+    search: SearchSettings = field(default_factory=SearchSettings)
+    """Groups and windows are those of the gates and tiles."""
+    out: Path = Path("runs/study_recipes")
+    """Folder for the results."""
+    resume: bool = False
+    """Go on with an interrupted run in the output folder."""
+    overwrite: bool = False
+    """Delete an earlier run in the output folder."""
+
+
+Timed = Mapping[str, tuple[Selector, np.ndarray]]
+"""By FFN its selector, and the order of the neurons of the search's model that it belongs to."""
+
+
+class Study:
+    """The detector in both orders of its neurons, data, and the points that are measured so far."""
+
+    def __init__(self, arguments: Arguments, own: DETR):
+        settings = arguments.search
+        held_out = settings.calibration_images
+        data = open_dataset(arguments.coco, "train", arguments.train_images + held_out)
+        if len(data) <= held_out:
+            raise ValueError(f"{data.name} has {len(data)} images, too few to hold out {held_out} for calibration")
+        split = len(data) - held_out
+        training, calibration = Subset(data, 0, split), Subset(data, split, len(data))
+        validation = open_dataset(arguments.coco, "val", arguments.eval_images)
+        self.data = {"training": training.name, "calibration": calibration.name, "validation": validation.name}
+        self.own, self._arguments = own, arguments
+
+        def embed(dataset, batch_size, title) -> list[BackboneFeatures]:
+            return list(backbone_features(own, dataset, batch_size, f"embedding {title} images"))
+
+        batch_size = arguments.training.batch_size
+        stored = [batch.tokens for batch in embed(training, batch_size, "training")]
+        self._passes = CachedBatches(stored, arguments.training.seed)
+        self._calibration = embed(calibration, settings.batch_size, "calibration")
+        self._held_out = CachedBatches([batch.tokens for batch in self._calibration])
+        self._validation = embed(validation, settings.batch_size, "validation")
+        self._ground_truth, self._image_ids = validation.ground_truth(), validation.image_ids()
+
+        tokens = max(batch.tokens.mask.shape[1] for batch in self._calibration)
+        window = arguments.tile_size if tokens > arguments.tile_size else None
+        size = arguments.training.group_size
+        settings = dataclasses.replace(settings, group_size=size, window=window)
+        sample = Subset(training, 0, min(settings.statistics_images, len(training)))
+        self.search = PlanSearch(own, sample, calibration, settings)
+        self.model = self.search.model
+        self._execution = Execution(window, settings.block_size or size)
+
+        self._progress = arguments.out / "progress.json"
+        self.points: dict[str, dict] = json.loads(self._progress.read_text()) if self._progress.exists() else {}
+        self.timed: dict[str, Timed] = {}
+        dense, _ = self._score(own, {})
+        self.dense_AP, self._dense_samples = dense.numbers["AP"], bootstrap(dense)
+
+    def _score(self, model: DETR, selectors: Mapping[str, Selector]):
+        group_size = self._arguments.training.group_size
+        measured = measure_dataset(model, self._validation, selectors=dict(selectors), group_size=group_size)
+        density = float(np.mean([counts.density for counts in measured.counts.values()]))
+        return score(self._ground_truth, measured.results, self._image_ids), density
+
+    def point(
+        self,
+        recipe: str,
+        setting: str,
+        model: DETR,
+        selectors: Mapping[str, Selector],
+        timed: Timed,
+        chosen_by: str | None = None,
+    ) -> None:
+        """Measures selectors unless an interrupted run has; what was chosen by times that differ is measured again."""
+        key = f"{recipe}: {setting}"
+        self.timed[key] = timed
+        if key in self.points and chosen_by is None:
+            return
+        scores, density = self._score(model, selectors)
+        self.points[key] = {
+            "recipe": recipe,
+            "setting": setting,
+            "chosen_by": chosen_by,
+            "AP": scores.numbers["AP"],
+            "AP_minus_dense": scores.numbers["AP"] - self.dense_AP,
+            "AP_minus_dense_interval": confidence_interval(bootstrap(scores) - self._dense_samples),
+            "density": density,
+        }
+        write_json(self._progress, self.points)
+        tqdm.write(f"{key:<64} {100 * self.points[key]['AP_minus_dense']:+6.2f} points, density {density:.3f}")
+
+    def gated(self, recipe: str, setting: str, model: DETR, gates: Mapping[str, Thresholded]) -> None:
+        """Measures gates, whose tiles get what one of their tokens needs."""
+        tiled = {name: StraightThrough(gate, tile_size=self._arguments.tile_size) for name, gate in gates.items()}
+        features = model.config.ffn_features
+        order = {name: np.arange(features) for name in gates}
+        if model is self.own:  # back from the search's order
+            order = {name: np.argsort(self.search.orders[name]) for name in gates}
+        timed = {name: (Executed(gate, self._execution), order[name]) for name, gate in gates.items()}
+        self.point(recipe, setting, model, tiled, timed)
+
+    def searched(self, recipe: str, kinds: Sequence[str]) -> None:
+        """Measures what the search chooses among some kinds of candidates, by density and by time."""
+        search = self.search
+        for unit in ("density", "latency"):
+            for choice in search.ladder(self._arguments.shares, kinds, unit):
+                chosen = search.chosen(choice)
+                trials = {name: candidate.trial for name, candidate in chosen.items()}
+                timed = {name: (c.selector, c.order) for name, c in chosen.items() if c.selector is not None}
+                setting = f"by {unit} {search.cost(choice, unit):.2f}"
+                self.point(recipe, setting, self.model, trials, timed, unit)
+
+    def train(self, model: DETR, kinds: Mapping[str, GateSpec], folder: str) -> dict[str, Gates]:
+        """Gates on labels."""
+        arguments = self._arguments
+        with tqdm(total=arguments.training.epochs * len(self._passes), desc="training gates", unit="step") as bar:
+
+            def report(step: int, loss: jnp.ndarray) -> None:
+                bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
+                bar.update(step - bar.n)
+
+            return train_gates(model, self._passes, kinds, arguments.training, arguments.out / folder, report)
+
+    def sensitivity(self, model: DETR, gates: Gates) -> SensitivityTable:
+        """Gates at every density of tiles in each FFN, the others dense."""
+        histograms = measure_scores(model, self._held_out, gates, tile_size=self._tile_size(gates))
+        settings = {
+            name: [Thresholded(gate, jnp.float32(density_threshold(histograms[name], density))) for density in GRID]
+            for name, gate in gates.items()
+        }
+        images = -(-self._arguments.allocation_images // self._arguments.search.batch_size)
+        return layer_sensitivity(OutputDivergence(model, self._calibration[:images]), GRID, settings)
+
+    def _tile_size(self, gates: Gates) -> int:
+        """Of the tokens that are computed together without being decided about together."""
+        decided = next(iter(gates.values())).traits.tile_size
+        return self._arguments.tile_size if decided == 1 else 1
+
+    def calibrated(self, recipe: str, model: DETR, gates: Gates) -> SensitivityTable:
+        """Measures gates at every density, shared among the FFNs by the change of the outputs."""
+        sensitivity = self.sensitivity(model, gates)
+        for density in self._arguments.densities:
+            self.gated(recipe, f"density {density:g}", model, self.shared(sensitivity, density))
+        return sensitivity
+
+    def shared(self, sensitivity: SensitivityTable, density: float) -> dict[str, Thresholded]:
+        """Gates at a mean density of tiles."""
+        costs = np.broadcast_to(sensitivity.densities / len(sensitivity.names), sensitivity.losses.shape)
+        return sensitivity.selectors(greedy(sensitivity.losses, costs, density))
+
+    def tuned(self, recipe: str, sensitivity: SensitivityTable) -> None:
+        """Measures gates that are trained on, all in effect, through the frozen detector."""
+        arguments = self._arguments
+        for density in arguments.tuned_densities:
+            start = self.shared(sensitivity, density)
+            tile_size = self._tile_size({name: selector.score for name, selector in start.items()})
+            # To what the start computes for tokens: training with the union of a tile is worse (study_budgets.py).
+            _, densities = measure(self.model, self._held_out, start)
+            folder = arguments.out / "tuned" / f"{recipe} {density:g}".replace(" ", "-")
+            total = arguments.tuning.epochs * len(self._passes)
+            with tqdm(total=total, desc="training to a budget", unit="step") as bar:
+
+                def report(step: int, progress: Progress | None, bar: tqdm = bar) -> None:
+                    if progress is not None:
+                        bar.set_postfix(loss=f"{float(progress.loss):.4f}", refresh=False)
+                    bar.update(step - bar.n)
+
+                budget = DensityOfEach(densities)
+                trained = tune_gates(self.model, self._passes, start, budget, arguments.tuning, folder, report)
+            met = meet(self.model, self._held_out, trained, MeanDensity(density), tile_size)
+            self.gated(recipe, f"density {density:g}", self.model, met)
+
+    def measure_times(self) -> None:
+        """Adds to every point the time of all FFNs as a share of the dense ones', measured beside each other."""
+        own = np.arange(self.own.config.ffn_features)
+        ways = {
+            name: [(None, own), *(timed.get(name, (None, own)) for timed in self.timed.values())]
+            for name in self.search.names
+        }
+        seconds = sum(self.search.times(ways, "timing all points").values())
+        shares = dict(zip(self.timed, (seconds[1:] / seconds[0]).tolist(), strict=True))
+        self.points = {key: self.points[key] | {"time": shares[key]} for key in self.timed}
+
+
+def main(arguments: Arguments) -> None:
+    started = time.perf_counter()
+    own = detr_jax.load(arguments.model, preset=arguments.preset)
+    before = detr_jax.fingerprint(own)
+    settings = cli.settings(arguments) | {"fingerprint of the detector": before}
+    open_run(arguments.out, settings, OUTPUTS, resume=arguments.resume, overwrite=arguments.overwrite)
+    study = Study(arguments, own)
+    mgs = study.train(own, {"mgs": GATE_KINDS["firing"]}, "gates-own")["mgs"]
+    for threshold in arguments.thresholds:
+        gates = {name: Thresholded(gate, jnp.float32(log_odds(threshold))) for name, gate in mgs.items()}
+        study.gated("the paper's recipe", f"threshold {threshold:g}", own, gates)
+    study.calibrated("+ a threshold for each FFN", own, mgs)
+    kinds = {kind: GATE_KINDS[kind] for kind in ("firing", "contribution", "contributions")}
+    gates = study.train(study.model, kinds, "gates")
+    sensitivity = study.calibrated("+ groups by co-firing", study.model, gates["firing"])
+    study.tuned("+ trained through the detector", sensitivity)
+    study.calibrated("labels by contribution", study.model, gates["contribution"])
+    sensitivity = study.calibrated("one gate for an image", study.model, gates["contributions"])
+    study.tuned("that, trained through the detector", sensitivity)
+    study.searched("an image's sets by a sketch", ("dense", "sketched"))
+    study.searched("that, with fitted second layers", ("dense", "sketched, refitted"))
+    study.searched("an image's sets by pooled inputs", ("dense", "pooled"))
+    study.searched("those, with fitted second layers", ("dense", "pooled, refitted"))
+    study.searched("fixed sets", ("dense", "fixed"))
+    study.searched("fixed sets with fitted second layers", ("dense", "fixed, refitted"))
+    study.searched("whatever is best", KINDS)
+    study.measure_times()
+    if detr_jax.fingerprint(own) != before:
+        raise AssertionError("the frozen detector changed")
+
+    points = list(study.points.values())
+    results = {
+        "model": arguments.model,
+        "fingerprint": before,
+        "data": study.data,
+        "images": arguments.eval_images,
+        "dense_AP": study.dense_AP,
+        "points": points,
+        "seconds": time.perf_counter() - started,
+        **cli.provenance(arguments),
+    }
+    best = best_table(points)
+    text = f"Least at a loss of at most {LOST:g} points:\n\n{best}\n\nAll points:\n\n{points_table(points)}\n"
+    print(f"\n{text}")
+    with replacing(arguments.out / "recipes.md") as temporary:
+        temporary.write_text(text)
+    plot_recipes(arguments.out / "recipes.png", f"{arguments.model}, {study.data['validation']}", points)
+    write_json(arguments.out / RESULTS, results)
+    print(f"results.json, recipes.md and recipes.png are in {arguments.out} after {math.ceil(results['seconds'])} s")
+
+
+if __name__ == "__main__":
+    cli.run(main, Arguments)
