@@ -20,7 +20,6 @@ from studies.tile_density import describe_statistics, measure_tile_density
 from tqdm import tqdm
 
 import detr_jax
-from detr_jax import cli
 from detr_jax.calibration.activation_passes import profile_activations
 from detr_jax.calibration.activations import ActivationStatistics
 from detr_jax.calibration.allocation import Choice, cost_table, evolve, greedy, within_loss
@@ -29,6 +28,7 @@ from detr_jax.calibration.permutation import coactivation_permutation, kmeans_pe
 from detr_jax.calibration.sensitivity import OutputDivergence, SensitivityTable, layer_sensitivity
 from detr_jax.calibration.threshold_passes import calibrate, measure_scores
 from detr_jax.calibration.thresholds import density_threshold, recall_threshold
+from detr_jax.commands import cli
 from detr_jax.data.batches import CachedBatches
 from detr_jax.data.dataset import Dataset, Subset
 from detr_jax.data.features import BackboneFeatures, backbone_features

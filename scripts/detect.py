@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import tyro
 
 import detr_jax
-from detr_jax import cli
+from detr_jax.commands import cli
 from detr_jax.data.image_list import GivenImages
 from detr_jax.data.scenes import ScenesDataset
 from detr_jax.detection import check_threshold, detect_each

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import tyro
 
 import detr_jax
-from detr_jax import cli
 from detr_jax.calibration.permutation import permute_neurons
+from detr_jax.commands import cli
 from detr_jax.commands.execution_options import ExecutionOptions
 from detr_jax.data.registry import open_dataset
 from detr_jax.evaluation.coco_ap import CocoScores, bootstrap, confidence_interval, score

@@ -14,7 +14,7 @@ import tyro
 from tqdm import tqdm
 
 import detr_jax
-from detr_jax import cli
+from detr_jax.commands import cli
 from detr_jax.data.dataset import Dataset, Subset
 from detr_jax.data.features import backbone_features
 from detr_jax.data.registry import open_dataset

@@ -16,11 +16,11 @@ from scipy.special import expit
 from tqdm import tqdm
 
 import detr_jax
-from detr_jax import cli
 from detr_jax.calibration.activation_passes import profile_activations
 from detr_jax.calibration.permutation import coactivation_permutation, kmeans_permutation, permute_neurons
 from detr_jax.calibration.threshold_passes import calibrate
 from detr_jax.calibration.thresholds import recall_threshold
+from detr_jax.commands import cli
 from detr_jax.commands.execution_options import ExecutionOptions
 from detr_jax.data.batches import CachedBatches, ImageBatches
 from detr_jax.data.dataset import Dataset, Subset

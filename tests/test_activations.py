@@ -26,7 +26,7 @@ from detr_jax.models import FFNWeights
 from detr_jax.models.ffn import trace
 
 BATCH, TOKENS, D, F, SIZE = 3, 9, 5, 12, 4
-COUNTS = ("images", "tokens", "fired", "cofired", "images_fired", "hidden_magnitudes", "input_magnitudes")
+COUNTS = ("images", "tokens", "fired", "coactive", "images_fired", "hidden_magnitudes", "input_magnitudes")
 
 
 def example(seed=0):
@@ -54,7 +54,7 @@ def test_statistics_are_those_of_a_loop():
             seen |= h > 0
             expected["tokens"][kind] += 1
             expected["fired"][kind] += h > 0
-            expected["cofired"] += np.outer(h > 0, h > 0)
+            expected["coactive"] += np.outer(h > 0, h > 0)
             expected["hidden"][kind] += h
             for g in range(F // SIZE):
                 members = slice(g * SIZE, (g + 1) * SIZE)

@@ -91,7 +91,7 @@ def test_outputs_are_poisoned_before_the_call():
 def test_lists_in_any_order_with_repetitions(monkeypatch):
     """Through the operation, and as the kernel gets them: whole permutations, not sorted."""
     path = "detr_jax.kernels.mosaic_gpu"
-    monkeypatch.setattr(f"{path}.refusal", unsupported)
+    monkeypatch.setattr(f"{path}.unsupported_reason", unsupported)
     monkeypatch.setattr(f"{path}.block_sparse_ffn", partial(block_sparse_ffn, interpret=params()))
     x, weights, _ = random_case(23, tokens=100, tile=64, d=64, features=128, blocks=8, dtype=jnp.bfloat16)
     lists = BlockLists(indices=jnp.array([[5, 2, 5, 0, 7, 2], [1, -3, 8, 99, 4, 6]]), counts=jnp.array([6, 5]))
@@ -165,7 +165,7 @@ def test_lowers_for_hopper(block_size, tile, exact):
 
 
 def test_the_operation_lowers_for_two_gpus(monkeypatch):
-    monkeypatch.setattr("detr_jax.kernels.mosaic_gpu.refusal", unsupported)
+    monkeypatch.setattr("detr_jax.kernels.mosaic_gpu.unsupported_reason", unsupported)
     images = jax.sharding.PartitionSpec("images")
     run = jax.shard_map(
         lambda x, weights, needed: operation(x, weights, needed, 64, implementation="mosaic_gpu"),
@@ -236,7 +236,7 @@ def test_compiles_for_hopper(block_size, tile, exact, monkeypatch, capfd):
 
 def test_what_is_benchmarked_lowers_for_hopper(monkeypatch):
     """The gate, the lists and the kernel as one program, and the dense kernel for tokens that fill no tile."""
-    monkeypatch.setattr("detr_jax.kernels.mosaic_gpu.refusal", unsupported)
+    monkeypatch.setattr("detr_jax.kernels.mosaic_gpu.unsupported_reason", unsupported)
     _, (_, weights, _) = operands(64)
     x, kernel = jax.ShapeDtypeStruct((1050, 256), jnp.bfloat16), jax.ShapeDtypeStruct((256, 32), jnp.bfloat16)
     threshold = jax.ShapeDtypeStruct((), jnp.float32)

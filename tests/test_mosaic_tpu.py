@@ -64,7 +64,7 @@ def test_outputs_are_poisoned_before_the_call():
 def test_lists_in_any_order_with_repetitions(monkeypatch):
     """Through the operation, and as the kernel gets them: whole permutations, not sorted."""
     path = "detr_jax.kernels.mosaic_tpu"
-    monkeypatch.setattr(f"{path}.refusal", unsupported)
+    monkeypatch.setattr(f"{path}.unsupported_reason", unsupported)
     monkeypatch.setattr(f"{path}.block_sparse_ffn", partial(block_sparse_ffn, interpret=INTERPRET))
     x, weights, _ = random_case(23, tokens=30, tile=16, d=128, features=64, blocks=8)
     lists = BlockLists(indices=jnp.array([[5, 2, 5, 0, 7, 2], [1, -3, 8, 99, 4, 6]]), counts=jnp.array([6, 5]))

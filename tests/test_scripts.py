@@ -158,7 +158,7 @@ def test_benchmark(script, tmp_path, capsys):
 def test_benchmark_kernels(script, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("detr_jax.kernels.dispatch.tuning_path", lambda kind: tmp_path / "tuning" / f"{kind}.json")
     # The real ceilings take a CPU seconds.
-    monkeypatch.setattr(device_time, "ceilings", lambda *_: device_time.Ceilings(1e9, 1e9, "host"))
+    monkeypatch.setattr(device_time, "peaks", lambda *_: device_time.Ceilings(1e9, 1e9, "host"))
     out = tmp_path / "kernels.json"
     sizes = ("--tokens", 20, "--d-model", 16, "--hidden", 64, "--block-size", 8, "--tile-sizes", 0, 8, "--repeats", 1)
     rows = ("--gates", "tile", "--densities", 0, 0.3, 1)
@@ -188,8 +188,8 @@ def test_benchmark_kernels(script, tmp_path, capsys, monkeypatch):
 
 
 def test_benchmark_kernels_leaves_out_what_does_not_fit_its_time(script, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(device_time, "ceilings", lambda *_: device_time.Ceilings(1e9, 1e9, "host"))
-    monkeypatch.setattr("benchmarks.deadline.Deadline.leaves", lambda self, seconds: not seconds)
+    monkeypatch.setattr(device_time, "peaks", lambda *_: device_time.Ceilings(1e9, 1e9, "host"))
+    monkeypatch.setattr("deadline.Deadline.leaves", lambda self, seconds: not seconds)
     out = tmp_path / "kernels.json"
     sizes = ("--tokens", 20, "--d-model", 16, "--hidden", 64, "--block-size", 8, "--tile-sizes", 8, "--repeats", 1)
     rows = ("--gates", "tile", "--densities", 0.5, 1)

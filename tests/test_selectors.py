@@ -424,7 +424,7 @@ def firing_matrix(tokens=300, seed=0) -> np.ndarray:
 def statistics_of(fires: np.ndarray) -> ActivationStatistics:
     coactive = fires.T.astype(np.int64) @ fires
     blank = {field.name: np.zeros(1) for field in dataclasses.fields(ActivationStatistics)}
-    return ActivationStatistics(**blank | {"cofired": coactive})
+    return ActivationStatistics(**blank | {"coactive": coactive})
 
 
 def slow_indicators(fires: np.ndarray, tau: float, most: int, deviations: float) -> dict[int, set[int]]:

@@ -36,7 +36,7 @@ class ActivationStatistics:
         images: () number of images.
         tokens: (K,) number of tokens.
         fired: (K, F) tokens for which the neuron fires, that is has an activation above 0.
-        cofired: (F, F) tokens of any kind for which both neurons fire; its diagonal is the sum of `fired`.
+        coactive: (F, F) tokens of any kind for which both neurons fire; its diagonal is the sum of `fired`.
         images_fired: (F,) images with a token for which the neuron fires.
         hidden: (K, F) sum of the activations h.
         group_norms: (K, G) sum of the norms ||h_g|| of each group's activations.

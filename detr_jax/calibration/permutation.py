@@ -52,7 +52,7 @@ def coactivation_permutation(coactive: np.ndarray, group_size: int) -> np.ndarra
     with the members' (Jaccard index, averaged over the members).
 
     Args:
-        cofired: (F, F) counts of tokens for which both neurons fire; on the diagonal those for which one does.
+        coactive: (F, F) counts of tokens for which both neurons fire; on the diagonal those for which one does.
         group_size: neurons per group.
 
     Returns:

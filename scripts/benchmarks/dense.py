@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from detr_jax import cli
+from detr_jax.commands import cli
 from detr_jax.files import refuse_existing, write_json
 from detr_jax.models import DETR, PRESETS, DetrConfig, preset_config
 from detr_jax.models.positions import sine_positions

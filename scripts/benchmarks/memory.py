@@ -7,7 +7,7 @@ import numpy as np
 import psutil
 
 import detr_jax
-from detr_jax import cli
+from detr_jax.commands import cli
 from detr_jax.data.dataset import Dataset
 from detr_jax.data.scenes import ScenesDataset
 from detr_jax.evaluation.runs import coco_results, predictions

@@ -12,8 +12,8 @@ import numpy as np
 from tqdm import tqdm
 
 import detr_jax
-from detr_jax import cli
 from detr_jax.calibration.permutation import permute_neurons
+from detr_jax.commands import cli
 from detr_jax.data.features import backbone_features
 from detr_jax.data.registry import open_dataset
 from detr_jax.files import refuse_existing, write_json

@@ -16,7 +16,7 @@ from kernel_report import break_even, report
 from random_gates import RandomGate
 from tqdm import tqdm
 
-from detr_jax import cli
+from detr_jax.commands import cli
 from detr_jax.files import refuse_existing, write_json
 from detr_jax.kernels.dispatch import tuning_path
 

@@ -13,8 +13,8 @@ import tyro
 from profile_stages import evaluation_stages, stage_table, training_stages
 
 import detr_jax
-from detr_jax import cli
 from detr_jax.calibration.permutation import permute_neurons
+from detr_jax.commands import cli
 from detr_jax.commands.execution_options import ExecutionOptions
 from detr_jax.data.registry import open_dataset
 from detr_jax.files import refuse_existing, write_json

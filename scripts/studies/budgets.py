@@ -14,13 +14,13 @@ from comparison_report import markdown_table
 from tqdm import tqdm
 
 import detr_jax
-from detr_jax import cli
 from detr_jax.calibration.activation_passes import profile_activations
 from detr_jax.calibration.allocation import greedy
 from detr_jax.calibration.permutation import coactivation_permutation, permute_neurons
 from detr_jax.calibration.sensitivity import OutputDivergence, SensitivityTable, layer_sensitivity
 from detr_jax.calibration.threshold_passes import measure_scores
 from detr_jax.calibration.thresholds import density_threshold
+from detr_jax.commands import cli
 from detr_jax.data.batches import CachedBatches
 from detr_jax.data.dataset import Subset
 from detr_jax.data.features import BackboneFeatures, backbone_features

@@ -26,13 +26,13 @@ from ffn_study import (
 from tile_density import TILE_SIZES, measure_tiles
 from tqdm import tqdm
 
-from detr_jax import cli
 from detr_jax.calibration.activation_passes import measure_activations
 from detr_jax.calibration.activations import ActivationStatistics
 from detr_jax.calibration.moment_passes import measure_kept, measure_moments, measure_pooled
 from detr_jax.calibration.permutation import coactivation_permutation, kmeans_permutation, permute
 from detr_jax.calibration.reconstruction import obs_ranking, reconstruct_from_kept, reconstruct_output
 from detr_jax.calibration.threshold_passes import measure_scores
+from detr_jax.commands import cli
 from detr_jax.data.batches import CachedBatches
 from detr_jax.files import refuse_existing, replacing, write_json
 from detr_jax.methods import (

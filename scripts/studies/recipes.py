@@ -16,11 +16,11 @@ from recipe_report import LOST, best_table, plot_recipes, points_table
 from tqdm import tqdm
 
 import detr_jax
-from detr_jax import cli
 from detr_jax.calibration.allocation import greedy
 from detr_jax.calibration.sensitivity import OutputDivergence, SensitivityTable, layer_sensitivity
 from detr_jax.calibration.threshold_passes import measure_scores
 from detr_jax.calibration.thresholds import density_threshold
+from detr_jax.commands import cli
 from detr_jax.data.batches import CachedBatches
 from detr_jax.data.dataset import Subset
 from detr_jax.data.features import BackboneFeatures, backbone_features

@@ -21,7 +21,6 @@ from tile_study_report import plot_neuron_orders, plot_where, study_markdown
 from tqdm import tqdm
 
 import detr_jax
-from detr_jax import cli
 from detr_jax.calibration.activation_passes import measure_activations
 from detr_jax.calibration.permutation import (
     TopPPermutation,
@@ -30,6 +29,7 @@ from detr_jax.calibration.permutation import (
     top_p_permutation,
 )
 from detr_jax.calibration.top_p import measure_top_p
+from detr_jax.commands import cli
 from detr_jax.data.batches import CachedBatches
 from detr_jax.data.features import backbone_features
 from detr_jax.data.registry import open_dataset
