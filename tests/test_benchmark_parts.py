@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import device_time
@@ -66,7 +67,7 @@ def test_a_wrong_implementation_is_refused(monkeypatch):
     def wrong(x, weights, needed, tile_size, implementation):
         return x.at[0].set(jnp.nan)
 
-    monkeypatch.setattr("benchmarks.ffn_baselines.block_sparse_ffn", wrong)
+    monkeypatch.setattr("ffn_baselines.block_sparse_ffn", wrong)
     with pytest.raises(AssertionError, match="xla is wrong by nan where tiles of 8 of 25 tokens need"):
         check(["xla"], random_weights(16, 64, "float32"), 8, [8])
 
@@ -129,5 +130,6 @@ time.sleep(60)
 
 
 def test_what_hangs_is_ended_and_says_how_far_it_came():
-    done = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=40)
+    folder = Path(device_time.__file__).parent
+    done = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=40, cwd=folder)
     assert (done.returncode, done.stdout) == (OVERRUN, "so far\n"), done.stderr
