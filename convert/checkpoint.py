@@ -8,6 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from detr_jax.convert.layouts import SAME, Place, Shape
+from detr_jax.errors import InputError
 from detr_jax.models.detr.config import DetrConfig
 
 
@@ -53,7 +54,7 @@ class Checkpoint:
         for name, places in parts.items():
             entry = np.asarray(self.entries[name]).astype(np.float32, copy=False)
             if not np.isfinite(entry).all():
-                raise ValueError(f"{self.source} is damaged: {name} holds NaN or infinite values")
+                raise InputError(f"{self.source} is damaged: {name} holds NaN or infinite values")
             for place, array in zip(places, np.split(entry, len(places)) if len(places) > 1 else [entry], strict=True):
                 yield place.ours, place.form.convert(array, shapes[place.ours])
 
@@ -73,4 +74,4 @@ class Checkpoint:
             ),
         )
         if listing := "\n  ".join(problems):
-            raise ValueError(f"{self.source} ({self.layout}) does not fit its configuration:\n  {listing}")
+            raise InputError(f"{self.source} ({self.layout}) does not fit its configuration:\n  {listing}")

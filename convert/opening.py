@@ -15,6 +15,7 @@ from detr_jax.convert.checkpoint import Checkpoint, Entry
 from detr_jax.convert.layouts import Shape
 from detr_jax.convert.own import FORMAT, own_checkpoint
 from detr_jax.convert.published import Facts, published_checkpoint, read_hugging_face_config
+from detr_jax.errors import InputError, MissingDependencyError, MissingFileError
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 
@@ -36,14 +37,14 @@ def open_checkpoint(path: Path, preset: str | None = None) -> Checkpoint:
         entries, header = _read_folder(path)
         facts = read_hugging_face_config(path / CONFIG) if (path / CONFIG).exists() else Facts()
     elif not path.exists():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
+        raise MissingFileError(f"there is no checkpoint {path}")
     elif path.suffix == ".safetensors":
         entries, header = _read_safetensors(path)
         facts = Facts()
     elif path.suffix in (".pth", ".pt"):
         (entries, facts), header = _read_official(path), {}
     else:
-        raise ValueError(f"{path} is neither a folder nor a .safetensors, .pth or .pt file")
+        raise InputError(f"{path} is neither a folder nor a .safetensors, .pth or .pt file")
     if header.get("format") == FORMAT:
         return own_checkpoint(str(path), entries, header, preset)
     return published_checkpoint(str(path), entries, preset, facts)
@@ -66,7 +67,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     try:
         file = safetensors.safe_open(path, framework="numpy")
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is damaged or cut short, or no safetensors file: {error}") from error
+        raise InputError(f"{path} is damaged or cut short, or no safetensors file: {error}") from error
     names = file.keys()
     entries = {name: _Stored(file, name, tuple(file.get_slice(name).get_shape())) for name in names}
     return entries, file.metadata() or {}
@@ -77,13 +78,13 @@ def _read_folder(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         return _read_safetensors(path / SINGLE)
     if not (path / INDEX).exists():
         present = ", ".join(sorted(p.name for p in path.iterdir())) or "nothing"
-        raise FileNotFoundError(f"{path} holds neither {SINGLE} nor {INDEX}; it holds {present}")
+        raise MissingFileError(f"{path} holds neither {SINGLE} nor {INDEX}; it holds {present}")
     try:
         shards = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path / INDEX} is no index of safetensors files: {error!r}") from error
+        raise InputError(f"{path / INDEX} is no index of safetensors files: {error!r}") from error
     if absent := [shard for shard in shards if not (path / shard).exists()]:
-        raise FileNotFoundError(f"{path / INDEX} names {', '.join(absent)}, but {path} does not hold it")
+        raise MissingFileError(f"{path / INDEX} names {', '.join(absent)}, but {path} does not hold it")
     entries: dict[str, Entry] = {}
     for shard in shards:
         entries |= _read_safetensors(path / shard)[0]
@@ -94,17 +95,17 @@ def _read_official(path: Path) -> tuple[Mapping[str, Entry], Facts]:
     try:
         import torch
     except ImportError as error:
-        raise ImportError(f"reading {path} needs torch: pip install 'detr-jax[torch]'") from error
+        raise MissingDependencyError(f"reading {path} needs torch: pip install 'detr-jax[torch]'") from error
     try:
         # The official training script stores its arguments beside the model.
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else "it ends too early"
-        raise ValueError(f"{path} is damaged or cut short, or holds more than tensors: {reason}") from error
+        raise InputError(f"{path} is damaged or cut short, or holds more than tensors: {reason}") from error
     state = checkpoint.get("model") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{path} is no official checkpoint: it must hold a dictionary of tensors under 'model'")
+        raise InputError(f"{path} is no official checkpoint: it must hold a dictionary of tensors under 'model'")
     arguments = vars(checkpoint.get("args", argparse.Namespace()))
     entries = {name: (value.float() if value.is_floating_point() else value).numpy() for name, value in state.items()}
     return entries, Facts(dilation=arguments.get("dilation"), heads=arguments.get("nheads"))

@@ -9,6 +9,7 @@ import safetensors.numpy
 
 from detr_jax.convert.checkpoint import Checkpoint, Entry
 from detr_jax.convert.preset import check_preset
+from detr_jax.errors import InputError
 from detr_jax.files import replacing
 from detr_jax.models.detr.config import DetrConfig, config_from_json, config_to_json
 
@@ -33,12 +34,12 @@ def own_checkpoint(
     """
     version = header.get("format_version", "")
     if not version.isdecimal():
-        raise ValueError(f"{source} is damaged: its format_version is {version!r}, not a number")
+        raise InputError(f"{source} is damaged: its format_version is {version!r}, not a number")
     if int(version) > VERSION:
-        raise ValueError(f"{source} has format version {version}; this detr-jax reads up to {VERSION}: update it")
+        raise InputError(f"{source} has format version {version}; this detr-jax reads up to {VERSION}: update it")
     try:
         config = config_from_json(json.loads(header["config"]))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{source} is damaged: its header describes no detector ({error!r})") from error
+        raise InputError(f"{source} is damaged: its header describes no detector ({error!r})") from error
     check_preset(source, config, preset)
     return Checkpoint(source, f"{FORMAT} {version}", config, entries)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from detr_jax.errors import InputError
 from detr_jax.models.detr.config import DetrConfig, config_to_json, preset_config
 
 FINE_TUNED = ("labels", "queries", "shortest_side", "longest_side")
@@ -21,4 +22,4 @@ def check_preset(source: str, config: DetrConfig, preset: str | None) -> None:
     found, wanted = (config_to_json(c) for c in (config, wanted))
     found, wanted = ({**values.pop("backbone"), **values} for values in (found, wanted))
     if differing := [f"{name} is {found[name]}, not {wanted[name]}" for name in wanted if found[name] != wanted[name]]:
-        raise ValueError(f"{source} is not a {preset}: {'; '.join(differing)}")
+        raise InputError(f"{source} is not a {preset}: {'; '.join(differing)}")

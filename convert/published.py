@@ -11,6 +11,7 @@ from pathlib import Path
 from detr_jax.convert.checkpoint import Checkpoint, Entry
 from detr_jax.convert.layouts import LAYOUTS, Layout
 from detr_jax.convert.preset import check_preset
+from detr_jax.errors import InputError
 from detr_jax.models.detr.config import BackboneConfig, DetrConfig, preset_config
 from detr_jax.models.labels import COCO_LABELS
 
@@ -78,7 +79,7 @@ def read_hugging_face_config(path: Path) -> Facts:
         values = json.loads(path.read_text())
         names = {int(index): name for index, name in values.get("id2label", {}).items()}
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is not a configuration of Hugging Face: {error}") from error
+        raise InputError(f"{path} is not a configuration of Hugging Face: {error}") from error
     heads = values.get("encoder_attention_heads", DetrConfig.heads)
     required = {
         "model_type": "detr",
@@ -88,9 +89,9 @@ def read_hugging_face_config(path: Path) -> Facts:
     }
     for name, value in required.items():
         if (found := values.get(name, value)) != value:
-            raise ValueError(f"{path}: {name} is {found!r}, but a DETR here has {value!r}")
+            raise InputError(f"{path}: {name} is {found!r}, but a DETR here has {value!r}")
     if sorted(names) != list(range(len(names))):
-        raise ValueError(f"{path}: id2label must name the classes 0 to {len(names) - 1}, but has {sorted(names)}")
+        raise InputError(f"{path}: id2label must name the classes 0 to {len(names) - 1}, but has {sorted(names)}")
     labels = tuple("" if names[index] == "N/A" else names[index] for index in range(len(names)))
     return Facts(bool(values.get("dilation", False)), labels or None, heads)
 
@@ -100,7 +101,7 @@ def _recognise(source: str, names: Iterable[str]) -> Layout:
         if any(layout.stages.match(name) for name in names):
             return layout
     known = ", ".join(layout.name for layout in LAYOUTS)
-    raise ValueError(f"{source} is no detector in a known layout ({known}); its entries are {sorted(names)[:4]} ...")
+    raise InputError(f"{source} is no detector in a known layout ({known}); its entries are {sorted(names)[:4]} ...")
 
 
 def _sizes(layout: Layout, names: Iterable[str]) -> tuple[tuple[int, ...], int, int]:
@@ -138,7 +139,7 @@ def _dilation(source: str, facts: Facts, preset: str | None) -> bool:
 def _labels(source: str, facts: Facts, classes: int) -> tuple[str, ...]:
     if facts.labels is not None:
         if len(facts.labels) != classes:
-            raise ValueError(f"{source} has {classes} classes, but its configuration names {len(facts.labels)}")
+            raise InputError(f"{source} has {classes} classes, but its configuration names {len(facts.labels)}")
         return facts.labels
     # The placeholders of Hugging Face.
     return COCO_LABELS if classes == len(COCO_LABELS) else tuple(f"LABEL_{index}" for index in range(classes))

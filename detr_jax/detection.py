@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from detr_jax.data.dataset import Dataset
 from detr_jax.data.image_list import GivenImages, ImageLike, as_list, is_many
+from detr_jax.errors import InputError
 from detr_jax.models import DETR, Selectors
 from detr_jax.models.detr.postprocess import ImageDetections, in_image
 
@@ -87,4 +88,4 @@ def check_threshold(threshold: float) -> None:
         ValueError: if it is no score.
     """
     if not 0 <= threshold <= 1:
-        raise ValueError(f"the threshold is a score from 0 to 1, not {threshold}")
+        raise InputError(f"the threshold is a score from 0 to 1, not {threshold}")

@@ -7,32 +7,65 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from detr_jax.errors import ExistingFileError, OutputError, UserError
+
+_TEMPORARY = ".detr-jax-unfinished-"
+"""Begins the names of files that are being written; their suffix stays, since libraries choose a format by it."""
+
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
     """For the beginning of a command, so that it does not compute what it may not write.
 
     Raises:
         FileExistsError: if the file exists and may not be overwritten.
+        OutputError: if nothing can be written there.
     """
     if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists; choose another name or pass --overwrite")
+        raise ExistingFileError(f"{path} exists; choose another name or pass --overwrite")
+    check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """Raises an OutputError if a file of this name cannot be written."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir():
+        raise OutputError(f"{path} cannot be written: it is a folder")
+    if not folder.is_dir():
+        raise OutputError(f"{path} cannot be written: {folder} is no folder")
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"{path} cannot be written: there is no permission to write into {folder}")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place when the block ends well, and is removed when not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    """A temporary name beside `path` that takes its place when the block ends well, and is removed when not.
+
+    Raises:
+        OutputError: if the file cannot be written: no space, no permission.
+    """
+    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
     try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except UserError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+    except SafetensorError as error:
+        if "os error" not in str(error):
+            raise
+        raise OutputError(f"{path} cannot be written: {error}") from error
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Deletes what processes that were killed had begun to write into a folder; nobody may be writing into it."""
-    for path in folder.glob(".[0-9]*-*"):
+    """Deletes what killed processes had begun to write into a folder; nobody may be writing into it."""
+    for path in folder.glob(f"{_TEMPORARY}*"):
         path.unlink()
 
 

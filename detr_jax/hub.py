@@ -6,6 +6,8 @@ Its client is imported when it is needed, because that takes as long as much of 
 import re
 from pathlib import Path
 
+from detr_jax.errors import InputError, MissingFileError, OutputError
+
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FILES = (".pth", ".pt", ".safetensors")
 
@@ -55,7 +57,7 @@ def upload(path: Path, repository: str, filename: str, *, private: bool, message
     from huggingface_hub import HfApi
 
     if not is_id(repository):
-        raise ValueError(f"{repository!r} is no id of a repository; it should be like 'owner/name'")
+        raise InputError(f"{repository!r} is no id of a repository; it should be like 'owner/name'")
     hub = HfApi()
     try:
         hub.create_repo(repository, private=private, exist_ok=True)
@@ -63,20 +65,18 @@ def upload(path: Path, repository: str, filename: str, *, private: bool, message
             path_or_fileobj=path, path_in_repo=filename, repo_id=repository, commit_message=message
         )
     except Exception as error:
-        raise OSError(
+        raise OutputError(
             f"{filename} could not be pushed to {repository}: {error}\nLog in with `hf auth login`, by a token that "
             "may write there"
         ) from error
     return str(commit.commit_url)
 
 
-def _unreachable(
-    wanted: str, repository: str, revision: str | None, error: Exception, remedy: str
-) -> FileNotFoundError:
+def _unreachable(wanted: str, repository: str, revision: str | None, error: Exception, remedy: str) -> MissingFileError:
     from huggingface_hub import constants
 
     at = f" at revision {revision}" if revision else ""
-    return FileNotFoundError(
+    return MissingFileError(
         f"{wanted} of {repository}{at} is not in the hub's cache ({constants.HF_HUB_CACHE}) and could not be "
         f"downloaded: {error}\nGo online once (HF_HUB_OFFLINE must not be set), point HF_HOME to a cache that has it, "
         f"or {remedy}"

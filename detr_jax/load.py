@@ -9,6 +9,7 @@ from flax import nnx
 from detr_jax import hub
 from detr_jax.calibration.permutation import permute_neurons
 from detr_jax.convert import Checkpoint, open_checkpoint, write_checkpoint
+from detr_jax.errors import InputError, MissingFileError
 from detr_jax.kernels import Execution
 from detr_jax.models import DETR, PRESETS
 from detr_jax.models.parameters import named_parameters
@@ -50,7 +51,7 @@ def load(name_or_path: str | Path, preset: str | None = None, dtype: jnp.dtype =
     name = str(name_or_path)
     if name in PRESETS:
         if preset not in (None, name):
-            raise ValueError(f"{name!r} is a preset itself and cannot be loaded as {preset!r}")
+            raise InputError(f"{name!r} is a preset itself and cannot be loaded as {preset!r}")
         if name == EMBEDDED:
             with detector_file() as path:
                 return build(open_checkpoint(path, name), dtype)
@@ -59,7 +60,7 @@ def load(name_or_path: str | Path, preset: str | None = None, dtype: jnp.dtype =
     path = Path(name_or_path)
     if not path.exists():
         if not hub.is_id(name):
-            raise FileNotFoundError(f"{name!r} is no file or folder, no preset ({', '.join(PRESETS)}) and no hub id")
+            raise MissingFileError(f"{name!r} is no file or folder, no preset ({', '.join(PRESETS)}) and no hub id")
         path = hub.download_folder(name, patterns=_FILES, remedy=_REMEDY)
     return build(open_checkpoint(path, preset), dtype)
 
@@ -99,7 +100,7 @@ def load_sparse(
     """
     if isinstance(model, DETR):
         if plan is None:
-            raise ValueError("a detector does not say where its plan is: pass plan=, a path, a hub id or a Plan")
+            raise InputError("a detector does not say where its plan is: pass plan=, a path, a hub id or a Plan")
         dense = model
     else:
         dense = load(model, preset, dtype)
@@ -137,7 +138,7 @@ def _own_plan(name_or_path: str | Path) -> str | Path:
         return name_or_path
     if hub.is_id(name_or_path) and not Path(name_or_path).exists():
         return name_or_path
-    raise FileNotFoundError(
+    raise MissingFileError(
         f"no plan comes with {str(name_or_path)!r}: make one with scripts/train_gates.py --model {name_or_path} and "
         "pass its path as plan="
     )

@@ -16,6 +16,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from detr_jax.errors import InputError
+
 AXIS = "images"
 
 Tree = TypeVar("Tree")
@@ -36,7 +38,7 @@ def join_cluster() -> None:
     given = {name: os.environ[name] for name in names if name in os.environ}
     if given:
         if missing := [name for name in names if name not in given]:
-            raise ValueError(f"{', '.join(given)} without {', '.join(missing)}: set all three or none")
+            raise InputError(f"{', '.join(given)} without {', '.join(missing)}: set all three or none")
         count, index = (_number(name, given[name]) for name in names[1:])
         jax.distributed.initialize(given[names[0]], count, index, cluster_detection_method="deactivate")
     elif _in_slurm_step() or _on_tpu_vm():
@@ -45,7 +47,7 @@ def join_cluster() -> None:
 
 def _number(name: str, value: str) -> int:
     if not value.isdigit():
-        raise ValueError(f"{name} is {value!r}, not a number")
+        raise InputError(f"{name} is {value!r}, not a number")
     return int(value)
 
 
@@ -108,7 +110,7 @@ def local_slice(mesh: Mesh | None, batch_size: int) -> slice:
     if mesh is None:
         return slice(0, batch_size)
     if batch_size % mesh.size:
-        raise ValueError(
+        raise InputError(
             f"a batch of {batch_size} images cannot be shared by {mesh.size} devices; its size has to be a multiple of "
             f"{mesh.size}"
         )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from detr_jax.errors import ExistingFileError, InputError, MissingFileError
 from detr_jax.files import remove_leftovers, write_json
 from detr_jax.mesh import is_first_process, wait_for_all
 
@@ -33,18 +34,18 @@ def open_run(folder: Path, settings: dict[str, Any], outputs: Sequence[str], *, 
     settings = json.loads(json.dumps(settings, default=str))
     stored = folder / "settings.json"
     if overwrite and resume:
-        raise ValueError("--resume keeps the run in the output folder and --overwrite deletes it; choose one")
+        raise InputError("--resume keeps the run in the output folder and --overwrite deletes it; choose one")
     if (folder / RESULTS).exists() and not overwrite:
-        raise FileExistsError(f"{folder} holds a finished run; choose another --out or pass --overwrite")
+        raise ExistingFileError(f"{folder} holds a finished run; choose another --out or pass --overwrite")
     if stored.exists() and not (overwrite or resume):
-        raise FileExistsError(f"{folder} holds an unfinished run; pass --resume, --overwrite or another --out")
+        raise ExistingFileError(f"{folder} holds an unfinished run; pass --resume, --overwrite or another --out")
     if resume and not stored.exists():
-        raise FileNotFoundError(f"there is no run in {folder} to resume")
+        raise MissingFileError(f"there is no run in {folder} to resume")
     if resume:
         before = json.loads(stored.read_text())
         if changed := [key for key in settings if settings[key] != before.get(key)]:
             listing = ", ".join(f"{key} was {before.get(key)}, now {settings[key]}" for key in changed)
-            raise ValueError(f"{folder} cannot be resumed with other settings: {listing}")
+            raise InputError(f"{folder} cannot be resumed with other settings: {listing}")
     if (resume or overwrite) and is_first_process():
         remove_leftovers(folder)
     if resume:
@@ -57,7 +58,7 @@ def open_run(folder: Path, settings: dict[str, Any], outputs: Sequence[str], *, 
         write_json(stored, settings)
     wait_for_all("prepared the output folder")
     if not stored.exists():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{folder} on this host is not the folder of the job's first process; --out has to be one that all hosts "
             "share, such as an NFS share"
         )

@@ -10,6 +10,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
+from detr_jax.errors import InputError, MissingFileError
 from detr_jax.files import replacing
 
 Header = dict[str, str]
@@ -57,22 +58,22 @@ def read(path: Path, format: Format) -> tuple[dict[str, Any], dict[str, np.ndarr
         ValueError: if the file is damaged, or of another format or version.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path} with {format.holds}; {format.remedy}")
+        raise MissingFileError(f"there is no file {path} with {format.holds}; {format.remedy}")
     try:
         with safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+        raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
     if header.get("format") != format.name:
-        raise ValueError(f"{path} does not hold {format.holds}: its format is {header.get('format')!r}")
+        raise InputError(f"{path} does not hold {format.holds}: its format is {header.get('format')!r}")
     header, arrays = _migrated(path, format, header, arrays)
     try:
         description = json.loads(header["description"])
     except (KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged: its header has no description ({error!r})") from error
+        raise InputError(f"{path} is damaged: its header has no description ({error!r})") from error
     if not isinstance(description, dict):
-        raise ValueError(f"{path} is damaged: its description is a {type(description).__name__}")
+        raise InputError(f"{path} is damaged: its description is a {type(description).__name__}")
     return description, arrays
 
 
@@ -80,14 +81,14 @@ def _migrated(path: Path, format: Format, header: Header, arrays: Arrays) -> tup
     """What the file holds, in the present version."""
     found = header.get("format_version", "")
     if not found.isdecimal():
-        raise ValueError(f"{path} is damaged: its format_version is {found!r}, not a number")
+        raise InputError(f"{path} is damaged: its format_version is {found!r}, not a number")
     if int(found) > format.version:
-        raise ValueError(f"{path} has format version {found}; this detr-jax reads up to {format.version}: update it")
+        raise InputError(f"{path} has format version {found}; this detr-jax reads up to {format.version}: update it")
     for version in range(int(found), format.version):
         if version not in format.migrations:
-            raise ValueError(f"{path} has format version {found}, which this detr-jax does not read any more")
+            raise InputError(f"{path} has format version {found}, which this detr-jax does not read any more")
         try:
             header, arrays = format.migrations[version](header, arrays)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged: it is no version {version} of {format.holds} ({error!r})") from error
+            raise InputError(f"{path} is damaged: it is no version {version} of {format.holds} ({error!r})") from error
     return header, arrays

@@ -12,6 +12,7 @@ import numpy as np
 from detr_jax.calibration.permutation import permute_neurons
 from detr_jax.data.image_list import ImageLike
 from detr_jax.detection import detect
+from detr_jax.errors import InputError
 from detr_jax.evaluation.inspection import FFNActivity, activity
 from detr_jax.kernels import IMPLEMENTATIONS, Execution
 from detr_jax.methods import at_threshold, executed
@@ -51,7 +52,7 @@ class SparseDETR:
             ValueError: if the plan was made for another detector, or its selectors do not fit.
         """
         if plan.fingerprint != (own := fingerprint(model)):
-            raise ValueError(f"the plan was made for the detector {plan.fingerprint[:12]}, this one is {own[:12]}")
+            raise InputError(f"the plan was made for the detector {plan.fingerprint[:12]}, this one is {own[:12]}")
         check_fit(plan.selectors, plan.orders, model, "the plan")
         return cls(permute_neurons(model, plan.orders), plan)
 
@@ -153,7 +154,7 @@ class SparseDETR:
         orders = self.plan.orders
         if plan.orders.keys() == orders.keys() and all(np.array_equal(plan.orders[n], orders[n]) for n in orders):
             if plan.fingerprint != self.plan.fingerprint:
-                raise ValueError(
+                raise InputError(
                     f"the plan was made for the detector {plan.fingerprint[:12]}, this one is "
                     f"{self.plan.fingerprint[:12]}"
                 )
@@ -181,7 +182,7 @@ class SparseDETR:
         wanted = threshold if isinstance(threshold, Mapping) else dict.fromkeys(selectors, threshold)
         for name, value in wanted.items():
             if name not in selectors:
-                raise ValueError(f"{name!r} is not gated; the plan has selectors for {', '.join(selectors)}")
+                raise InputError(f"{name!r} is not gated; the plan has selectors for {', '.join(selectors)}")
             selectors[name] = at_threshold(selectors[name], value)
         return SparseDETR(self.detector, dataclasses.replace(self.plan, selectors=selectors, measured={}))
 
@@ -222,5 +223,5 @@ def _execution(implementation: str | Execution) -> Execution | None:
         return None
     if implementation not in ("auto", *IMPLEMENTATIONS):
         known = ", ".join(("masked", "auto", *IMPLEMENTATIONS))
-        raise ValueError(f"there is no implementation {implementation!r} of the sparse FFN; there are {known}")
+        raise InputError(f"there is no implementation {implementation!r} of the sparse FFN; there are {known}")
     return Execution(block_size=DEFAULT_BLOCK_SIZE, implementation=None if implementation == "auto" else implementation)

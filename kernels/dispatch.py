@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from detr_jax.errors import InputError
 from detr_jax.kernels import reference
 from detr_jax.kernels.block_masks import BlockLists, indices_to_mask
 from detr_jax.kernels.reference import FFNWeights
@@ -58,7 +59,7 @@ class Choice:
     break_even: float | None
 
 
-class UnavailableError(ValueError):
+class UnavailableError(InputError):
     """An implementation that is asked for does not exist or cannot compute something here."""
 
 

@@ -8,6 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from detr_jax.errors import InputError
 from detr_jax.kernels import reference
 from detr_jax.kernels.block_masks import (
     BlockLists,
@@ -64,7 +65,7 @@ def sparse_ffn(
     """
     features = weights.w_in.shape[0]
     if execution.block_size < 1 or features % execution.block_size:
-        raise ValueError(f"{features} hidden neurons cannot be divided into blocks of {execution.block_size}")
+        raise InputError(f"{features} hidden neurons cannot be divided into blocks of {execution.block_size}")
     tokens = x.shape[-2]
     shared_by, tile_size = shared_by or tokens, execution.tile_size or tokens
     at_once = shared_by == tile_size and not (execution.exact or execution.ordered)
@@ -142,7 +143,7 @@ def _check(x, weights, needed, tile_size, active):
             f"weights of shapes {shapes} do not fit inputs of {d} features: (F, {d}), (F,), (F, {d}), ({d},) would"
         )
     if tile_size < 1:
-        raise ValueError(f"a tile must have at least 1 token, not {tile_size}")
+        raise InputError(f"a tile must have at least 1 token, not {tile_size}")
     blocks = needed.shape[-1]
     tiles = (*x.shape[:-2], -(-x.shape[-2] // tile_size))
     if needed.dtype != bool or needed.shape[:-1] != tiles:

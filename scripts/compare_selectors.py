@@ -34,6 +34,7 @@ from detr_jax.data.dataset import Dataset, Subset
 from detr_jax.data.features import BackboneFeatures, backbone_features
 from detr_jax.data.registry import open_dataset
 from detr_jax.data.transforms import resized_size
+from detr_jax.errors import InputError
 from detr_jax.evaluation.comparison import Comparison, Row, describe, one_at_a_time
 from detr_jax.evaluation.flops import dense_flops
 from detr_jax.files import replacing, write_json
@@ -122,12 +123,12 @@ def check(arguments: Arguments, model: DETR) -> None:
     """Refuses what cannot be computed, before anything is."""
     group_count(model.config.ffn_features, arguments.training.group_size)
     if unknown := set(arguments.methods) - set(METHODS):
-        raise ValueError(f"there are no selectors {sorted(unknown)}; there are {', '.join(METHODS)}")
+        raise InputError(f"there are no selectors {sorted(unknown)}; there are {', '.join(METHODS)}")
     for density in (*arguments.densities, arguments.mgs_density):
         if not GRID[-1] <= density < 1:
-            raise ValueError(f"densities must be from {GRID[-1]} to below 1, not {density}")
+            raise InputError(f"densities must be from {GRID[-1]} to below 1, not {density}")
     if not 1 <= arguments.allocation_images <= arguments.calibration_images:
-        raise ValueError(
+        raise InputError(
             f"--allocation-images must be from 1 to --calibration-images {arguments.calibration_images}, not "
             f"{arguments.allocation_images}"
         )
@@ -141,7 +142,7 @@ def open_data(arguments: Arguments) -> tuple[Dataset, Dataset, Dataset]:
     held_out = arguments.calibration_images
     dataset = open_dataset(arguments.coco, "train", None if wanted is None else wanted + held_out)
     if len(dataset) <= held_out:
-        raise ValueError(f"{dataset.name} has {len(dataset)} images, too few to hold out {held_out} for calibration")
+        raise InputError(f"{dataset.name} has {len(dataset)} images, too few to hold out {held_out} for calibration")
     split = len(dataset) - held_out
     validation = open_dataset(arguments.coco, "val", arguments.eval_images)
     return Subset(dataset, 0, split), Subset(dataset, split, len(dataset)), validation

@@ -13,6 +13,7 @@ from detr_jax.commands import cli
 from detr_jax.data.image_list import GivenImages
 from detr_jax.data.scenes import ScenesDataset
 from detr_jax.detection import check_threshold, detect_each
+from detr_jax.errors import InputError
 from detr_jax.files import refuse_existing, replacing, write_json
 from detr_jax.viz.boxes import draw_detections
 
@@ -45,7 +46,7 @@ class Arguments:
 
 def detect(arguments: Arguments) -> None:
     if bool(arguments.images) == bool(arguments.scenes):
-        raise ValueError(
+        raise InputError(
             "name one or more image files, or ask for generated scenes by --scenes 4. The default detr-tiny knows only "
             "the shapes of those scenes; for photographs choose e.g. --model detr-r50"
         )
@@ -53,12 +54,12 @@ def detect(arguments: Arguments) -> None:
     paths = arguments.images or tuple(Path(f"scene-{i}") for i in range(arguments.scenes))
     name, count = Counter(path.stem for path in paths).most_common(1)[0]
     if count > 1:
-        raise ValueError(f"{count} images are named {name}, their outputs would replace each other")
+        raise InputError(f"{count} images are named {name}, their outputs would replace each other")
     for path in paths:
         for suffix in (".png", ".json"):
             result = arguments.out / (path.stem + suffix)
             if result.resolve() in {image.resolve() for image in arguments.images}:
-                raise ValueError(f"{result} is one of the images and would be replaced; choose another folder by --out")
+                raise InputError(f"{result} is one of the images and would be replaced; choose another folder by --out")
             refuse_existing(result, arguments.overwrite)
     dataset = GivenImages(arguments.images) if arguments.images else ScenesDataset("val", arguments.scenes)
     model = detr_jax.load(arguments.model, preset=arguments.preset, dtype=jnp.dtype(arguments.dtype))

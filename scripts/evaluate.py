@@ -14,6 +14,7 @@ from detr_jax.calibration.permutation import permute_neurons
 from detr_jax.commands import cli
 from detr_jax.commands.execution_options import ExecutionOptions
 from detr_jax.data.registry import open_dataset
+from detr_jax.errors import InputError
 from detr_jax.evaluation.coco_ap import CocoScores, bootstrap, confidence_interval, score
 from detr_jax.evaluation.padding import padding_effect
 from detr_jax.evaluation.runs import detect_dataset
@@ -87,7 +88,7 @@ def warn_of_other_classes(labels: tuple[str, ...], categories: list[dict]) -> No
 def evaluate(arguments: Arguments) -> None:
     refuse_existing(arguments.out, arguments.overwrite)
     if arguments.plan is None and arguments.computation.implementation != "masked":
-        raise ValueError(
+        raise InputError(
             f"--implementation {arguments.computation.implementation} needs a --plan: dense FFNs leave nothing out"
         )
     dataset = open_dataset(arguments.coco, arguments.split, arguments.images)

@@ -19,6 +19,7 @@ from detr_jax.data.dataset import Dataset, Subset
 from detr_jax.data.features import backbone_features
 from detr_jax.data.registry import open_dataset
 from detr_jax.data.transforms import resized_size
+from detr_jax.errors import InputError
 from detr_jax.evaluation.comparison import Comparison, Row
 from detr_jax.evaluation.flops import dense_flops
 from detr_jax.files import write_json
@@ -83,7 +84,7 @@ def read_budget(text: str) -> tuple[str, float]:
     except ValueError:
         value = np.nan
     if kind not in BUDGETS or not value > 0 or (kind != "ap-loss" and value > 1):
-        raise ValueError(
+        raise InputError(
             f"{text!r} is no budget: ap-loss=0.5 (points), latency=0.4 or density=0.2 (shares up to 1) would be"
         )
     return kind, value
@@ -95,7 +96,7 @@ def open_data(arguments: Arguments) -> tuple[Dataset, Dataset, Dataset]:
     held_out = settings.calibration_images + arguments.accuracy_images
     training = open_dataset(arguments.coco, "train", settings.statistics_images + held_out)
     if len(training) <= held_out:
-        raise ValueError(f"{training.name} has {len(training)} images, too few to hold out {held_out}")
+        raise InputError(f"{training.name} has {len(training)} images, too few to hold out {held_out}")
     ends = (0, len(training) - held_out, len(training) - arguments.accuracy_images, len(training))
     sample, calibration, accuracy = (Subset(training, *part) for part in itertools.pairwise(ends))
     return sample, calibration, accuracy

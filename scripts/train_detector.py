@@ -14,6 +14,7 @@ import detr_jax
 from detr_jax import DETR, cli, preset_config
 from detr_jax.data.features import backbone_features
 from detr_jax.data.scenes import ScenesDataset
+from detr_jax.errors import ExistingFileError, InputError, MissingFileError
 from detr_jax.evaluation.coco_ap import bootstrap, confidence_interval, score
 from detr_jax.evaluation.runs import measure_dataset
 from detr_jax.files import refuse_existing, replacing, write_json
@@ -88,7 +89,7 @@ def begin(folder: RunFolder, training: DetectorTraining, overwrite: bool) -> Non
     files = (folder.settings, folder.log, folder.figure, folder.detector, folder.report, folder.card)
     if any(path.exists() for path in (*files, folder.checkpoints)):
         if not overwrite:
-            raise FileExistsError(
+            raise ExistingFileError(
                 f"{folder.root} holds a training; go on with it by --resume, discard it by --overwrite, "
                 "or choose another folder by --out"
             )
@@ -107,12 +108,12 @@ def check_resumable(folder: RunFolder, training: DetectorTraining, overwrite: bo
         FileExistsError: if it is finished and its results may not be overwritten.
     """
     if not folder.settings.exists():
-        raise FileNotFoundError(f"{folder.root} holds no training ({folder.settings.name} is missing); omit --resume")
+        raise MissingFileError(f"{folder.root} holds no training ({folder.settings.name} is missing); omit --resume")
     was, now = json.loads(folder.settings.read_text()), dataclasses.asdict(training)
     if different := [
         f"{name} {was.get(name)}, not {now.get(name)}" for name in was | now if was.get(name) != now.get(name)
     ]:
-        raise ValueError(
+        raise InputError(
             f"the training in {folder.root} has {'; '.join(different)}: resume it with its own settings, or choose "
             "another folder by --out"
         )
@@ -151,7 +152,7 @@ def measure(model: DETR, log: list[dict], training: DetectorTraining) -> dict:
         ValueError: if the log does not reach the end of the training.
     """
     if not log or log[-1]["step"] != training.steps:
-        raise ValueError(f"the training's log has no entry for its last step {training.steps}")
+        raise InputError(f"the training's log has no entry for its last step {training.steps}")
     dataset = ScenesDataset("val")
     batches = backbone_features(model, dataset, EVALUATION_BATCH, "validation scenes")
     measured = measure_dataset(model, batches, selectors={}, group_size=PAPER_GROUP_SIZE)

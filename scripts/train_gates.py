@@ -26,6 +26,7 @@ from detr_jax.data.batches import CachedBatches, ImageBatches
 from detr_jax.data.dataset import Dataset, Subset
 from detr_jax.data.features import backbone_features
 from detr_jax.data.registry import open_dataset
+from detr_jax.errors import InputError
 from detr_jax.evaluation.coco_ap import CocoScores, bootstrap, bootstrap_difference, confidence_interval, score
 from detr_jax.evaluation.runs import measure_dataset
 from detr_jax.files import write_json
@@ -109,7 +110,7 @@ def open_training_data(arguments: Arguments) -> tuple[Dataset, Dataset]:
     images = None if wanted is None else wanted + held_out
     dataset = open_dataset(arguments.coco, "train", images)
     if len(dataset) <= held_out:
-        raise ValueError(f"{dataset.name} has {len(dataset)} images, too few to hold out {held_out} for calibration")
+        raise InputError(f"{dataset.name} has {len(dataset)} images, too few to hold out {held_out} for calibration")
     split = len(dataset) - held_out
     return Subset(dataset, 0, split), Subset(dataset, split, len(dataset))
 
@@ -153,7 +154,7 @@ def train(model: DETR, dataset: Dataset, arguments: Arguments) -> tuple[Gates, f
 def budget_of(arguments: Arguments) -> Budget | None:
     """The budget that is asked for, and what is wrong with it."""
     if arguments.density is not None and arguments.output_divergence is not None:
-        raise ValueError("--density and --output-change are different budgets; choose one")
+        raise InputError("--density and --output-change are different budgets; choose one")
     if arguments.density is not None:
         return MeanDensity(arguments.density)
     return None if arguments.output_divergence is None else MaxDivergence(arguments.output_divergence)
@@ -226,7 +227,7 @@ def main(arguments: Arguments) -> None:
     group_count(model.config.ffn_features, arguments.training.group_size)
     for name in ("threshold", "recall"):
         if not 0 <= getattr(arguments, name) <= 1:
-            raise ValueError(f"--{name} must be between 0 and 1, not {getattr(arguments, name)}")
+            raise InputError(f"--{name} must be between 0 and 1, not {getattr(arguments, name)}")
     budget = budget_of(arguments)
     training_data, calibration_data = open_training_data(arguments)
     validation = open_dataset(arguments.coco, "val", arguments.eval_images)

@@ -343,7 +343,8 @@ def said(bad: Bad, folder: Path) -> str:
     if bad.cut is not None:
         assert bad.cut in text, text
         text = text.partition(bad.cut)[0] + bad.cut + "…"
-    return f"`{error.type.__name__}`: {text}"
+    built_in = next(kind for kind in error.type.__mro__ if kind.__module__ == "builtins")
+    return f"`{built_in.__name__}`: {text}"
 
 
 def row(what: str, text: str) -> str:

@@ -1,7 +1,13 @@
+import errno
 import json
+import resource
+import signal
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from detr_jax.errors import OutputError
 from detr_jax.files import refuse_existing, remove_leftovers, replacing, write_json
 
 
@@ -33,3 +39,50 @@ def test_what_a_killed_process_began_to_write_is_removed(tmp_path):
         remove_leftovers(tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
         temporary.write_text("{}")
+
+
+def test_files_of_the_user_are_no_leftovers(tmp_path):
+    names = [".2024-notes.txt", ".1-result.json", ".detr-jax.json"]
+    for name in names:
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+
+
+@pytest.fixture
+def small_disk():
+    """No file can grow beyond 64 KB, as where the disk is full."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("format", ["json", "safetensors"])
+def test_a_full_disk_is_named_with_the_file(tmp_path, small_disk, format):
+    path = tmp_path / f"result.{format}"
+    with pytest.raises(OutputError, match=rf"result\.{format} cannot be written: .*[Ff]ile too large"):
+        if format == "json":
+            write_json(path, "a" * (1 << 17))
+        else:
+            with replacing(path) as temporary:
+                save_file({"a": np.zeros(1 << 17, np.uint8)}, temporary)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    with pytest.raises(ZeroDivisionError), replacing(tmp_path / "result.json"):
+        raise ZeroDivisionError
+    with pytest.raises(OutputError, match="No space left") as error, replacing(tmp_path / "result.json"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert isinstance(error.value.__cause__, OSError)
+
+
+def test_where_nothing_can_be_written_is_known_before(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="file is no folder"):
+        refuse_existing(tmp_path / "file/result.json", overwrite=False)
+    with pytest.raises(OutputError, match="it is a folder"):
+        refuse_existing(tmp_path, overwrite=True)

@@ -19,6 +19,7 @@ from detr_jax.data.batches import BatchSource
 from detr_jax.data.dataset import Dataset
 from detr_jax.data.loading import Batch, batches, layout_batches
 from detr_jax.data.prefetch import dispatch_ahead
+from detr_jax.errors import InputError
 from detr_jax.mesh import is_first_process, mesh_of, shard_batch, to_host
 from detr_jax.methods.grouping import group_count
 from detr_jax.models import DETR
@@ -68,7 +69,7 @@ def profile_activations(
     if path.exists():
         profile = load_profile(path, own)
         if (profile.data, profile.group_size) != (data, group_size):
-            raise ValueError(
+            raise InputError(
                 f"{path} has statistics of {profile.data} in groups of {profile.group_size}, not of {data} in groups "
                 f"of {group_size}; choose another file"
             )

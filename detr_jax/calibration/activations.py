@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from detr_jax import safetensors_io
+from detr_jax.errors import InputError
 from detr_jax.methods.grouping import group_count
 from detr_jax.models import FFNTrace, FFNWeights
 from detr_jax.safetensors_io import Format
@@ -103,7 +104,7 @@ def measure(
     features = trace.hidden.shape[-1]
     groups = group_count(features, group_size)
     if (pairs := trace.hidden.size) >= 2**31 or pairs // features >= 2**24:
-        raise ValueError(f"a batch of {trace.hidden.shape} activations is too large to be counted; use smaller batches")
+        raise InputError(f"a batch of {trace.hidden.shape} activations is too large to be counted; use smaller batches")
     kinds = jnp.where(trace.tokens, kinds, -1)
     counted = kinds >= 0
     hidden = trace.hidden.astype(jnp.float32)
@@ -219,11 +220,11 @@ def load_profile(path: Path, fingerprint: str) -> ActivationProfile:
         }
         profile = ActivationProfile(statistics=statistics, **described)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error!r} is missing or wrong") from error
+        raise InputError(f"{path} is damaged: {error!r} is missing or wrong") from error
     if arrays:
-        raise ValueError(f"{path} is damaged: entries {sorted(arrays)} belong to no FFN")
+        raise InputError(f"{path} is damaged: entries {sorted(arrays)} belong to no FFN")
     if profile.fingerprint != fingerprint:
-        raise ValueError(
+        raise InputError(
             f"{path} has statistics of the detector {profile.fingerprint[:12]}, this one is {fingerprint[:12]}: they "
             "say nothing about other parameters; measure this detector"
         )

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from detr_jax.errors import InputError
+
 Choice = tuple[int, ...]
 """Of each FFN the index of a setting: a column of the tables of losses and costs."""
 
@@ -21,7 +23,7 @@ def within_loss(losses: np.ndarray, bound: float) -> Choice:
         ValueError: if the bound is negative or NaN.
     """
     if not bound >= 0:
-        raise ValueError(f"a bound on a loss must be at least 0, not {bound}")
+        raise InputError(f"a bound on a loss must be at least 0, not {bound}")
     return tuple(int(np.flatnonzero(np.append(True, row[1:] <= bound))[-1]) for row in losses)
 
 
@@ -112,7 +114,7 @@ def evolve(
     """
 
     if not _affords(budget, costs, start):
-        raise ValueError(
+        raise InputError(
             f"the allocation to start from costs {_cost(costs, start):g}, more than the budget of {budget:g}"
         )
     rng = np.random.default_rng(seed)
@@ -157,14 +159,14 @@ def cost_table(path: Path, names: Sequence[str], densities: np.ndarray) -> np.nd
         table = json.loads(path.read_text())
         rows = {name: sorted((float(d), float(cost)) for d, cost in row.items()) for name, row in table.items()}
     except (json.JSONDecodeError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no table of costs {{FFN: {{density: cost}}}}: {error}") from error
+        raise InputError(f"{path} is no table of costs {{FFN: {{density: cost}}}}: {error}") from error
     costs = []
     for name in names:
         if not rows.get(name):
-            raise ValueError(f"{path} has no costs of {name}; it has {', '.join(rows)}")
+            raise InputError(f"{path} has no costs of {name}; it has {', '.join(rows)}")
         known, cost = np.array(rows[name]).T
         if known[0] > densities[-1] or known[-1] < 1 or not np.isfinite(cost).all():
-            raise ValueError(f"{path}: the costs of {name} must be finite, for densities from {densities[-1]:g} to 1")
+            raise InputError(f"{path}: the costs of {name} must be finite, for densities from {densities[-1]:g} to 1")
         costs.append(np.interp(densities, known, cost))
     # What is measured may be no faster for being sparser; it is never worth more than the best denser setting.
     falling = np.minimum.accumulate(np.array(costs), axis=1)
@@ -186,6 +188,6 @@ def _check(losses: np.ndarray, costs: np.ndarray, budget: float) -> None:
             f"losses and costs must be (FFNs, settings) tables alike, not {losses.shape} and {costs.shape}"
         )
     if (np.diff(costs, axis=1) > 0).any():
-        raise ValueError("costs must fall along each FFN's settings, from dense to the sparsest")
+        raise InputError("costs must fall along each FFN's settings, from dense to the sparsest")
     if not _affords(budget, costs, [-1] * len(costs)):
-        raise ValueError(f"a budget of {budget:g} cannot be met: the sparsest settings cost {costs[:, -1].sum():g}")
+        raise InputError(f"a budget of {budget:g} cannot be met: the sparsest settings cost {costs[:, -1].sum():g}")

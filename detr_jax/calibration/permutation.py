@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from detr_jax.calibration.top_p import TopPStatistics
+from detr_jax.errors import InputError
 from detr_jax.methods.grouping import group_count
 from detr_jax.models import DETR, FFNWeights
 
@@ -149,7 +150,7 @@ def top_p_permutation(
     """
     for name, share in (("always", always), ("negligible", negligible)):
         if not 0 <= share <= 1:
-            raise ValueError(f"{name} must be a share from 0 to 1, not {share}")
+            raise InputError(f"{name} must be a share from 0 to 1, not {share}")
     blocks = group_count(len(statistics.contributed), block_size)
     ranked = np.argsort(-statistics.contributed, kind="stable")
     upwards = np.cumsum(statistics.contributed[ranked[::-1]])

@@ -9,6 +9,7 @@ import numpy as np
 
 from detr_jax.calibration.thresholds import ScoreHistogram, score_histogram
 from detr_jax.data.batches import BatchSource
+from detr_jax.errors import InputError
 from detr_jax.mesh import replicate_like, to_host
 from detr_jax.methods import Score, Thresholded
 from detr_jax.methods.base import SharedScore
@@ -67,7 +68,7 @@ def collect_scores(ffns_of: HasFFNs, passes: BatchSource, scores: Mapping[str, S
     scores = replicate_like(ffns_of, dict(scores))
     batches = [to_host(_scores(ffns_of, batch, scores)) for batch in passes.batches()]
     if not batches:
-        raise ValueError("there are no images to calibrate thresholds on")
+        raise InputError("there are no images to calibrate thresholds on")
     return {name: np.concatenate([batch[name][0][batch[name][1]] for batch in batches]) for name in scores}
 
 

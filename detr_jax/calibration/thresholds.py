@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from detr_jax.errors import InputError
 from detr_jax.kernels import repeat_per_tile
 from detr_jax.methods.base import Score, ordered_bits
 from detr_jax.methods.grouping import active_groups
@@ -111,9 +112,9 @@ def recall_threshold(histogram: ScoreHistogram, recall: float) -> float:
 def _kept(counts: np.ndarray, share: float, name: str) -> tuple[np.ndarray, np.ndarray]:
     """The bins that are not empty, and how many scores are in each of them or above."""
     if not 0 <= share <= 1:
-        raise ValueError(f"a {name} must be between 0 and 1, not {share}")
+        raise InputError(f"a {name} must be between 0 and 1, not {share}")
     counts = np.asarray(counts, np.int64)
     if not counts.any():
-        raise ValueError("there are no images to calibrate thresholds on")
+        raise InputError("there are no images to calibrate thresholds on")
     bins = np.flatnonzero(counts)
     return bins, np.cumsum(counts[bins][::-1])[::-1]

@@ -13,13 +13,16 @@ from typing import Any, TypeVar
 import jax
 import tyro
 
+from detr_jax.errors import UserError
 from detr_jax.mesh import is_first_process, join_cluster
 
 Arguments = TypeVar("Arguments")
 
 
 def run(command: Callable[[Arguments], None], arguments: type[Arguments], *, many_processes: bool = False) -> None:
-    """Parses the command line and runs a command; bad input becomes one line on stderr and exit status 2.
+    """Parses the command line and runs a command.
+
+    An error that the user can mend becomes one line on stderr and exit status 2; any other keeps its traceback.
 
     Args:
         command: does the work.
@@ -38,7 +41,7 @@ def run(command: Callable[[Arguments], None], arguments: type[Arguments], *, man
                     stack.enter_context(contextlib.redirect_stdout(nowhere))
                     stack.enter_context(contextlib.redirect_stderr(nowhere))
             command(parsed)
-    except (ValueError, OSError, ImportError) as error:
+    except UserError as error:
         print(f"error: {error}", file=errors)
         sys.exit(2)
 

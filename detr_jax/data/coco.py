@@ -10,6 +10,7 @@ import numpy as np
 
 from detr_jax.data.dataset import Example
 from detr_jax.data.images import read_image
+from detr_jax.errors import InputError, MissingFileError
 
 _KEYS = {
     "images": ("id", "file_name", "height", "width"),
@@ -41,12 +42,12 @@ class CocoDataset:
         path = Path(root) / "annotations" / f"instances_{split}.json"
         self.name = split
         if not self._folder.is_dir():
-            raise FileNotFoundError(f"there is no folder {self._folder} with the images of {split}")
+            raise MissingFileError(f"there is no folder {self._folder} with the images of {split}")
 
         content = _read_annotations(path)
         available = len(content["images"])
         if images is not None and not 0 < images <= available:
-            raise ValueError(f"{path} has {available} images, asked for {images}")
+            raise InputError(f"{path} has {available} images, asked for {images}")
         self._images = sorted(content["images"], key=lambda image: image["id"])[:images]
         used = set(self.image_ids())
         self._ground_truth = {
@@ -61,7 +62,7 @@ class CocoDataset:
 
         names = [image["file_name"] for image in self._images]
         if missing := [name for name in names if not (self._folder / name).is_file()]:
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{len(missing)} of the {len(self)} images that {path} names are not in {self._folder}, "
                 f"the first is {missing[0]}"
             )
@@ -80,7 +81,7 @@ class CocoDataset:
         image = read_image(path)
         height, width = entry["height"], entry["width"]
         if image.shape[:2] != (height, width):
-            raise ValueError(
+            raise InputError(
                 f"{path} is {image.shape[1]}x{image.shape[0]} pixels, its annotation says {width}x{height}"
             )
         objects = self._objects.get(entry["id"], [])
@@ -106,46 +107,46 @@ def _read_annotations(path: Path) -> dict[str, list[dict[str, Any]]]:
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no annotation file {path}") from None
+        raise MissingFileError(f"there is no annotation file {path}") from None
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        raise InputError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not an object with {', '.join(_KEYS)}")
+        raise InputError(f"{path} holds a {type(content).__name__}, not an object with {', '.join(_KEYS)}")
 
     entries: dict[str, list[dict[str, Any]]] = {}
     for section, keys in _KEYS.items():
         if not isinstance(content.get(section), list):
-            raise ValueError(f"{path} has no list {section!r}")
+            raise InputError(f"{path} has no list {section!r}")
         try:
             entries[section] = [{key: entry[key] for key in keys} for entry in content[section]]
         except KeyError as error:
-            raise ValueError(f"{path}: an entry of {section!r} has no {error}; needed are {', '.join(keys)}") from None
+            raise InputError(f"{path}: an entry of {section!r} has no {error}; needed are {', '.join(keys)}") from None
         except TypeError:
-            raise ValueError(f"{path}: an entry of {section!r} is not an object with {', '.join(keys)}") from None
+            raise InputError(f"{path}: an entry of {section!r} is not an object with {', '.join(keys)}") from None
 
     for image in entries["images"]:
         if not all(isinstance(image[key], int) and image[key] >= least for key, least in _IMAGE_NUMBERS.items()):
-            raise ValueError(f"{path}: the image {image} needs whole numbers: an id from 0, a height and width from 1")
+            raise InputError(f"{path}: the image {image} needs whole numbers: an id from 0, a height and width from 1")
         if not isinstance(image["file_name"], str):
-            raise ValueError(f"{path}: the image {image['id']} has file_name {image['file_name']!r}, not a text")
+            raise InputError(f"{path}: the image {image['id']} has file_name {image['file_name']!r}, not a text")
     image_ids = {image["id"] for image in entries["images"]}
     category_ids = {category["id"] for category in entries["categories"]}
     if not image_ids:
-        raise ValueError(f"{path} has no images")
+        raise InputError(f"{path} has no images")
     if len(image_ids) < len(entries["images"]):
-        raise ValueError(f"{path}: two images have the same id")
+        raise InputError(f"{path}: two images have the same id")
     for annotation in entries["annotations"]:
         name = f"{path}: annotation {annotation['id']}"
         if annotation["image_id"] not in image_ids:
-            raise ValueError(f"{name} belongs to image {annotation['image_id']}, which is not in the file")
+            raise InputError(f"{name} belongs to image {annotation['image_id']}, which is not in the file")
         if annotation["category_id"] not in category_ids:
-            raise ValueError(f"{name} is of category {annotation['category_id']}, which is not in the file")
+            raise InputError(f"{name} is of category {annotation['category_id']}, which is not in the file")
         if not _is_box(annotation["bbox"]):
-            raise ValueError(f"{name} has bbox {annotation['bbox']}, not four finite numbers x, y, width, height")
+            raise InputError(f"{name} has bbox {annotation['bbox']}, not four finite numbers x, y, width, height")
         if not (isinstance(annotation["area"], int | float) and math.isfinite(annotation["area"])):
-            raise ValueError(f"{name} has area {annotation['area']}, not a finite number")
+            raise InputError(f"{name} has area {annotation['area']}, not a finite number")
         if annotation["iscrowd"] not in (0, 1):
-            raise ValueError(f"{name} has iscrowd {annotation['iscrowd']}, neither 0 nor 1")
+            raise InputError(f"{name} has iscrowd {annotation['iscrowd']}, neither 0 nor 1")
     return entries
 
 

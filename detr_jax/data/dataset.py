@@ -5,6 +5,8 @@ from typing import Protocol
 
 import numpy as np
 
+from detr_jax.errors import InputError
+
 
 @dataclass(frozen=True)
 class Example:
@@ -58,7 +60,7 @@ class Subset:
 
     def __init__(self, dataset: Dataset, start: int, stop: int):
         if not 0 <= start < stop <= len(dataset):
-            raise ValueError(f"{dataset.name} has {len(dataset)} images; there is no range from {start} to {stop}")
+            raise InputError(f"{dataset.name} has {len(dataset)} images; there is no range from {start} to {stop}")
         self.name = f"{dataset.name}[{start}:{stop}]"
         self._dataset = dataset
         self._range = range(start, stop)

@@ -9,6 +9,7 @@ from PIL import Image
 from detr_jax.data.dataset import Example
 from detr_jax.data.images import pixels, pixels_size
 from detr_jax.data.transforms import preprocess
+from detr_jax.errors import InputError
 from detr_jax.models import DetrConfig
 
 ImageLike = str | Path | Image.Image | np.ndarray
@@ -68,7 +69,7 @@ def preprocess_images(images: ImageLike | Sequence[ImageLike], config: DetrConfi
     """
     resized = [preprocess(pixels(image), config) for image in as_list(images)]
     if not resized:
-        raise ValueError("there are no images to preprocess")
+        raise InputError("there are no images to preprocess")
     size = np.max([image.shape[:2] for image in resized], axis=0)
     pixel_values = np.zeros((len(resized), *size, 3), np.float32)
     pixel_mask = np.zeros(pixel_values.shape[:3], bool)

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from PIL import Image
 
+from detr_jax.errors import InputError, InputTypeError, MissingFileError
+
 
 def read_image(path: Path) -> np.ndarray:
     """(height, width, 3) uint8 RGB pixels of an image file.
@@ -63,9 +65,9 @@ def pixels_size(image: str | Path | Image.Image | np.ndarray) -> tuple[int, int]
 
 def _checked(image: Any) -> np.ndarray:
     if not isinstance(image, np.ndarray | jax.Array):
-        raise TypeError(f"an image is a file, a PIL image or an array, not {image!r:.50}")
+        raise InputTypeError(f"an image is a file, a PIL image or an array, not {image!r:.50}")
     if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8 or not image.size:
-        raise ValueError(
+        raise InputError(
             f"an image as an array is (height, width, 3) uint8, red, green, blue; got {image.dtype} {image.shape}"
         )
     return np.asarray(image)
@@ -73,7 +75,7 @@ def _checked(image: Any) -> np.ndarray:
 
 def _rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith(("I", "F")):
-        raise ValueError(
+        raise InputError(
             f"the grey values (mode {image.mode}) of this image have more than 8 bits; convert it to 8 bits first"
         )
     return np.asarray(image.convert("RGB"))
@@ -85,6 +87,6 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         with Image.open(path) as image:
             yield image
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no image {path}") from None
+        raise MissingFileError(f"there is no image {path}") from None
     except Exception as error:  # decoders raise nearly anything on damaged files
-        raise ValueError(f"cannot read {path} as an image: {error}") from error
+        raise InputError(f"cannot read {path} as an image: {error}") from error

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from detr_jax.data.dataset import Dataset
 from detr_jax.data.prefetch import prefetch, processes_for
 from detr_jax.data.transforms import preprocess, resized_size
+from detr_jax.errors import InputError
 from detr_jax.mesh import local_slice
 from detr_jax.models import DetrConfig
 
@@ -105,7 +106,7 @@ def layout_batches(
         ValueError: if the batch size is not positive.
     """
     if batch_size < 1:
-        raise ValueError(f"a batch needs at least one image, not {batch_size}")
+        raise InputError(f"a batch needs at least one image, not {batch_size}")
     rng = None if shuffle_seed is None else np.random.default_rng([shuffle_seed, epoch])
     order = range(len(sizes)) if rng is None else rng.permutation(len(sizes)).tolist()
 

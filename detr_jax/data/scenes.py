@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from detr_jax.data.dataset import Example
+from detr_jax.errors import InputError
 from detr_jax.models.labels import SCENES_LABELS
 
 SIDE = 128
@@ -59,13 +60,13 @@ class ScenesDataset:
 
     def __init__(self, split: str, images: int | None = None):
         if split not in _SPLITS:
-            raise ValueError(f"scenes have the splits {', '.join(_SPLITS)}, not {split!r}")
+            raise InputError(f"scenes have the splits {', '.join(_SPLITS)}, not {split!r}")
         if split == "train" and images is None:
-            raise ValueError("there is no end of training scenes: say how many to use")
+            raise InputError("there is no end of training scenes: say how many to use")
         available = VALIDATION_IMAGES if split == "val" else TRAINING_IMAGES
         images = available if images is None else images
         if not 0 < images <= available:
-            raise ValueError(f"the {split} split of scenes has {available} images, asked for {images}")
+            raise InputError(f"the {split} split of scenes has {available} images, asked for {images}")
         self.split = split
         self.name = f"scenes-{split}"
         self._images = images

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from detr_jax.errors import InputError
 from detr_jax.models import DetrConfig
 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
@@ -26,7 +27,7 @@ def resized_size(size: tuple[int, int], shortest: int, longest: int) -> tuple[in
     if high / low * shortest > longest:
         shortest = round(longest * low / high)
         if shortest == 0:
-            raise ValueError(f"an image of {width}x{height} pixels is too elongated for a longer side of {longest}")
+            raise InputError(f"an image of {width}x{height} pixels is too elongated for a longer side of {longest}")
     if low == shortest:
         return height, width
     if width < height:

@@ -9,6 +9,8 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from detr_jax.errors import InputError
+
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """COCO's twelve numbers: mean over IoU .50 to .95 unless a threshold is named; s, m, l are object sizes, numbers
 after AR are detections per image."""
@@ -60,7 +62,7 @@ def score(ground_truth: dict, results: list[dict], image_ids: Sequence[int]) -> 
         ValueError: if there are no images, or a result belongs to an image that is not in the ground truth.
     """
     if not len(image_ids):
-        raise ValueError("there are no images to evaluate")
+        raise InputError("there are no images to evaluate")
     known = {image["id"] for image in ground_truth["images"]}
     if unknown := {result["image_id"] for result in results} - known:
         raise ValueError(f"there are results for image {min(unknown)}, which is not in the ground truth")
@@ -126,7 +128,7 @@ def bootstrap(scores: CocoScores, replicates: int = 200, seed: int = 0) -> np.nd
         ValueError: if there are to be no replicates.
     """
     if replicates < 1:
-        raise ValueError(f"a bootstrap needs at least one replicate, not {replicates}")
+        raise InputError(f"a bootstrap needs at least one replicate, not {replicates}")
     images = len(scores.image_ids)
     draws = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), replicates)
     # A few at a time, because a replicate takes numbers for every detection.

@@ -14,6 +14,7 @@ from detr_jax.data.dataset import Dataset
 from detr_jax.data.features import BackboneFeatures
 from detr_jax.data.loading import Batch, batches
 from detr_jax.data.prefetch import dispatch_ahead
+from detr_jax.errors import InputError
 from detr_jax.evaluation.counts import ActivityCounts, count_activity, total_counts
 from detr_jax.mesh import local_slice, map_shards, mesh_of, replicate_like, shard_batch, to_host
 from detr_jax.models import DETR, DetrOutputs, ImageTokens, Selectors
@@ -105,7 +106,7 @@ def predictions(
         for batch, computed in dispatch_ahead(map(compute, loaded)):
             outputs, detections = to_host(computed)
             if not np.isfinite(detections.scores).all():
-                raise ValueError(f"the detector's scores for images {batch.image_ids.tolist()} are not finite")
+                raise InputError(f"the detector's scores for images {batch.image_ids.tolist()} are not finite")
             yield batch, outputs, detections
             bar.update(int(batch.valid.sum()))
 

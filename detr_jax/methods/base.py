@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from detr_jax.errors import InputError
 from detr_jax.models import FFNWeights, Selection, Selector
 from detr_jax.pytrees import pytree
 
@@ -82,7 +83,7 @@ class Thresholded:
             ValueError: if it is NaN.
         """
         if threshold != threshold:
-            raise ValueError("a threshold cannot be NaN")
+            raise InputError("a threshold cannot be NaN")
         return dataclasses.replace(self, threshold=jnp.float32(threshold))
 
 
@@ -97,7 +98,7 @@ def at_threshold(selector: Selector, threshold: float) -> Selector:
     for field in ("of", "selector", "gate"):
         if getattr(selector, field, None) is not None:
             return dataclasses.replace(selector, **{field: at_threshold(getattr(selector, field), threshold)})
-    raise ValueError(f"{type(selector).__name__} decides by no threshold")
+    raise InputError(f"{type(selector).__name__} decides by no threshold")
 
 
 def selection_of(score: Score, kept: jax.Array) -> Selection:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import jax
 
+from detr_jax.errors import InputError
 from detr_jax.kernels import Execution
 from detr_jax.methods.base import Traits
 from detr_jax.models import FFNWeights, Selection, Selector, Selectors
@@ -34,7 +35,7 @@ class Executed:
         fixed = selection.sections is not None and not selection.sections.gated
         groups = selection.active is not None or fixed
         if not groups or selection.channels is not None or selection.factors is not None:
-            raise ValueError(
+            raise InputError(
                 f"{type(self.selector).__name__} does not choose groups of neurons alone, so it runs in the masked "
                 "reference only"
             )

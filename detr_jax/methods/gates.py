@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from detr_jax.errors import InputError
 from detr_jax.methods.base import Traits
 from detr_jax.methods.pooled_gate import ContributionGate, PooledGate
 from detr_jax.models import FFNWeights
@@ -69,6 +70,6 @@ def log_odds(probability: float) -> float:
         ValueError: if it is no probability.
     """
     if not 0 <= probability <= 1:
-        raise ValueError(f"a threshold must be a probability, not {probability}")
+        raise InputError(f"a threshold must be a probability, not {probability}")
     with np.errstate(divide="ignore"):
         return float(np.log(probability) - np.log1p(-np.float64(probability)))

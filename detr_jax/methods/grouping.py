@@ -2,6 +2,8 @@
 
 import jax
 
+from detr_jax.errors import InputError
+
 
 def group_count(neurons: int, group_size: int) -> int:
     """Number of groups of an FFN.
@@ -10,7 +12,7 @@ def group_count(neurons: int, group_size: int) -> int:
         ValueError: if the hidden neurons cannot be divided into groups of that size.
     """
     if group_size < 1 or neurons % group_size:
-        raise ValueError(f"{neurons} hidden neurons cannot be divided into groups of {group_size}")
+        raise InputError(f"{neurons} hidden neurons cannot be divided into groups of {group_size}")
     return neurons // group_size
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from detr_jax.errors import InputError
 from detr_jax.methods.base import Thresholded, Traits
 from detr_jax.models import FFNWeights, LowRankFactors, Selection
 from detr_jax.pytrees import pytree
@@ -50,7 +51,7 @@ def low_rank_factors(ffn: FFNWeights, rank: int) -> LowRankFactors:
     """
     features, d_model = ffn.w_in.shape
     if not 1 <= rank <= min(features, d_model):
-        raise ValueError(f"the rank must be from 1 to {min(features, d_model)}, not {rank}")
+        raise InputError(f"the rank must be from 1 to {min(features, d_model)}, not {rank}")
     factors = []
     for matrix in (ffn.w_in, ffn.w_out):
         left, values, right = np.linalg.svd(np.asarray(matrix, np.float64), full_matrices=False)

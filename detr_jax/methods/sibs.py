@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from detr_jax.calibration.activations import ActivationStatistics
+from detr_jax.errors import InputError
 from detr_jax.kernels import hidden_activations
 from detr_jax.methods.base import Traits
 from detr_jax.models import FFNWeights, Selection
@@ -62,11 +63,11 @@ def find_indicators(statistics: ActivationStatistics, *, tau: float, indicators:
         ValueError: if `tau` is no share, or there are no statistics.
     """
     if not 0 < tau <= 1:
-        raise ValueError(f"tau must be above 0 and at most 1, not {tau}")
+        raise InputError(f"tau must be above 0 and at most 1, not {tau}")
     coactive = np.asarray(statistics.coactive, np.float64)
     fired = np.diag(coactive)
     if not fired.any():
-        raise ValueError("no neuron ever fired in these statistics; measure them on images")
+        raise InputError("no neuron ever fired in these statistics; measure them on images")
     trials = np.maximum(fired, 1)[:, None]
     silent = _lower_bound(1 - coactive / trials, trials, confidence) >= tau
     silent &= (fired > 0)[:, None] & (fired > 0)[None, :]

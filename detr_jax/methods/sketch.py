@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from detr_jax.errors import InputError
 from detr_jax.methods.base import Traits, group_sums
 from detr_jax.methods.grouping import group_count
 from detr_jax.models import FFNWeights
@@ -68,7 +69,7 @@ def sketch(ffn: FFNWeights, mean: np.ndarray, covariance: np.ndarray, rank: int,
     """
     features, d_model = ffn.w_in.shape
     if not 1 <= rank <= min(features, d_model):
-        raise ValueError(f"the rank must be from 1 to {min(features, d_model)}, not {rank}")
+        raise InputError(f"the rank must be from 1 to {min(features, d_model)}, not {rank}")
     if mean.shape != (d_model,) or covariance.shape != (d_model, d_model):
         raise ValueError(f"an FFN of {d_model} channels does not fit a covariance of shape {covariance.shape}")
     w_in = np.asarray(ffn.w_in, np.float64)

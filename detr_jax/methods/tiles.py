@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from detr_jax.errors import InputError
 from detr_jax.kernels import pad_tokens
 
 
@@ -91,6 +92,6 @@ def tiles_of(values: jax.Array, tile_size: int) -> jax.Array:
         ValueError: if a tile would have no token.
     """
     if tile_size < 1:
-        raise ValueError(f"a tile must have at least 1 token, not {tile_size}")
+        raise InputError(f"a tile must have at least 1 token, not {tile_size}")
     padded = pad_tokens(values, tile_size)
     return padded.reshape(*values.shape[:-2], -1, tile_size, values.shape[-1])

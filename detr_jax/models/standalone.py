@@ -6,6 +6,7 @@ from typing import Any, Protocol, TypeVar
 
 import jax
 
+from detr_jax.errors import InputError
 from detr_jax.models import FFNTrace, FFNWeights, Selectors
 from detr_jax.models.ffn import trace
 
@@ -73,5 +74,5 @@ def sum_by_name(batches: Iterable[Mapping[str, Sum]], purpose: str) -> dict[str,
         for name, measured in batch.items():
             totals[name] = totals[name] + measured if name in totals else measured
     if not totals:
-        raise ValueError(f"there are no images to {purpose} on")
+        raise InputError(f"there are no images to {purpose} on")
     return totals

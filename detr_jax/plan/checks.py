@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from detr_jax.errors import InputError
 from detr_jax.kernels import UnavailableError
 from detr_jax.models import DETR, FFNWeights, Selector, Selectors
 from detr_jax.models.ffn import forward
@@ -29,9 +30,9 @@ def check_fit(selectors: Selectors, orders: Mapping[str, np.ndarray], model: DET
     neurons = np.arange(model.config.ffn_features)
     for name, order in orders.items():
         if name not in names or not np.array_equal(np.sort(order, axis=None), neurons):
-            raise ValueError(f"{source}: {name}.order does not name each of {len(neurons)} hidden neurons once")
+            raise InputError(f"{source}: {name}.order does not name each of {len(neurons)} hidden neurons once")
     if unknown := set(selectors) - set(names):
-        raise ValueError(f"{source} has selectors for {sorted(unknown)}; this detector has {names}")
+        raise InputError(f"{source} has selectors for {sorted(unknown)}; this detector has {names}")
     weights = jax.eval_shape(model.ffn_weights)
     for name, selector in selectors.items():
         _check_numbers(f"{name}.selector", selector, source)
@@ -44,9 +45,9 @@ def _check_numbers(name: str, selector: Selector, source: str) -> None:
         is_threshold = entry.endswith(".threshold")
         wrong = np.isnan(array) if is_threshold else ~np.isfinite(array)
         if wrong.any():
-            raise ValueError(f"{source} is damaged: {entry} holds NaN or infinite values")
+            raise InputError(f"{source} is damaged: {entry} holds NaN or infinite values")
         if is_threshold and np.shape(array):
-            raise ValueError(f"{source} is damaged: {entry} has the shape {np.shape(array)}; a threshold is one number")
+            raise InputError(f"{source} is damaged: {entry} has the shape {np.shape(array)}; a threshold is one number")
 
 
 def _check_shapes(name: str, selector: Selector, weights: FFNWeights, source: str) -> None:
@@ -57,11 +58,11 @@ def _check_shapes(name: str, selector: Selector, weights: FFNWeights, source: st
         if any(which is not None and which.shape[:-1] != tokens.shape for which in kept):
             raise ValueError("it does not decide token by token")
     except UnavailableError as error:
-        raise ValueError(f"{source}: the selector of {name} cannot be computed on this device: {error}") from error
+        raise InputError(f"{source}: the selector of {name} cannot be computed on this device: {error}") from error
     except (AttributeError, TypeError, ValueError) as error:
         leaves = jax.tree_util.tree_leaves_with_path(selector)
         shapes = {jax.tree_util.keystr(path, simple=True, separator="."): np.shape(leaf) for path, leaf in leaves}
-        raise ValueError(
+        raise InputError(
             f"{source}: the selector of {name} does not fit its FFN: {error}; shapes of its arrays: {shapes}"
         ) from error
 

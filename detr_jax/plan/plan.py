@@ -17,6 +17,7 @@ import numpy as np
 
 from detr_jax import hub, safetensors_io
 from detr_jax import methods as selectors
+from detr_jax.errors import InputError
 from detr_jax.kernels import Execution
 from detr_jax.models import DETR, LowRankFactors, OutputLayer, Selector
 from detr_jax.models.parameters import fingerprint
@@ -165,22 +166,22 @@ def _read(path: Path, model: DETR) -> Plan:
     described, arrays = safetensors_io.read(path, FORMAT)
     expected = {*_DESCRIBED, "selectors"}
     if set(described) != expected:
-        raise ValueError(f"{path} is damaged: it describes {sorted(described)}, should be {sorted(expected)}")
+        raise InputError(f"{path} is damaged: it describes {sorted(described)}, should be {sorted(expected)}")
     if not isinstance(described["selectors"], dict):
-        raise ValueError(f"{path} is damaged: its selectors are a {type(described['selectors']).__name__}")
+        raise InputError(f"{path} is damaged: its selectors are a {type(described['selectors']).__name__}")
     orders = {key.removesuffix(".order"): arrays.pop(key) for key in list(arrays) if key.endswith(".order")}
     try:
         found = {name: _put_together(structure, arrays) for name, structure in described["selectors"].items()}
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error!r} is missing or wrong in its selectors") from error
+        raise InputError(f"{path} is damaged: {error!r} is missing or wrong in its selectors") from error
     except ValueError as error:
-        raise ValueError(f"{path} has a selector {error}") from error
+        raise InputError(f"{path} has a selector {error}") from error
     if arrays:
-        raise ValueError(f"{path} is damaged: entries {sorted(arrays)} are left over")
+        raise InputError(f"{path} is damaged: entries {sorted(arrays)} are left over")
     plan = Plan(orders=orders, **described | {"selectors": found})
     check_fit(plan.selectors, plan.orders, model, str(path))
     if plan.fingerprint != (own := fingerprint(model)):
-        raise ValueError(
+        raise InputError(
             f"{path} was made for the detector {plan.fingerprint[:12]}, this one is {own[:12]}: it knows nothing "
             "about other parameters; make one for this detector with scripts/train_gates.py"
         )
@@ -207,6 +208,6 @@ def _put_together(structure: Any, arrays: dict[str, np.ndarray]) -> Any:
     if "array" in structure:
         return jnp.asarray(arrays.pop(structure["array"]))
     if (name := _RENAMED.get(structure["class"], structure["class"])) not in _CLASSES:
-        raise ValueError(f"of the class {name!r}, which this detr-jax does not know: update it")
+        raise InputError(f"of the class {name!r}, which this detr-jax does not know: update it")
     fields = {key: _put_together(value, arrays) for key, value in structure.items() if key != "class"}
     return _CLASSES[name](**fields)

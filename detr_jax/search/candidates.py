@@ -18,6 +18,7 @@ import numpy as np
 from detr_jax.calibration.activations import ActivationStatistics
 from detr_jax.calibration.moments import CrossMoments, Moments
 from detr_jax.calibration.reconstruction import obs_ranking, reconstruct_from_kept, reconstruct_output
+from detr_jax.errors import InputError
 from detr_jax.kernels import Execution, FFNWeights, expand_groups
 from detr_jax.methods import Executed, PartitionedSelector, Thresholded, by_contribution
 from detr_jax.methods.base import SharedScore, Traits
@@ -129,7 +130,7 @@ def candidates_of(material: Material, fixed: Sequence[float], dynamic: Sequence[
     features = len(weights.w_in)
     size = features // group_count(features, features // groups)
     if wrong := [density for density in (*fixed, *dynamic) if not 0 < density < 1]:
-        raise ValueError(f"densities of candidates must be above 0 and below 1, not {wrong[0]}")
+        raise InputError(f"densities of candidates must be above 0 and below 1, not {wrong[0]}")
     nothing = np.zeros(groups, bool)
     found = [_candidate(material, "dense", np.inf, ~nothing, nothing)]
     ranked = np.argsort(-np.asarray(by_contribution(material.statistics, weights, size).importance), kind="stable")

@@ -14,6 +14,7 @@ import optax
 from detr_jax.calibration.threshold_passes import measure_scores
 from detr_jax.calibration.thresholds import density_threshold
 from detr_jax.data.batches import BatchSource
+from detr_jax.errors import InputError
 from detr_jax.kernels import repeat_per_tile
 from detr_jax.mesh import mesh_of, replicate_like, replicated, to_host
 from detr_jax.methods import Thresholded
@@ -116,7 +117,7 @@ class MaxDivergence:
 
     def __post_init__(self):
         if not self.change > 0:
-            raise ValueError(f"a bound on the change of the outputs must be above 0, not {self.change}")
+            raise InputError(f"a bound on the change of the outputs must be above 0, not {self.change}")
 
     @property
     def title(self) -> str:
@@ -132,7 +133,7 @@ class MaxDivergence:
 
 def _check_density(density: float) -> None:
     if not 0 < density <= 1:
-        raise ValueError(f"a density must be above 0 and at most 1, not {density}")
+        raise InputError(f"a density must be above 0 and at most 1, not {density}")
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ class GateTuning:
     def __post_init__(self):
         for name in ("epochs", "tile_size", "checkpoint_steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
 @pytree
@@ -273,7 +274,7 @@ def tune_gates(
         ValueError: if the bound is one on the change of the outputs and the loss something else.
     """
     if isinstance(budget, MaxDivergence) and tuning.loss != "output-change":
-        raise ValueError(f"a bound on the change of the outputs needs that as the loss, not {tuning.loss!r}")
+        raise InputError(f"a bound on the change of the outputs needs that as the loss, not {tuning.loss!r}")
     total = tuning.epochs * len(passes)
     optimise = optax.adam(optax.cosine_decay_schedule(tuning.learning_rate, total))
 

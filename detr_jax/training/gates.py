@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from detr_jax.data.batches import BatchSource
+from detr_jax.errors import InputError
 from detr_jax.mesh import mesh_of, replicate_like, replicated
 from detr_jax.methods import ContributionGate, Gate, LinearGate, LowRankGate, PooledGate, Thresholded
 from detr_jax.methods.base import group_sums
@@ -41,7 +42,7 @@ class GateSpec:
 
     def __post_init__(self):
         if (self.pooled is None) != (self.objective != "share") or (self.pooled and self.rank is None):
-            raise ValueError(f"gates that learn shares are pooled and have a rank, and no others are pooled: {self}")
+            raise InputError(f"gates that learn shares are pooled and have a rank, and no others are pooled: {self}")
 
 
 MGS = GateSpec()
@@ -76,7 +77,7 @@ class GateTraining:
     def __post_init__(self):
         for name in ("group_size", "epochs", "batch_size", "checkpoint_steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
 def initial_gate(kind: GateSpec, d_model: int, groups: int, key: jax.Array) -> Gate:
@@ -90,7 +91,7 @@ def initial_gate(kind: GateSpec, d_model: int, groups: int, key: jax.Array) -> G
     if kind.rank is None:
         return LinearGate(jnp.zeros((d_model, groups)), jnp.zeros(groups))
     if kind.rank < 1:
-        raise ValueError(f"the rank of a gate must be at least 1, not {kind.rank}")
+        raise InputError(f"the rank of a gate must be at least 1, not {kind.rank}")
     down = jax.nn.initializers.lecun_normal()(key, (d_model, kind.rank))
     up, bias = jnp.zeros((kind.rank, groups)), jnp.zeros(groups)
     if kind.pooled == "features":

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from detr_jax.commands import cli
+from detr_jax.errors import InputError
 from detr_jax.files import refuse_existing, write_json
 from detr_jax.models import DETR, PRESETS, DetrConfig, preset_config
 from detr_jax.models.positions import sine_positions
@@ -92,9 +93,9 @@ def torch_forwards(config: DetrConfig, arguments: Arguments) -> tuple[dict[str, 
         ValueError: if they cannot do the same as our model.
     """
     if config.backbone.dilate_last:
-        raise ValueError("transformers' ResNet has no dilated stage")
+        raise InputError("transformers' ResNet has no dilated stage")
     if jax.default_backend() != "cpu":
-        raise ValueError(f"torch would run on the CPU and JAX on {jax.default_backend()}")
+        raise InputError(f"torch would run on the CPU and JAX on {jax.default_backend()}")
     import torch
     from transformers import DetrConfig as TorchConfig
     from transformers import DetrForObjectDetection, ResNetConfig
@@ -152,7 +153,7 @@ def ratios(medians: dict[str, float]) -> dict[str, float]:
 
 def benchmark(arguments: Arguments) -> None:
     if arguments.repeats < 1:
-        raise ValueError(f"--repeats must be at least 1, got {arguments.repeats}")
+        raise InputError(f"--repeats must be at least 1, got {arguments.repeats}")
     refuse_existing(arguments.out, arguments.overwrite)
     config = preset_config(arguments.preset)
     forwards, sizes = our_forwards(config, arguments)

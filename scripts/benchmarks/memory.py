@@ -10,6 +10,7 @@ import detr_jax
 from detr_jax.commands import cli
 from detr_jax.data.dataset import Dataset
 from detr_jax.data.scenes import ScenesDataset
+from detr_jax.errors import InputError
 from detr_jax.evaluation.runs import coco_results, predictions
 from detr_jax.files import refuse_existing, write_json
 from detr_jax.models import DETR, Selectors
@@ -71,12 +72,12 @@ def growth(found: dict[int, int], settled: int) -> float:
 def main(arguments: Arguments) -> None:
     refuse_existing(arguments.out, arguments.overwrite)
     if arguments.every % arguments.batch_size or arguments.images % arguments.every:
-        raise ValueError(
+        raise InputError(
             f"--batch-size {arguments.batch_size} has to divide --every {arguments.every}, and that "
             f"--images {arguments.images}"
         )
     if arguments.images < arguments.settled + 2 * arguments.every:
-        raise ValueError(f"--images {arguments.images} are too few to see growth after {arguments.settled}")
+        raise InputError(f"--images {arguments.images} are too few to see growth after {arguments.settled}")
     sparse = detr_jax.load_sparse(arguments.model, arguments.plan, implementation=arguments.implementation)
     dataset = ScenesDataset("train", arguments.images)
     runs = {"dense": ({}, False), "with the plan": (sparse.plan.selectors, False), "dense, detections kept": ({}, True)}

@@ -16,6 +16,7 @@ from detr_jax.calibration.permutation import permute_neurons
 from detr_jax.commands import cli
 from detr_jax.data.features import backbone_features
 from detr_jax.data.registry import open_dataset
+from detr_jax.errors import InputError
 from detr_jax.files import refuse_existing, write_json
 from detr_jax.kernels import Execution, FFNWeights, any_per_tile, signature_order
 from detr_jax.methods import Executed, executed
@@ -119,7 +120,7 @@ def main(arguments: Arguments) -> None:
     model = permute_neurons(model, plan.orders)
     for block_size in arguments.block_sizes:
         if block_size < 1 or model.config.ffn_features % block_size:
-            raise ValueError(
+            raise InputError(
                 f"{model.config.ffn_features} hidden neurons cannot be divided into blocks of {block_size}"
             )
     dataset = open_dataset(arguments.coco, "val", arguments.images)

@@ -18,6 +18,7 @@ from detr_jax.data.batches import CachedBatches, ImageBatches
 from detr_jax.data.dataset import Dataset
 from detr_jax.data.features import embed_batch
 from detr_jax.data.loading import Batch, layout_batches, load_batch
+from detr_jax.errors import InputError
 from detr_jax.evaluation.coco_ap import score
 from detr_jax.evaluation.runs import coco_results, predictions
 from detr_jax.models import DETR, FFNTrace, FFNWeights, ImageTokens, Selection, Selectors
@@ -138,7 +139,7 @@ def _most_frequent_shape(dataset: Dataset, model: DETR, batch_size: int) -> tupl
     layouts = layout_batches(dataset.image_sizes(), model.config, batch_size)
     shape, count = Counter(layout.shape for layout in layouts).most_common(1)[0]
     if count < _LEAST_BATCHES:
-        raise ValueError(
+        raise InputError(
             f"{len(dataset)} images make {count} batches of the shape {shape}, and timing takes {_LEAST_BATCHES}; use "
             "more images or smaller batches"
         )

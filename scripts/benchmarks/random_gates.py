@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from detr_jax.errors import InputError
 from detr_jax.kernels import any_per_tile, signature_order
 
 
@@ -29,7 +30,7 @@ def random_inputs(tokens: int, d_model: int, correlation: float | None) -> jax.A
     if correlation is None:
         return (jax.random.normal(jax.random.key(2), (d_model,)) + own) / np.sqrt(2)
     if not 0 <= correlation <= 1:
-        raise ValueError(f"the correlation of neighbours must be from 0 to 1, not {correlation}")
+        raise InputError(f"the correlation of neighbours must be from 0 to 1, not {correlation}")
     steps = np.array(own)
     steps[1:] *= np.sqrt(1 - correlation**2)
     for t in range(1, tokens):

@@ -17,6 +17,7 @@ from random_gates import RandomGate
 from tqdm import tqdm
 
 from detr_jax.commands import cli
+from detr_jax.errors import InputError
 from detr_jax.files import refuse_existing, write_json
 from detr_jax.kernels.dispatch import tuning_path
 
@@ -128,14 +129,14 @@ def resolved(arguments: Arguments) -> Arguments:
     arguments = dataclasses.replace(arguments, **{name: getattr(defaults(), name) for name in missing})
     for density in arguments.densities:
         if not 0 <= density <= 1:
-            raise ValueError(f"densities must be from 0 to 1, not {density}")
+            raise InputError(f"densities must be from 0 to 1, not {density}")
     for name in ("tokens", "densities", "tile_sizes", "gates", "orders"):
         if not getattr(arguments, name):
-            raise ValueError(f"--{name.replace('_', '-')} needs at least one value")
+            raise InputError(f"--{name.replace('_', '-')} needs at least one value")
     if arguments.hidden % arguments.block_size:
-        raise ValueError(f"{arguments.hidden} hidden neurons cannot be divided into blocks of {arguments.block_size}")
+        raise InputError(f"{arguments.hidden} hidden neurons cannot be divided into blocks of {arguments.block_size}")
     if "tile" in arguments.gates and (arguments.density_of == "tokens" or "signature" in arguments.orders):
-        raise ValueError("densities of tokens and an order of tokens need gates that decide for tokens: --gates token")
+        raise InputError("densities of tokens and an order of tokens need gates that decide for tokens: --gates token")
     return arguments
 
 

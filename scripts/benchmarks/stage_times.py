@@ -17,6 +17,7 @@ from detr_jax.calibration.permutation import permute_neurons
 from detr_jax.commands import cli
 from detr_jax.commands.execution_options import ExecutionOptions
 from detr_jax.data.registry import open_dataset
+from detr_jax.errors import InputError
 from detr_jax.files import refuse_existing, write_json
 from detr_jax.plan import load_plan
 from detr_jax.training.gates import PAPER_GROUP_SIZE
@@ -59,7 +60,7 @@ class Arguments:
 def profile(arguments: Arguments) -> None:
     refuse_existing(arguments.out, arguments.overwrite)
     if arguments.run == "training" and arguments.plan is not None:
-        raise ValueError("gates are trained on the dense detector: --plan is for --run evaluation")
+        raise InputError("gates are trained on the dense detector: --plan is for --run evaluation")
     dataset = open_dataset(arguments.coco, "val" if arguments.run == "evaluation" else "train", arguments.images)
     model = detr_jax.load(arguments.model, preset=arguments.preset, dtype=jnp.dtype(arguments.dtype))
     selectors = {}

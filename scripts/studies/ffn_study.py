@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 from comparison_report import markdown_table
 
+from detr_jax.errors import InputError
 from detr_jax.evaluation.counts import count_activity, total_counts
 from detr_jax.evaluation.flops import remaining_share
 from detr_jax.files import replacing
@@ -52,10 +53,10 @@ def read_ffns(path: Path) -> tuple[StandaloneFFNs, FFNInputs]:
     """
     arrays = _read(path)
     if unknown := [key for key in arrays if not _KEY.fullmatch(key)]:
-        raise ValueError(f"{path}: {unknown[0]} is not an array of an FFN; those are layer0.w1, .b1, .w2, .b2, .x")
+        raise InputError(f"{path}: {unknown[0]} is not an array of an FFN; those are layer0.w1, .b1, .w2, .b2, .x")
     layers = sorted({int(_KEY.fullmatch(key)[1]) for key in arrays})
     if not layers:
-        raise ValueError(f"{path} holds no arrays; layer0.w1, .b1, .w2, .b2 and .x are an FFN")
+        raise InputError(f"{path} holds no arrays; layer0.w1, .b1, .w2, .b2 and .x are an FFN")
     weights, x = {}, {}
     for layer in layers:
         name = f"layer{layer}"
@@ -63,7 +64,7 @@ def read_ffns(path: Path) -> tuple[StandaloneFFNs, FFNInputs]:
     first, *others = x
     for name in others:
         if len(x[name]) != len(x[first]):
-            raise ValueError(f"{path}: {name}.x has {len(x[name])} images, {first}.x has {len(x[first])}")
+            raise InputError(f"{path}: {name}.x has {len(x[name])} images, {first}.x has {len(x[first])}")
     tokens = {name: jnp.ones(values.shape[:2], bool) for name, values in x.items()}
     return StandaloneFFNs(weights), FFNInputs(x, tokens)
 
@@ -73,7 +74,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as archive:
             return dict(archive)
     except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is no .npz archive of arrays, or is damaged: {error}") from error
+        raise InputError(f"{path} is no .npz archive of arrays, or is damaged: {error}") from error
 
 
 def _ffn(path: Path, name: str, arrays: Mapping[str, np.ndarray]) -> tuple[FFNWeights, jax.Array]:
@@ -81,16 +82,16 @@ def _ffn(path: Path, name: str, arrays: Mapping[str, np.ndarray]) -> tuple[FFNWe
 
     def take(key: str, letters: str, sizes: Mapping[str, int]) -> jax.Array:
         if (key := f"{name}.{key}") not in arrays:
-            raise ValueError(f"{path}: {key} is missing")
+            raise InputError(f"{path}: {key} is missing")
         array = arrays[key]
         expected = [sizes.get(letter, letter) for letter in letters.split()]
         fits = [size == wanted or isinstance(wanted, str) for size, wanted in zip(array.shape, expected, strict=False)]
         if array.ndim != len(expected) or not all(fits):
-            raise ValueError(f"{path}: {key} has the shape {array.shape}, should be ({', '.join(map(str, expected))})")
+            raise InputError(f"{path}: {key} has the shape {array.shape}, should be ({', '.join(map(str, expected))})")
         if not np.issubdtype(array.dtype, np.floating) or not array.size:
-            raise ValueError(f"{path}: {key} should hold floating-point numbers, has {array.size} of {array.dtype}")
+            raise InputError(f"{path}: {key} should hold floating-point numbers, has {array.size} of {array.dtype}")
         if not np.isfinite(array).all():
-            raise ValueError(f"{path}: {key} holds NaN or infinite values")
+            raise InputError(f"{path}: {key} holds NaN or infinite values")
         return jnp.asarray(array, jnp.float32)
 
     w_in = take("w1", "F d", {})

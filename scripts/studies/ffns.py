@@ -34,6 +34,7 @@ from detr_jax.calibration.reconstruction import obs_ranking, reconstruct_from_ke
 from detr_jax.calibration.threshold_passes import measure_scores
 from detr_jax.commands import cli
 from detr_jax.data.batches import CachedBatches
+from detr_jax.errors import InputError
 from detr_jax.files import refuse_existing, replacing, write_json
 from detr_jax.methods import (
     ContributionGate,
@@ -309,12 +310,12 @@ def main(arguments: Arguments) -> None:
     refuse_existing(arguments.out / "results.json", arguments.overwrite)
     for option in ("densities", "taus", "tile_sizes"):
         if not getattr(arguments, option):
-            raise ValueError(f"--{option.replace('_', '-')} needs at least one value")
+            raise InputError(f"--{option.replace('_', '-')} needs at least one value")
     for option in ("densities", "taus"):
         if wrong := [share for share in getattr(arguments, option) if not 0 < share <= 1]:
-            raise ValueError(f"--{option} must be above 0 and at most 1, not {wrong[0]:g}")
+            raise InputError(f"--{option} must be above 0 and at most 1, not {wrong[0]:g}")
     if (least := min(arguments.tile_sizes)) < 1:
-        raise ValueError(f"--tile-sizes must be at least 1, not {least}")
+        raise InputError(f"--tile-sizes must be at least 1, not {least}")
     ffns, inputs = read_ffns(arguments.ffns)
     training = arguments.training
     for weights in ffns.weights.values():
@@ -322,7 +323,7 @@ def main(arguments: Arguments) -> None:
             group_count(len(weights.w_in), group_size)
     count = len(next(iter(inputs.x.values())))
     if count < 2:
-        raise ValueError(
+        raise InputError(
             f"{arguments.ffns} has the inputs of {count} image; at least 2 are needed, one half to test on"
         )
     calibration = image_batches(inputs, range(count // 2), training.batch_size)

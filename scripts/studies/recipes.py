@@ -25,6 +25,7 @@ from detr_jax.data.batches import CachedBatches
 from detr_jax.data.dataset import Subset
 from detr_jax.data.features import BackboneFeatures, backbone_features
 from detr_jax.data.registry import open_dataset
+from detr_jax.errors import InputError
 from detr_jax.evaluation.coco_ap import bootstrap, confidence_interval, score
 from detr_jax.evaluation.runs import measure_dataset
 from detr_jax.files import replacing, write_json
@@ -109,7 +110,7 @@ class Study:
         held_out = settings.calibration_images
         data = open_dataset(arguments.coco, "train", arguments.train_images + held_out)
         if len(data) <= held_out:
-            raise ValueError(f"{data.name} has {len(data)} images, too few to hold out {held_out} for calibration")
+            raise InputError(f"{data.name} has {len(data)} images, too few to hold out {held_out} for calibration")
         split = len(data) - held_out
         training, calibration = Subset(data, 0, split), Subset(data, split, len(data))
         validation = open_dataset(arguments.coco, "val", arguments.eval_images)

@@ -33,6 +33,7 @@ from detr_jax.commands import cli
 from detr_jax.data.batches import CachedBatches
 from detr_jax.data.features import backbone_features
 from detr_jax.data.registry import open_dataset
+from detr_jax.errors import InputError
 from detr_jax.files import refuse_existing, replacing, write_json
 from detr_jax.methods.grouping import group_count
 from detr_jax.models.standalone import HasFFNs
@@ -115,7 +116,7 @@ def open_arrays(path: Path, batch_size: int) -> Study:
     ffns, inputs = read_ffns(path)
     count = len(next(iter(inputs.x.values())))
     if count < 2:
-        raise ValueError(f"{path} has the inputs of {count} image; at least 2 are needed, one half to measure")
+        raise InputError(f"{path} has the inputs of {count} image; at least 2 are needed, one half to measure")
     halves = {"fit": range(count // 2), "test": range(count // 2, count)}
     found = {use: [StudyBatch(b, {}) for b in image_batches(inputs, half, batch_size)] for use, half in halves.items()}
     return Study(path.stem, ffns, **found, images={use: len(half) for use, half in halves.items()})
@@ -153,15 +154,15 @@ def check(arguments: Arguments) -> None:
     """Refuses what cannot be computed, before anything is."""
     for option in ("tile_sizes", "block_sizes", "shares", "order_tile_sizes"):
         if not getattr(arguments, option):
-            raise ValueError(f"--{option.replace('_', '-')} needs at least one value")
+            raise InputError(f"--{option.replace('_', '-')} needs at least one value")
     for option, smallest in (("tile_sizes", 1), ("order_tile_sizes", 1), ("block_sizes", 2)):
         if (least := min(getattr(arguments, option))) < smallest:
-            raise ValueError(f"--{option.replace('_', '-')} must be at least {smallest}, not {least}")
+            raise InputError(f"--{option.replace('_', '-')} must be at least {smallest}, not {least}")
     if arguments.fit_tile_size < 1:
-        raise ValueError(f"--fit-tile-size must be at least 1, not {arguments.fit_tile_size}")
+        raise InputError(f"--fit-tile-size must be at least 1, not {arguments.fit_tile_size}")
     for option, values in (("shares", arguments.shares), ("need-share", (arguments.need_share,))):
         if wrong := [share for share in values if not 0 < share <= 1]:
-            raise ValueError(f"--{option} must be above 0 and at most 1, not {wrong[0]:g}")
+            raise InputError(f"--{option} must be above 0 and at most 1, not {wrong[0]:g}")
 
 
 def as_json(measured: Mapping[str, Mapping[Setting, Measurement]]) -> list[dict]:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from detr_jax.errors import InputError
 from detr_jax.models.labels import COCO_LABELS, SCENES_LABELS
 
 
@@ -113,7 +114,7 @@ def preset_config(name: str) -> DetrConfig:
         ValueError: if there is no preset of that name.
     """
     if name not in PRESETS:
-        raise ValueError(f"no preset named {name!r}; there are {', '.join(PRESETS)}")
+        raise InputError(f"no preset named {name!r}; there are {', '.join(PRESETS)}")
     return PRESETS[name]()
 
 

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from detr_jax.data.dataset import Example
 from detr_jax.data.scenes import MAX_OBJECTS, SIDE, ScenesDataset
 from detr_jax.data.transforms import normalise
+from detr_jax.errors import InputError
 from detr_jax.models import DETR, DetrConfig
 from detr_jax.training.checkpoints import Checkpoints
 from detr_jax.training.detector.dense_head import DenseHead
@@ -53,11 +54,11 @@ class DetectorTraining:
     def __post_init__(self):
         for name in ("steps", "batch_size", "checkpoint_steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.warmup_steps < self.steps:
-            raise ValueError(f"warmup_steps must be from 0 to below steps {self.steps}, not {self.warmup_steps}")
+            raise InputError(f"warmup_steps must be from 0 to below steps {self.steps}, not {self.warmup_steps}")
         if not self.hoyer_start < self.hoyer_full:
-            raise ValueError(f"hoyer_start {self.hoyer_start} must be below hoyer_full {self.hoyer_full}")
+            raise InputError(f"hoyer_start {self.hoyer_start} must be below hoyer_full {self.hoyer_full}")
 
 
 def targets_of(examples: list[Example]) -> Targets:
