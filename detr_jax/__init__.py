@@ -1,6 +1,7 @@
 """DETR in JAX/Flax with its published weights, made sparse without retraining."""
 
 from detr_jax.data.image_list import preprocess_images
+from detr_jax.data.registry import open_dataset
 from detr_jax.detection import detect
 from detr_jax.evaluation.inspection import FFNActivity
 from detr_jax.load import load, load_sparse, save
@@ -25,6 +26,7 @@ __all__ = [
     "load_plan",
     "load_sparse",
     "log_odds",
+    "open_dataset",
     "preprocess_images",
     "preset_config",
     "push_plan",

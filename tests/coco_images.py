@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from detr_jax import DetrConfig
-from detr_jax.data.images import read_image
+from detr_jax.data.images import pixels as pixels_of
 from detr_jax.data.transforms import preprocess
 
 IMAGES = tuple(Path(__file__).parent / "data" / name for name in ("000000000139.jpg", "000000000802.jpg"))
@@ -15,7 +15,7 @@ IMAGES = tuple(Path(__file__).parent / "data" / name for name in ("000000000139.
 def small_images(config: DetrConfig) -> list[np.ndarray]:
     """Both images, each preprocessed to the golden arrays' small size."""
     config = dataclasses.replace(config, shortest_side=320, longest_side=480)
-    return [preprocess(read_image(path), config) for path in IMAGES]
+    return [preprocess(pixels_of(path), config) for path in IMAGES]
 
 
 def padded(images: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,6 @@
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,7 +8,9 @@ from PIL import Image
 from tiny import annotation, write_coco
 
 from detr_jax.data.coco import CocoDataset
-from detr_jax.data.registry import open_dataset
+from detr_jax.data.registry import open_dataset, register_dataset
+from detr_jax.data.scenes import ScenesDataset
+from detr_jax.errors import InputError, MissingFileError
 
 SIZES = [(20, 30), (30, 20), (16, 16)]
 
@@ -86,19 +90,29 @@ def test_missing_folders_and_files_are_named(root, tmp_path):
         (lambda c: c.pop("categories"), "has no list 'categories'"),
         (lambda c: c.update(annotations={}), "has no list 'annotations'"),
         (lambda c: c.update(images=[]), "has no images"),
-        (lambda c: c["annotations"][0].pop("bbox"), "an entry of 'annotations' has no 'bbox'"),
-        (lambda c: c["annotations"].append(3), "an entry of 'annotations' is not an object"),
-        (lambda c: c["images"][0].pop("height"), "an entry of 'images' has no 'height'"),
-        (lambda c: c["images"][0].update(height=None), "needs whole numbers: an id from 0, a height and width from 1"),
-        (lambda c: c["images"][1].update(id=1), "two images have the same id"),
+        (lambda c: c["annotations"][0].pop("bbox"), "entry 0 of 'annotations' has no 'bbox'"),
+        (lambda c: c["annotations"].append(3), "entry 5 of 'annotations' is not an object"),
+        (lambda c: c["images"][0].pop("height"), "entry 0 of 'images' has no 'height'"),
+        (lambda c: c["images"][0].update(height=None), "image 1 has the height None and width 30, not whole numbers"),
+        (lambda c: c["images"][1].update(id=1), "two images have the id 1"),
+        (lambda c: c["categories"][1].update(id=1), "two categories have the id 1"),
+        (lambda c: c["images"][0].update(id="1"), "entry 0 of 'images' has the id '1', not a whole number"),
+        (lambda c: c["categories"][1].update(id="2"), "entry 1 of 'categories' has the id '2', not a whole number"),
+        (lambda c: c["categories"][1].pop("id"), "entry 1 of 'categories' has no 'id'"),
+        (lambda c: c["categories"][1].update(name=2), "category 2 has the name 2, not a text"),
+        (lambda c: c["annotations"][1].update(category_id="2"), "entry 1 of 'annotations' has the category_id '2'"),
+        (lambda c: c["annotations"][1].update(category_id=[2]), r"entry 1 of 'annotations' has the category_id \[2\]"),
+        (lambda c: c["annotations"][1].update(category_id="dog"), "has the category_id 'dog', not a whole number"),
+        (lambda c: c["annotations"][1].update(category_id=True), "has the category_id True, not a whole number"),
+        (lambda c: c["annotations"][1].update(image_id="2"), "entry 1 of 'annotations' has the image_id '2'"),
         (lambda c: c["annotations"][0].update(image_id=99), "annotation 7 belongs to image 99"),
         (lambda c: c["annotations"][0].update(category_id=99), "annotation 7 is of category 99"),
         (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), r"annotation 7 has bbox \[1, 2, 3\]"),
         (lambda c: c["annotations"][0].update(bbox=[1, 2, 3, float("nan")]), "annotation 7 has bbox"),
-        (lambda c: c["annotations"][0].update(bbox="1234"), "annotation 7 has bbox 1234"),
+        (lambda c: c["annotations"][0].update(bbox="1234"), "annotation 7 has bbox '1234'"),
         (lambda c: c["annotations"][0].update(area=None), "annotation 7 has area None"),
         (lambda c: c["annotations"][0].update(iscrowd=None), "annotation 7 has iscrowd None"),
-        (lambda c: c["images"][1].update(file_name=2), "the image 2 has file_name 2, not a text"),
+        (lambda c: c["images"][1].update(file_name=2), "image 2 has the file_name 2, not a text"),
     ],
 )
 def test_faults_of_the_annotation_file_are_named(root, change, message):
@@ -120,7 +134,80 @@ def test_a_file_of_another_size_than_annotated_is_named(root):
         CocoDataset(root, "val2017")[0]
 
 
-def test_sources(root):
-    assert open_dataset(root, "val", images=1).image_ids() == [1]
-    assert open_dataset(root, "val2017").name == "val2017"
-    assert len(open_dataset(None, "val", images=4)) == 4
+def rotate(root, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = root / "val2017/000000000001.png"
+    Image.open(path).save(path, exif=exif)
+
+
+def test_the_rotation_of_a_photograph_is_named(root):
+    rotate(root, 6)
+    dataset = CocoDataset(root, "val2017")
+    with pytest.warns(UserWarning, match=r"000000000001\.png has the EXIF orientation 6; its boxes are taken"):
+        assert dataset[0].image.shape == (20, 30, 3)  # as stored
+    edit(root, lambda content: content["images"][0].update(height=30, width=20))
+    with pytest.raises(InputError, match="its annotation says 20x30, the size in which it is displayed: its EXIF"):
+        CocoDataset(root, "val2017")[0]
+
+
+def test_boxes_outside_their_images_are_reported(root):
+    edit(root, lambda content: content["annotations"][0].update(bbox=[2, 21, 5, 8]))
+    with pytest.warns(UserWarning, match=r"boxes outside their images: 2, the first of annotation 7\. .* EXIF"):
+        CocoDataset(root, "val2017")
+
+
+@pytest.mark.parametrize("where", ["", "val2017", "val"])
+def test_the_layout_of_roboflow_is_named(root, where):
+    shutil.rmtree(root / "annotations")
+    (root / where).mkdir(exist_ok=True)
+    (root / where / "_annotations.coco.json").write_text("{}")
+    with pytest.raises(MissingFileError, match=r"_annotations\.coco\.json is in the layout of Roboflow's exports"):
+        open_dataset(f"coco:{root}", "val")
+
+
+def test_splits_that_are_there_are_named(root):
+    with pytest.raises(MissingFileError, match="images of train2017; there are annotations of val2017"):
+        open_dataset(f"coco:{root}", "train")
+
+
+def test_data_without_objects_are_known_to_be(root):
+    assert open_dataset(f"coco:{root}", "val").has_annotations
+    assert not open_dataset(f"coco:{root}", "val", 2).ground_truth()["images"][2:]
+    edit(root, lambda content: content.update(annotations=[]))
+    assert not open_dataset(f"coco:{root}", "val").has_annotations
+
+
+def test_the_identity_of_a_data_set_is_not_its_path(root, tmp_path):
+    before = CocoDataset(root, "val2017").fingerprint
+    shutil.copytree(root, tmp_path / "copy")
+    assert CocoDataset(tmp_path / "copy", "val2017").fingerprint == before
+    assert CocoDataset(root, "val2017", images=2).fingerprint != before
+    edit(root, lambda content: content["annotations"][0].update(bbox=[2, 3, 10, 6]))
+    assert CocoDataset(root, "val2017").fingerprint != before
+    assert (
+        ScenesDataset("val").fingerprint == ScenesDataset("val", 600).fingerprint != ScenesDataset("val", 9).fingerprint
+    )
+
+
+def test_sources(root, tmp_path, monkeypatch):
+    assert open_dataset(f"coco:{root}", "val", images=1).image_ids() == [1]
+    assert open_dataset(f"coco:{root}", "val2017").name == "val2017"
+    assert len(open_dataset("scenes", "val", images=4)) == 4
+    monkeypatch.chdir(tmp_path)
+    assert open_dataset("coco:coco", "val").image_name(1) == str(Path("coco/val2017/000000000002.png"))
+    for data, message in (
+        (str(root), r"known are scenes, coco, images.*for the folder .*coco say coco:.*coco or images:"),
+        ("coco", "needs a path: coco:PATH"),
+        ("scenes:here", "have no path"),
+        ("voc:here", "there is no data set 'voc:here'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            open_dataset(data, "val")
+
+
+def test_a_kind_of_data_set_from_outside():
+    register_dataset("toy", lambda location, split, images: ScenesDataset(split, int(location)))
+    assert len(open_dataset("toy:3", "val")) == 3
+    with pytest.raises(InputError, match="cannot be named 'toy'"):
+        register_dataset("toy", lambda *_: None)

@@ -9,7 +9,7 @@ from flax import nnx
 from published import GOLDEN, recipe_entries
 
 from detr_jax import convert
-from detr_jax.data.images import read_image
+from detr_jax.data.images import pixels as pixels_of
 from detr_jax.data.transforms import preprocess
 from detr_jax.load import build
 
@@ -51,7 +51,7 @@ def assert_golden(outputs, golden, kind):
 
 @only_r50
 def test_full_size(model, golden):
-    pixels = preprocess(read_image(IMAGES[0]), model.config)
+    pixels = preprocess(pixels_of(IMAGES[0]), model.config)
     np.testing.assert_array_equal(pixels.shape[:2], golden["full_size"].reshape(-1))
     assert_golden(forward(model, pixels[None]), golden, "full")
 

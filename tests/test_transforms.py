@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from detr_jax import preset_config
-from detr_jax.data.images import read_image
+from detr_jax.data.images import pixels as pixels_of
 from detr_jax.data.transforms import normalise, preprocess, resized_size
 
 HERE = Path(__file__).parent
@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 
 def test_pixels_equal_the_official_ones():
     golden = np.load(HERE / "golden/official_detr_r50.npz")
-    pixels = preprocess(read_image(HERE / "data/000000000139.jpg"), preset_config("detr-r50"))
+    pixels = preprocess(pixels_of(HERE / "data/000000000139.jpg"), preset_config("detr-r50"))
     assert pixels.dtype == np.float32
     assert pixels.shape == (*golden["full_size"], 3)
     channels_first = pixels.transpose(2, 0, 1)

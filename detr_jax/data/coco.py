@@ -2,14 +2,15 @@
 
 import json
 import math
-from collections import defaultdict
+import warnings
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from detr_jax.data.dataset import Example
-from detr_jax.data.images import read_image
+from detr_jax.data.dataset import Example, digest
+from detr_jax.data.images import is_sideways, read_image
 from detr_jax.errors import InputError, MissingFileError
 
 _KEYS = {
@@ -17,7 +18,9 @@ _KEYS = {
     "annotations": ("id", "image_id", "category_id", "bbox", "area", "iscrowd"),
     "categories": ("id", "name"),
 }
-_IMAGE_NUMBERS = {"id": 0, "height": 1, "width": 1}
+_IDS = {"images": ("id",), "annotations": ("image_id", "category_id"), "categories": ("id",)}
+_BESIDE = "_annotations.coco.json"
+"""The annotation file of Roboflow's exports, in the folder of the images."""
 
 
 class CocoDataset:
@@ -25,7 +28,9 @@ class CocoDataset:
 
     Images come in the order of their ids, those without objects included. The boxes and labels of an example are the
     official training targets: no crowd regions, boxes clipped to the image, none that are empty then. A label is the
-    category's id. The ground truth keeps everything.
+    category's id; see `detr_jax.data.classes` for detectors that number their classes in another way. The ground truth
+    keeps everything. Boxes refer to the stored pixels, whatever rotation the EXIF data ask for; a warning says so at
+    the first such image.
 
     Args:
         root: folder of the data set.
@@ -33,21 +38,21 @@ class CocoDataset:
         images: use the first so many images only.
 
     Raises:
-        FileNotFoundError: if the folder, the annotation file or an image that is to be used does not exist.
-        ValueError: if the annotation file does not hold what it should, or there are fewer images than asked for.
+        MissingFileError: if the folder, the annotation file or an image that is to be used does not exist.
+        InputError: if the annotation file does not hold what it should, or there are fewer images than asked for.
     """
 
     def __init__(self, root: Path, split: str, images: int | None = None):
-        self._folder = Path(root) / split
-        path = Path(root) / "annotations" / f"instances_{split}.json"
+        root = Path(root)
+        self._folder = root / split
         self.name = split
-        if not self._folder.is_dir():
-            raise MissingFileError(f"there is no folder {self._folder} with the images of {split}")
-
-        content = _read_annotations(path)
+        path = _annotation_file(root, split)
+        data = path.read_bytes()
+        content = _checked_annotations(path, data)
         available = len(content["images"])
         if images is not None and not 0 < images <= available:
             raise InputError(f"{path} has {available} images, asked for {images}")
+        self.fingerprint = digest(data, str(images or available))
         self._images = sorted(content["images"], key=lambda image: image["id"])[:images]
         used = set(self.image_ids())
         self._ground_truth = {
@@ -55,16 +60,37 @@ class CocoDataset:
             "annotations": [a for a in content["annotations"] if a["image_id"] in used],
             "categories": content["categories"],
         }
+        self.has_annotations = bool(self._ground_truth["annotations"])
         self._objects = defaultdict(list)
         for annotation in self._ground_truth["annotations"]:
             if not annotation["iscrowd"]:
                 self._objects[annotation["image_id"]].append(annotation)
+        self._rotation_reported = False
 
         names = [image["file_name"] for image in self._images]
         if missing := [name for name in names if not (self._folder / name).is_file()]:
             raise MissingFileError(
                 f"{len(missing)} of the {len(self)} images that {path} names are not in {self._folder}, "
                 f"the first is {missing[0]}"
+            )
+        self._report_outside(path)
+
+    def _report_outside(self, path: Path) -> None:
+        outside = [
+            annotation["id"]
+            for image in self._images
+            for annotation in self._objects.get(image["id"], ())
+            if min(annotation["bbox"][2:]) > 0
+            and not (
+                -annotation["bbox"][2] < annotation["bbox"][0] < image["width"]
+                and -annotation["bbox"][3] < annotation["bbox"][1] < image["height"]
+            )
+        ]
+        if outside:
+            warnings.warn(
+                f"{path} has boxes outside their images: {len(outside)}, the first of annotation {outside[0]!r}. Boxes "
+                "of photographs that EXIF data rotate must refer to the stored pixels",
+                stacklevel=3,
             )
 
     def __len__(self) -> int:
@@ -74,15 +100,28 @@ class CocoDataset:
         """Reads an image.
 
         Raises:
-            ValueError: if its file is damaged or has another size than the annotation file says.
+            InputError: if its file is damaged or has another size than the annotation file says.
         """
         entry = self._images[index]
         path = self._folder / entry["file_name"]
-        image = read_image(path)
+        image, orientation = read_image(path)
         height, width = entry["height"], entry["width"]
         if image.shape[:2] != (height, width):
+            turned = ""
+            if is_sideways(orientation) and image.shape[:2] == (width, height):
+                turned = (
+                    f", the size in which it is displayed: its EXIF orientation is {orientation}. Boxes must refer to "
+                    "the stored pixels: store the image upright, without an orientation"
+                )
             raise InputError(
-                f"{path} is {image.shape[1]}x{image.shape[0]} pixels, its annotation says {width}x{height}"
+                f"{path} is {image.shape[1]}x{image.shape[0]} pixels, its annotation says {width}x{height}{turned}"
+            )
+        if orientation != 1 and not self._rotation_reported:
+            self._rotation_reported = True
+            warnings.warn(
+                f"{path} has the EXIF orientation {orientation}; its boxes are taken to refer to the stored pixels, "
+                "not to the rotated photograph (said once for the data set)",
+                stacklevel=2,
             )
         objects = self._objects.get(entry["id"], [])
         boxes = np.array([o["bbox"] for o in objects], np.float32).reshape(-1, 4)
@@ -98,16 +137,39 @@ class CocoDataset:
     def image_ids(self) -> list[int]:
         return [image["id"] for image in self._images]
 
+    def image_name(self, index: int) -> str:
+        return str(self._folder / self._images[index]["file_name"])
+
     def ground_truth(self) -> dict:
         return self._ground_truth
 
 
-def _read_annotations(path: Path) -> dict[str, list[dict[str, Any]]]:
+def _annotation_file(root: Path, split: str) -> Path:
+    """The annotation file of a split.
+
+    Raises:
+        MissingFileError: if it or the folder of images does not exist; says what is there instead.
+    """
+    folder, path = root / split, root / "annotations" / f"instances_{split}.json"
+    if folder.is_dir() and path.is_file():
+        return path
+    for beside in (root, folder, root / split.removesuffix("2017")):
+        if (beside / _BESIDE).is_file():
+            raise MissingFileError(
+                f"{beside / _BESIDE} is in the layout of Roboflow's exports, which is not read yet: move the images to "
+                f"{folder}/ and the file to {path}"
+            )
+    there = sorted(p.stem.removeprefix("instances_") for p in path.parent.glob("instances_*.json"))
+    splits = f"; there are annotations of {', '.join(there)}" if there and split not in there else ""
+    if not folder.is_dir():
+        raise MissingFileError(f"there is no folder {folder} with the images of {split}{splits}")
+    raise MissingFileError(f"there is no annotation file {path}{splits}")
+
+
+def _checked_annotations(path: Path, data: bytes) -> dict[str, list[dict[str, Any]]]:
     """The entries of an annotation file, checked and without what boxes do not need."""
     try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise MissingFileError(f"there is no annotation file {path}") from None
+        content = json.loads(data)
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
@@ -116,38 +178,54 @@ def _read_annotations(path: Path) -> dict[str, list[dict[str, Any]]]:
     entries: dict[str, list[dict[str, Any]]] = {}
     for section, keys in _KEYS.items():
         if not isinstance(content.get(section), list):
-            raise InputError(f"{path} has no list {section!r}")
-        try:
-            entries[section] = [{key: entry[key] for key in keys} for entry in content[section]]
-        except KeyError as error:
-            raise InputError(f"{path}: an entry of {section!r} has no {error}; needed are {', '.join(keys)}") from None
-        except TypeError:
-            raise InputError(f"{path}: an entry of {section!r} is not an object with {', '.join(keys)}") from None
+            raise InputError(f"{path} has no list {section!r}; an empty one says that there are none")
+        for position, entry in enumerate(content[section]):
+            name = f"{path}: entry {position} of {section!r}"
+            if not isinstance(entry, dict):
+                raise InputError(f"{name} is not an object with {', '.join(keys)}, but {entry!r:.50}")
+            if missing := [key for key in keys if key not in entry]:
+                raise InputError(f"{name} has no {missing[0]!r}; needed are {', '.join(keys)}")
+            for key in _IDS[section]:
+                if not _is_whole(entry[key], 0):
+                    raise InputError(f"{name} has the {key} {entry[key]!r}, not a whole number from 0")
+        entries[section] = [{key: entry[key] for key in keys} for entry in content[section]]
 
     for image in entries["images"]:
-        if not all(isinstance(image[key], int) and image[key] >= least for key, least in _IMAGE_NUMBERS.items()):
-            raise InputError(f"{path}: the image {image} needs whole numbers: an id from 0, a height and width from 1")
+        if not (_is_whole(image["height"], 1) and _is_whole(image["width"], 1)):
+            raise InputError(
+                f"{path}: image {image['id']} has the height {image['height']!r} and width {image['width']!r}, not "
+                "whole numbers from 1"
+            )
         if not isinstance(image["file_name"], str):
-            raise InputError(f"{path}: the image {image['id']} has file_name {image['file_name']!r}, not a text")
-    image_ids = {image["id"] for image in entries["images"]}
-    category_ids = {category["id"] for category in entries["categories"]}
-    if not image_ids:
+            raise InputError(f"{path}: image {image['id']} has the file_name {image['file_name']!r}, not a text")
+    for category in entries["categories"]:
+        if not isinstance(category["name"], str):
+            raise InputError(f"{path}: category {category['id']} has the name {category['name']!r}, not a text")
+    if not entries["images"]:
         raise InputError(f"{path} has no images")
-    if len(image_ids) < len(entries["images"]):
-        raise InputError(f"{path}: two images have the same id")
+    ids = {}
+    for section in ("images", "categories"):
+        counts = Counter(entry["id"] for entry in entries[section])
+        if twice := [id for id, count in counts.items() if count > 1]:
+            raise InputError(f"{path}: two {section} have the id {twice[0]!r}")
+        ids[section] = set(counts)
     for annotation in entries["annotations"]:
-        name = f"{path}: annotation {annotation['id']}"
-        if annotation["image_id"] not in image_ids:
-            raise InputError(f"{name} belongs to image {annotation['image_id']}, which is not in the file")
-        if annotation["category_id"] not in category_ids:
-            raise InputError(f"{name} is of category {annotation['category_id']}, which is not in the file")
+        name = f"{path}: annotation {annotation['id']!r}"
+        if annotation["image_id"] not in ids["images"]:
+            raise InputError(f"{name} belongs to image {annotation['image_id']!r}, which is not in the file")
+        if annotation["category_id"] not in ids["categories"]:
+            raise InputError(f"{name} is of category {annotation['category_id']!r}, which is not in the file")
         if not _is_box(annotation["bbox"]):
-            raise InputError(f"{name} has bbox {annotation['bbox']}, not four finite numbers x, y, width, height")
+            raise InputError(f"{name} has bbox {annotation['bbox']!r}, not four finite numbers x, y, width, height")
         if not (isinstance(annotation["area"], int | float) and math.isfinite(annotation["area"])):
-            raise InputError(f"{name} has area {annotation['area']}, not a finite number")
+            raise InputError(f"{name} has area {annotation['area']!r}, not a finite number")
         if annotation["iscrowd"] not in (0, 1):
-            raise InputError(f"{name} has iscrowd {annotation['iscrowd']}, neither 0 nor 1")
+            raise InputError(f"{name} has iscrowd {annotation['iscrowd']!r}, neither 0 nor 1")
     return entries
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _is_box(value: Any) -> bool:

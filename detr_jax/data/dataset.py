@@ -1,5 +1,6 @@
-"""What every source of images looks like: indexed examples, and their ground truth in COCO's format."""
+"""The data set protocol: indexed examples, and their ground truth in COCO's format."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,6 +30,10 @@ class Dataset(Protocol):
     """A finite, indexed data set."""
 
     name: str
+    has_annotations: bool
+    """Whether the ground truth says what is in the images; without, AP is undefined."""
+    fingerprint: str
+    """Equal for the same images and annotations, wherever they are."""
 
     def __len__(self) -> int: ...
 
@@ -42,8 +47,12 @@ class Dataset(Protocol):
         """Ids of the images in index order."""
         ...
 
+    def image_name(self, index: int) -> str:
+        """Of an image, for messages."""
+        ...
+
     def ground_truth(self) -> dict:
-        """The annotations as a dictionary in the layout of COCO's `instances_*.json`."""
+        """The annotations as a dictionary in the layout of COCO's `instances_*.json`; empty lists without any."""
         ...
 
 
@@ -55,13 +64,15 @@ class Subset:
         start, stop: indices of the first image and of the one after the last.
 
     Raises:
-        ValueError: if the range is empty or reaches beyond the data set.
+        InputError: if the range is empty or reaches beyond the data set.
     """
 
     def __init__(self, dataset: Dataset, start: int, stop: int):
         if not 0 <= start < stop <= len(dataset):
             raise InputError(f"{dataset.name} has {len(dataset)} images; there is no range from {start} to {stop}")
         self.name = f"{dataset.name}[{start}:{stop}]"
+        self.has_annotations = dataset.has_annotations
+        self.fingerprint = f"{dataset.fingerprint}[{start}:{stop}]"
         self._dataset = dataset
         self._range = range(start, stop)
 
@@ -77,6 +88,9 @@ class Subset:
     def image_ids(self) -> list[int]:
         return self._dataset.image_ids()[self._range.start : self._range.stop]
 
+    def image_name(self, index: int) -> str:
+        return self._dataset.image_name(self._range[index])
+
     def ground_truth(self) -> dict:
         chosen = set(self.image_ids())
         whole = self._dataset.ground_truth()
@@ -84,3 +98,12 @@ class Subset:
             "images": [image for image in whole["images"] if image["id"] in chosen],
             "annotations": [a for a in whole["annotations"] if a["image_id"] in chosen],
         }
+
+
+def digest(*parts: bytes | str) -> str:
+    """A short hash of texts and bytes, for fingerprints."""
+    found = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
+        found.update(len(data).to_bytes(8, "little") + data)
+    return found.hexdigest()[:16]

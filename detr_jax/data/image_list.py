@@ -1,51 +1,113 @@
 """Images without annotations as a data set, and as one batch."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from detr_jax.data.dataset import Example
+from detr_jax.data.dataset import Example, digest
 from detr_jax.data.images import pixels, pixels_size
 from detr_jax.data.transforms import preprocess
-from detr_jax.errors import InputError
+from detr_jax.errors import InputError, MissingFileError
 from detr_jax.models import DetrConfig
 
 ImageLike = str | Path | Image.Image | np.ndarray
 """A file, a PIL image, or (height, width, 3) uint8 RGB."""
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+"""Of the files that are taken from a folder of images."""
 
 
 class GivenImages:
-    """Images that somebody names or has; the id of an image is its index.
+    """Images without annotations that somebody names or has; the id of an image is its index unless ids are given.
 
     Raises:
-        FileNotFoundError: if a file does not exist.
-        TypeError: if something is no image at all.
-        ValueError: if a file is not an image, or an array has another shape or type than an image.
+        MissingFileError: if a file does not exist.
+        InputTypeError: if something is no image at all.
+        InputError: if a file is not an image, or an array has another shape or type than an image.
     """
 
     name = "images"
+    has_annotations = False
 
-    def __init__(self, images: Sequence[ImageLike]):
+    def __init__(self, images: Sequence[ImageLike], ids: Sequence[int] | None = None):
         self._images = images
+        self._ids = list(range(len(images))) if ids is None else list(ids)
         self._sizes = np.array([pixels_size(image) for image in images]).reshape(-1, 2)
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index: int) -> Example:
-        return Example(index, pixels(self._images[index]), np.zeros((0, 4), np.float32), np.zeros(0, np.int32))
+        image = pixels(self._images[index])
+        return Example(self._ids[index], image, np.zeros((0, 4), np.float32), np.zeros(0, np.int32))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return digest(*(self._identity(index) for index in range(len(self))), self._sizes.tobytes())
+
+    def _identity(self, index: int) -> str | bytes:
+        image = self._images[index]
+        return Path(image).name if isinstance(image, str | Path) else pixels(image).tobytes()
 
     def image_sizes(self) -> np.ndarray:
         return self._sizes
 
     def image_ids(self) -> list[int]:
-        return list(range(len(self)))
+        return list(self._ids)
+
+    def image_name(self, index: int) -> str:
+        image = self._images[index]
+        return str(image) if isinstance(image, str | Path) else f"image {index}"
 
     def ground_truth(self) -> dict:
-        images = [{"id": i, "height": int(h), "width": int(w)} for i, (h, w) in enumerate(self._sizes)]
+        images = [
+            {"id": i, "height": int(h), "width": int(w)} for i, (h, w) in zip(self._ids, self._sizes, strict=True)
+        ]
         return {"images": images, "annotations": [], "categories": []}
+
+
+class ImageFolder(GivenImages):
+    """Photographs in a folder and the folders in it, in the order of their names, without annotations.
+
+    Where the folder holds `train/` or `val/`, these are the splits. Otherwise every fifth image is in "val" and the
+    others are in "train". "all" is everything. The id of an image is its position among all images.
+
+    Args:
+        root: the folder. Files with other suffixes than `SUFFIXES` and hidden ones are left out.
+        split: "train", "val" or "all".
+        images: use the first so many images of the split only.
+
+    Raises:
+        MissingFileError: if there is no such folder.
+        InputError: if there is no such split, it has too few images, or a file is not an image.
+    """
+
+    def __init__(self, root: Path, split: str, images: int | None = None):
+        if split not in (splits := ("train", "val", "all")):
+            raise InputError(f"a folder of images has the splits {', '.join(splits)}, not {split!r}")
+        if not root.is_dir():
+            raise MissingFileError(f"there is no folder {root} with images")
+        paths = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+        names = [path.relative_to(root).parts for path in paths if path.is_file()]
+        if split == "all":
+            chosen = list(range(len(names)))
+        elif any((root / part).is_dir() for part in ("train", "val")):
+            chosen = [i for i, parts in enumerate(names) if parts[0] == split and len(parts) > 1]
+        else:
+            chosen = [i for i in range(len(names)) if (i % 5 == 4) == (split == "val")]
+        wanted = len(chosen) if images is None else images
+        if not 0 < wanted <= len(chosen):
+            asked = "" if images is None else f", asked for {images}"
+            raise InputError(f"{root} has {len(chosen)} images ({', '.join(SUFFIXES)}) for the split {split}{asked}")
+        self._root, self.name = root, f"{root.name}-{split}"
+        chosen = chosen[:wanted]
+        super().__init__([root.joinpath(*names[i]) for i in chosen], chosen)
+
+    def _identity(self, index: int) -> str:
+        path = Path(self._images[index])
+        return f"{path.relative_to(self._root).as_posix()} {path.stat().st_size}"
 
 
 def preprocess_images(images: ImageLike | Sequence[ImageLike], config: DetrConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -59,7 +121,7 @@ def preprocess_images(images: ImageLike | Sequence[ImageLike], config: DetrConfi
         `pixel_values` (batch, height, width, 3) float32 and `pixel_mask` (batch, height, width) bool, for calls.
 
     Raises:
-        FileNotFoundError, TypeError, ValueError: as `GivenImages`; also where there are no images.
+        MissingFileError, InputTypeError, InputError: as `GivenImages`; also where there are no images.
 
     >>> import detr_jax, numpy as np
     >>> config = detr_jax.preset_config("detr-tiny")

@@ -7,60 +7,83 @@ from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
+
+from detr_jax.errors import InputError, InputTypeError, MissingFileError
+
+_TURN = Image.Transpose
+_UPRIGHT = {
+    2: _TURN.FLIP_LEFT_RIGHT,
+    3: _TURN.ROTATE_180,
+    4: _TURN.FLIP_TOP_BOTTOM,
+    5: _TURN.TRANSPOSE,
+    6: _TURN.ROTATE_270,
+    7: _TURN.TRANSVERSE,
+    8: _TURN.ROTATE_90,
+}
+"""EXIF orientation -> the operation that makes the image upright."""
 
 from detr_jax.errors import InputError, InputTypeError, MissingFileError
 
 
-def read_image(path: Path) -> np.ndarray:
-    """(height, width, 3) uint8 RGB pixels of an image file.
+def read_image(path: Path) -> tuple[np.ndarray, int]:
+    """(height, width, 3) uint8 RGB pixels of an image file as they are stored, and its EXIF orientation.
 
-    Pixels are taken as torchvision's `CocoDetection` takes them: as they are stored, without the rotation that EXIF
-    data may ask for, because annotations refer to stored pixels; grey, palette and CMYK become RGB, transparency is
-    dropped. Only deeper grey images differ: PIL would clip them to 8 bits, which turns most of them white.
+    Pixels are taken as torchvision's `CocoDetection` takes them: without the rotation that EXIF data may ask for,
+    because annotations refer to stored pixels; grey, palette and CMYK become RGB, transparency is dropped. Only deeper
+    grey images differ: PIL would clip them to 8 bits, which turns most of them white.
 
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not an image, is damaged, or has more than 8 bits per grey value.
-    """
-    with _opened(path) as image:
-        return _rgb(image)
-
-
-def read_size(path: Path) -> tuple[int, int]:
-    """(height, width) of an image file, from its header.
+    Returns:
+        The pixels, and the orientation, 1 for an upright image.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not an image.
+        MissingFileError: if there is no such file.
+        InputError: if it is not an image, is damaged, or has more than 8 bits per grey value.
     """
     with _opened(path) as image:
-        return image.height, image.width
+        return _rgb(image), _orientation(image)
 
 
 def pixels(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
-    """(height, width, 3) uint8 RGB pixels of a file (see `read_image`), a PIL image or an array.
+    """(height, width, 3) uint8 RGB pixels of a file, a PIL image or an array.
+
+    Files and PIL images are made upright where their EXIF data ask for it.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        TypeError: if it is none of these.
-        ValueError: if it is a file and not an image, or an array of another shape or type.
+        MissingFileError: if there is no such file.
+        InputTypeError: if it is none of these.
+        InputError: if it is a file and not an image, or an array of another shape or type.
     """
     if isinstance(image, str | Path):
-        return read_image(Path(image))
+        with _opened(Path(image)) as opened:
+            return pixels(opened)
     if isinstance(image, Image.Image):
-        return _rgb(image)
+        turn = _UPRIGHT.get(_orientation(image))
+        return _rgb(image if turn is None else image.transpose(turn))
     return _checked(image)
 
 
 def pixels_size(image: str | Path | Image.Image | np.ndarray) -> tuple[int, int]:
-    """(height, width) of what `pixels` takes, without decoding files; raises the same."""
+    """(height, width) of what `pixels` returns, without decoding files; raises the same."""
     if isinstance(image, str | Path):
-        return read_size(Path(image))
+        with _opened(Path(image)) as opened:
+            return pixels_size(opened)
     if isinstance(image, Image.Image):
-        return image.height, image.width
+        return (image.width, image.height) if is_sideways(_orientation(image)) else (image.height, image.width)
     height, width, _ = _checked(image).shape
     return height, width
+
+
+def is_sideways(orientation: int) -> bool:
+    """Whether an EXIF orientation exchanges height and width."""
+    return orientation in (5, 6, 7, 8)
+
+
+def _orientation(image: Image.Image) -> int:
+    # PIL turns TIFF files itself. Of PNG files, `getexif` decodes the pixels where no EXIF data come before them.
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return 1
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
 
 
 def _checked(image: Any) -> np.ndarray:

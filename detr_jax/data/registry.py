@@ -1,23 +1,76 @@
-"""Choosing a data set by what a command line says."""
+"""Data sets by the text that names them: "scenes", "coco:PATH", "images:PATH"."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from detr_jax.data.coco import CocoDataset
 from detr_jax.data.dataset import Dataset
+from detr_jax.data.image_list import ImageFolder
 from detr_jax.data.scenes import ScenesDataset
+from detr_jax.errors import InputError
+
+Opener = Callable[[str, str, int | None], Dataset]
+"""(location, split, images) -> data set; the location is the text after the colon, empty without one."""
+
+_OPENERS: dict[str, Opener] = {}
 
 
-def open_dataset(coco: Path | None, split: str, images: int | None = None) -> Dataset:
-    """A split of a COCO folder, or of the generated scenes where no folder is given.
+def register_dataset(name: str, opener: Opener) -> None:
+    """Makes `open_dataset("name:location", ...)` call `opener(location, split, images)`.
+
+    Raises:
+        InputError: if the name is taken or has a colon.
+    """
+    if name in _OPENERS or ":" in name:
+        raise InputError(f"a kind of data set cannot be named {name!r}: it has a colon or there is one already")
+    _OPENERS[name] = opener
+
+
+def open_dataset(data: str, split: str, images: int | None = None) -> Dataset:
+    """A split of a data set.
 
     Args:
-        coco: folder of a data set in COCO's layout, or None for generated scenes.
-        split: "train" or "val", of COCO the ones of 2017; or, of COCO, the full name of another split.
+        data: "scenes" for generated scenes, "coco:PATH" for a folder in COCO's layout, "images:PATH" for a folder of
+            photographs without annotations, or what `register_dataset` has added.
+        split: "train" or "val"; of a COCO folder these are the splits of 2017, and the full name of any other split
+            is taken too; of a folder of photographs also "all".
         images: use the first so many images only.
 
     Raises:
-        FileNotFoundError, ValueError: as `CocoDataset` and `ScenesDataset` do.
+        MissingFileError: if a folder or file does not exist.
+        InputError: if there is no such kind of data set or split, or it does not hold what it should.
+
+    >>> import detr_jax
+    >>> len(detr_jax.open_dataset("scenes", "val"))
+    600
     """
-    if coco is None:
-        return ScenesDataset(split, images=images)
-    return CocoDataset(coco, {"train": "train2017", "val": "val2017"}.get(split, split), images=images)
+    if not isinstance(data, str):  # until every command has --data
+        data = "scenes" if data is None else f"coco:{data}"
+    kind, _, location = str(data).partition(":")
+    if kind not in _OPENERS:
+        found = f"; for the folder {data} say coco:{data} or images:{data}" if Path(data).is_dir() else ""
+        raise InputError(
+            f"there is no data set {str(data)!r}; known are {', '.join(_OPENERS)}, with a path as in coco:PATH{found}"
+        )
+    return _OPENERS[kind](location, split, images)
+
+
+def _path(kind: str, location: str) -> Path:
+    if not location:
+        raise InputError(f"the data set {kind!r} needs a path: {kind}:PATH")
+    return Path(location).expanduser()
+
+
+def _scenes(location: str, split: str, images: int | None) -> Dataset:
+    if location:
+        raise InputError(f"scenes are generated and have no path, but {location!r} is given")
+    return ScenesDataset(split, images)
+
+
+def _coco(location: str, split: str, images: int | None) -> Dataset:
+    return CocoDataset(_path("coco", location), {"train": "train2017", "val": "val2017"}.get(split, split), images)
+
+
+register_dataset("scenes", _scenes)
+register_dataset("coco", _coco)
+register_dataset("images", lambda location, split, images: ImageFolder(_path("images", location), split, images))

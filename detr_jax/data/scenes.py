@@ -55,8 +55,10 @@ class ScenesDataset:
         images: use the first so many scenes only; has to be given for "train", which has no end.
 
     Raises:
-        ValueError: if the split does not exist or has fewer images, or a number of training scenes is not given.
+        InputError: if the split does not exist or has fewer images, or a number of training scenes is not given.
     """
+
+    has_annotations = True
 
     def __init__(self, split: str, images: int | None = None):
         if split not in _SPLITS:
@@ -69,6 +71,7 @@ class ScenesDataset:
             raise InputError(f"the {split} split of scenes has {available} images, asked for {images}")
         self.split = split
         self.name = f"scenes-{split}"
+        self.fingerprint = f"{self.name}[:{images}]"
         self._images = images
 
     def __len__(self) -> int:
@@ -85,6 +88,9 @@ class ScenesDataset:
 
     def image_ids(self) -> list[int]:
         return list(range(self._images))
+
+    def image_name(self, index: int) -> str:
+        return f"image {index} of {self.name}"
 
     def ground_truth(self) -> dict:
         annotations = []
