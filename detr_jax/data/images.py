@@ -23,8 +23,6 @@ _UPRIGHT = {
 }
 """EXIF orientation -> the operation that makes the image upright."""
 
-from detr_jax.errors import InputError, InputTypeError, MissingFileError
-
 
 def read_image(path: Path) -> tuple[np.ndarray, int]:
     """(height, width, 3) uint8 RGB pixels of an image file as they are stored, and its EXIF orientation.
