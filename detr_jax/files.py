@@ -16,26 +16,17 @@ _TEMPORARY = ".detr-jax-unfinished-"
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
-    """For the beginning of a command, so that it does not compute what it may not write.
+    """Checks before anything is computed that a file may and can be written.
 
     Raises:
-        FileExistsError: if the file exists and may not be overwritten.
+        ExistingFileError: if the file exists and may not be overwritten.
         OutputError: if nothing can be written there.
     """
     if path.exists() and not overwrite:
         raise ExistingFileError(f"{path} exists; choose another name or pass --overwrite")
-    check_writable(path)
-
-
-def check_writable(path: Path) -> None:
-    """Raises an OutputError if a file of this name cannot be written."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir():
-        raise OutputError(f"{path} cannot be written: it is a folder")
-    if not folder.is_dir():
-        raise OutputError(f"{path} cannot be written: {folder} is no folder")
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"{path} cannot be written: there is no permission to write into {folder}")
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise OutputError(f"{path} cannot be written: it is a folder, or {folder} is none or may not be written to")
 
 
 @contextmanager
@@ -53,12 +44,8 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-    except UserError:
-        raise
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
-    except SafetensorError as error:
-        if "os error" not in str(error):
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, UserError) or (isinstance(error, SafetensorError) and "os error" not in str(error)):
             raise
         raise OutputError(f"{path} cannot be written: {error}") from error
 

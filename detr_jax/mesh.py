@@ -66,10 +66,9 @@ def is_first_process() -> bool:
     return jax.process_index() == 0
 
 
-def wait_for_all(name: str) -> None:
-    """Returns once every process of the job is here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+def first_process_agrees(agrees: bool) -> bool:
+    """What the first process of the job says, in each; returns once every process is here."""
+    return bool(multihost_utils.broadcast_one_to_all(np.bool_(agrees)))
 
 
 def replicate(tree: Tree) -> Tree:

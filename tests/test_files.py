@@ -82,7 +82,7 @@ def test_other_errors_stay_what_they_are(tmp_path):
 
 def test_where_nothing_can_be_written_is_known_before(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="file is no folder"):
+    with pytest.raises(OutputError, match="file is none"):
         refuse_existing(tmp_path / "file/result.json", overwrite=False)
-    with pytest.raises(OutputError, match="it is a folder"):
+    with pytest.raises(OutputError, match="cannot be written: it is a folder"):
         refuse_existing(tmp_path, overwrite=True)
