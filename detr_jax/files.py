@@ -1,6 +1,7 @@
 """Writing results: whole or not at all, and never over a finished one unless told to."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,10 +58,32 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Writes JSON for people and programs.
+    """Writes JSON for people and programs; numbers that are undefined (NaN) become null.
 
     Raises:
-        ValueError: if a number is not finite, which JSON cannot say.
+        ValueError: if a number is infinite.
     """
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
+        temporary.write_text(to_json(values, indent=2) + "\n", encoding="utf-8")
+
+
+def to_json(values: Any, indent: int | None = None) -> str:
+    """JSON in which undefined numbers (NaN) are null.
+
+    Raises:
+        ValueError: if a number is infinite.
+    """
+    return json.dumps(_null_for_nan(values), indent=indent, allow_nan=False)
+
+
+def _null_for_nan(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {key: _null_for_nan(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_null_for_nan(value) for value in values]
+    return None if isinstance(values, float) and math.isnan(values) else values
+
+
+def printable(path: Path | str) -> str:
+    """A file's name for messages: bytes of it that are not UTF-8 are replaced."""
+    return str(path).encode("utf-8", "replace").decode("utf-8")

@@ -11,7 +11,7 @@ import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
 from detr_jax.errors import InputError, MissingFileError
-from detr_jax.files import replacing
+from detr_jax.files import replacing, to_json
 
 Header = dict[str, str]
 Arrays = dict[str, np.ndarray]
@@ -43,7 +43,7 @@ def write(path: Path, format: Format, description: Mapping[str, Any], arrays: Ma
     header = {
         "format": format.name,
         "format_version": str(format.version),
-        "description": json.dumps(description, allow_nan=False),
+        "description": to_json(description),
     }
     with replacing(path) as temporary:
         contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}

@@ -15,7 +15,7 @@ from detr_jax.commands import cli
 from detr_jax.commands.execution_options import ExecutionOptions
 from detr_jax.data.registry import open_dataset
 from detr_jax.errors import InputError
-from detr_jax.evaluation.coco_ap import CocoScores, bootstrap, confidence_interval, score
+from detr_jax.evaluation.coco_ap import CocoScores, bootstrap, confidence_interval, score, shown
 from detr_jax.evaluation.padding import padding_effect
 from detr_jax.evaluation.runs import detect_dataset
 from detr_jax.files import refuse_existing, write_json
@@ -60,7 +60,7 @@ class Arguments:
 def table(scores: CocoScores, interval: tuple[float, float]) -> str:
     """The twelve numbers, one a line, AP with its interval; a dash where no object defines one."""
     rows = [f"{name:<6} {value:6.3f}" if value >= 0 else f"{name:<6}      -" for name, value in scores.numbers.items()]
-    rows[0] += f"  [{interval[0]:.3f}, {interval[1]:.3f}]"
+    rows[0] += f"  [{shown(interval[0])}, {shown(interval[1])}]"
     return "\n".join([*rows, f"images {len(scores.image_ids):6}"])
 
 

@@ -7,10 +7,13 @@ import pytest
 from PIL import Image
 from tiny import annotation, write_coco
 
+from detr_jax.commands.data_options import DataOptions
 from detr_jax.data.coco import CocoDataset
 from detr_jax.data.registry import open_dataset, register_dataset
 from detr_jax.data.scenes import ScenesDataset
 from detr_jax.errors import InputError, MissingFileError
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*boxes outside their images")  # the fixture has one
 
 SIZES = [(20, 30), (30, 20), (16, 16)]
 
@@ -211,3 +214,10 @@ def test_a_kind_of_data_set_from_outside():
     assert len(open_dataset("toy:3", "val")) == 3
     with pytest.raises(InputError, match="cannot be named 'toy'"):
         register_dataset("toy", lambda *_: None)
+
+
+def test_the_options_of_commands_name_a_data_set(root):
+    assert DataOptions().open("val", 3).name == "scenes-val"
+    assert DataOptions(coco=root).open("val").name == DataOptions(f"coco:{root}").open("val").name == "val2017"
+    with pytest.raises(InputError, match=r"--coco coco is short for --data coco:coco; --data images:here is given too"):
+        DataOptions("images:here", Path("coco")).open("val")

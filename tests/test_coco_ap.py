@@ -9,12 +9,14 @@ from pycocotools.cocoeval import COCOeval
 from tiny import annotation
 
 from detr_jax.data.scenes import ScenesDataset
+from detr_jax.errors import InputError
 from detr_jax.evaluation.coco_ap import (
     METRICS,
     bootstrap,
     bootstrap_difference,
     category_ap,
     confidence_interval,
+    require_usable_ap,
     score,
 )
 
@@ -77,7 +79,7 @@ def test_a_case_computed_by_hand():
     assert scores.numbers["AP50"] == scores.numbers["AP75"] == pytest.approx(found)
     assert scores.numbers["AP"] == pytest.approx((7 * found + 3 * 51 / 101) / 10)
     assert scores.numbers["AR100"] == pytest.approx((7 * 1 + 3 * 0.5) / 10)
-    assert scores.numbers["APl"] == -1  # no large objects
+    assert np.isnan(scores.numbers["APl"])  # no large objects
     assert scores.category_ap == {"cat": pytest.approx(scores.numbers["AP"])}
 
 
@@ -103,9 +105,36 @@ def test_nothing_detected():
 
 def test_nothing_to_detect():
     scores = score(truth([1], []), [result(1, (0, 0, 10, 10), 0.9)], [1])
-    assert scores.numbers["AP"] == -1
+    assert np.isnan(list(scores.numbers.values())).all()
     assert scores.category_ap == {}
-    assert confidence_interval(bootstrap(scores, 5)) == (-1, -1)
+    assert np.isnan(confidence_interval(bootstrap(scores, 5))).all()
+    with pytest.raises(InputError, match="AP is undefined on these images"):
+        require_usable_ap(scores)
+
+
+def test_data_without_categories_have_no_ap():
+    scores = score(truth([1, 2], []) | {"categories": []}, [result(1, (0, 0, 10, 10), 0.9)], [1, 2])
+    assert np.isnan(list(scores.numbers.values())).all()
+
+
+def test_categories_of_one_name_stay_apart(scenes):
+    ground_truth, image_ids = scenes
+    results = noisy_results(ground_truth, 0)
+    renamed = copy.deepcopy(ground_truth)
+    for category in renamed["categories"][1:7]:
+        category["name"] = "shape"
+    right, found = (score(truth, results, image_ids) for truth in (ground_truth, renamed))
+    assert list(found.category_ap.values()) == list(right.category_ap.values())
+    assert list(found.category_ap)[:3] == ["circle", "shape (2)", "shape (3)"]
+    assert found.numbers["AP"] == pytest.approx(np.mean(list(found.category_ap.values())), abs=1e-12)
+    np.testing.assert_array_equal(bootstrap(found, 20), bootstrap(right, 20))
+
+
+def test_a_budget_in_ap_needs_a_usable_one(scenes):
+    ground_truth, image_ids = scenes
+    assert require_usable_ap(score(ground_truth, noisy_results(ground_truth, 0), image_ids)) > 0.1
+    with pytest.raises(InputError, match=r"an AP of 0\.000 .* do its classes belong to the data's categories"):
+        require_usable_ap(score(ground_truth, [], image_ids))
 
 
 def test_only_a_crowd():

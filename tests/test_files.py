@@ -1,26 +1,38 @@
 import errno
 import json
+import os
 import resource
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from detr_jax.errors import OutputError
-from detr_jax.files import refuse_existing, remove_leftovers, replacing, write_json
+from detr_jax.files import printable, refuse_existing, remove_leftovers, replacing, write_json
 
 
 def test_results_are_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "folder/result.json"
     write_json(path, {"AP": 0.5})
     with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(path, {"AP": float("nan")})
+        write_json(path, {"AP": float("inf")})
     with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
         temporary.write_text("half")
         raise KeyboardInterrupt
     assert json.loads(path.read_text()) == {"AP": 0.5}
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_undefined_numbers_are_null(tmp_path):
+    write_json(tmp_path / "result.json", {"AP": float("nan"), "interval": (np.float64("nan"), 0.5), "name": "ü"})
+    assert json.loads((tmp_path / "result.json").read_bytes()) == {"AP": None, "interval": [None, 0.5], "name": "ü"}
+
+
+def test_names_that_are_not_utf8_can_be_printed():
+    assert printable(Path(os.fsdecode(b"caf\xe9.jpg"))) == "caf?.jpg"
+    assert printable("café.jpg") == "café.jpg"
 
 
 def test_finished_results_are_refused(tmp_path):

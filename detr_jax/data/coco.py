@@ -140,6 +140,9 @@ class CocoDataset:
     def image_name(self, index: int) -> str:
         return str(self._folder / self._images[index]["file_name"])
 
+    def categories(self) -> list[dict]:
+        return self._ground_truth["categories"]
+
     def ground_truth(self) -> dict:
         return self._ground_truth
 

@@ -51,6 +51,10 @@ class Dataset(Protocol):
         """Of an image, for messages."""
         ...
 
+    def categories(self) -> list[dict]:
+        """`id` and `name` of every category, those of the ground truth; known without making the ground truth."""
+        ...
+
     def ground_truth(self) -> dict:
         """The annotations as a dictionary in the layout of COCO's `instances_*.json`; empty lists without any."""
         ...
@@ -90,6 +94,9 @@ class Subset:
 
     def image_name(self, index: int) -> str:
         return self._dataset.image_name(self._range[index])
+
+    def categories(self) -> list[dict]:
+        return self._dataset.categories()
 
     def ground_truth(self) -> dict:
         chosen = set(self.image_ids())

@@ -61,6 +61,9 @@ class GivenImages:
         image = self._images[index]
         return str(image) if isinstance(image, str | Path) else f"image {index}"
 
+    def categories(self) -> list[dict]:
+        return []
+
     def ground_truth(self) -> dict:
         images = [
             {"id": i, "height": int(h), "width": int(w)} for i, (h, w) in zip(self._ids, self._sizes, strict=True)

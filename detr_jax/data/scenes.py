@@ -92,6 +92,9 @@ class ScenesDataset:
     def image_name(self, index: int) -> str:
         return f"image {index} of {self.name}"
 
+    def categories(self) -> list[dict]:
+        return [{"id": i, "name": name} for i, name in enumerate(SCENES_LABELS) if name]
+
     def ground_truth(self) -> dict:
         annotations = []
         for image_id in self.image_ids():
@@ -111,7 +114,7 @@ class ScenesDataset:
         return {
             "images": [{"id": i, "width": SIDE, "height": SIDE} for i in self.image_ids()],
             "annotations": annotations,
-            "categories": [{"id": i, "name": name} for i, name in enumerate(SCENES_LABELS) if name],
+            "categories": self.categories(),
         }
 
 

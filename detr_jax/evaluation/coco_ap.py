@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,8 +39,8 @@ class CocoScores:
     """How good detections are.
 
     Attributes:
-        numbers: the twelve `METRICS`; -1, as in pycocotools, where no object defines one.
-        category_ap: AP of every category with objects, by name.
+        numbers: the twelve `METRICS`; NaN where no object defines one.
+        category_ap: AP of every category with objects, by name; where several categories share a name, by "name (id)".
         image_ids: the images, sorted.
         matches: of every category with objects, what resampling needs.
     """
@@ -59,7 +60,7 @@ def score(ground_truth: dict, results: list[dict], image_ids: Sequence[int]) -> 
         image_ids: the images to evaluate; those without objects or detections count too.
 
     Raises:
-        ValueError: if there are no images, or a result belongs to an image that is not in the ground truth.
+        InputError: if there are no images, or a result belongs to an image that is not in the ground truth.
     """
     if not len(image_ids):
         raise InputError("there are no images to evaluate")
@@ -75,17 +76,60 @@ def score(ground_truth: dict, results: list[dict], image_ids: Sequence[int]) -> 
 
     categories, images = evaluation.params.catIds, evaluation.params.imgIds
     # evalImgs runs over categories, areas, images; the first area is "all".
-    per_category = np.array(evaluation.evalImgs, object).reshape(len(categories), -1, len(images))[:, 0]
-    names = {category["id"]: category["name"] for category in ground_truth["categories"]}
-    matches = {names[c]: _matches(entries) for c, entries in zip(categories, per_category, strict=True)}
-    matches = {name: m for name, m in matches.items() if m.objects.any()}
+    shape = (len(categories), len(evaluation.params.areaRng), len(images))
+    per_category = np.array(evaluation.evalImgs, object).reshape(shape)[:, 0]
+    titles = _titles(ground_truth["categories"])
+    matches = {c: _matches(entries) for c, entries in zip(categories, per_category, strict=True)}
+    matches = {c: m for c, m in matches.items() if m.objects.any()}
     once = np.ones(len(images), np.int32)
     return CocoScores(
-        numbers=dict(zip(METRICS, map(float, evaluation.stats), strict=True)),
-        category_ap={name: float(category_ap(m, once)) for name, m in matches.items()},
+        # pycocotools has -1 where there is nothing to find.
+        numbers={
+            name: float(value) if value >= 0 else np.nan for name, value in zip(METRICS, evaluation.stats, strict=True)
+        },
+        category_ap={titles[c]: float(category_ap(m, once)) for c, m in matches.items()},
         image_ids=tuple(int(i) for i in images),
         matches=tuple(matches.values()),
     )
+
+
+def _titles(categories: Sequence[dict]) -> dict[int, str]:
+    """Title of every category by id: its name, with the id where it is not the only one of that name."""
+    times = Counter(category["name"] for category in categories)
+    return {c["id"]: c["name"] if times[c["name"]] == 1 else f"{c['name']} ({c['id']})" for c in categories}
+
+
+def require_usable_ap(scores: CocoScores, least: float = 0.01) -> float:
+    """The AP of a dense detector, which a budget in AP compares with.
+
+    Args:
+        scores: of the dense detector.
+        least: AP that a detector of these classes has at any rate.
+
+    Raises:
+        InputError: if it is undefined or so small that a loss of AP says nothing.
+    """
+    ap = scores.numbers["AP"]
+    if np.isnan(ap):
+        raise InputError("AP is undefined on these images, which have no annotated objects: take a budget without AP")
+    if ap < least:
+        raise InputError(
+            f"the dense detector has an AP of {ap:.3f} on these images, so a loss of AP says nothing: do its classes "
+            "belong to the data's categories, and are its images like the data's?"
+        )
+    return ap
+
+
+def shown(value: float | None, spec: str = ".3f") -> str:
+    """A number for people, a dash where it is undefined.
+
+    >>> shown(0.25), shown(float("nan")), shown(None, "6.2f")
+    ('0.250', '-', '     -')
+    """
+    if value is None or np.isnan(value):
+        width = spec.lstrip("+").partition(".")[0]
+        return "-".rjust(int(width or 1))
+    return format(value, spec)
 
 
 def category_ap(matches: CategoryMatches, weights: np.ndarray) -> np.ndarray:
@@ -144,9 +188,9 @@ def _per_category(matches: Sequence[CategoryMatches], weights: np.ndarray) -> np
 
 
 def confidence_interval(samples: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """The central `level` of bootstrap replicates of an AP or a difference of two; (-1, -1) if all are NaN."""
+    """The central `level` of bootstrap replicates of an AP or a difference of two; NaN if all are."""
     if np.isnan(samples).all():
-        return -1.0, -1.0
+        return np.nan, np.nan
     low, high = np.nanquantile(samples, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
