@@ -13,8 +13,8 @@ class DataOptions:
     """The data set that a command uses. Annotate the field with `tyro.conf.OmitArgPrefixes`."""
 
     data: str = "scenes"
-    """scenes for generated ones, coco:PATH for a folder in COCO's layout, images:PATH for a folder of photographs without
-    annotations."""
+    """scenes for generated ones, coco:PATH for a folder in COCO's layout, images:PATH for a folder of photographs that
+    have no annotations."""
     coco: Path | None = None
     """Folder with train2017/, val2017/ and annotations/; short for --data coco:PATH."""
 
