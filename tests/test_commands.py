@@ -1,12 +1,20 @@
 """What all commands share: arguments and errors."""
 
+import io
+import subprocess
 import sys
+import tomllib
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
+import detr_jax_command
 from detr_jax import errors
 from detr_jax.commands import cli
+
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -37,3 +45,49 @@ def test_any_other_error_keeps_its_traceback(error):
 
     with pytest.raises(error, match="internal"):
         cli.run(command, Arguments)
+
+
+def test_warnings_are_one_line(capsys):
+    def command(arguments):
+        warnings.warn("few images", stacklevel=1)
+
+    cli.run(command, Arguments)
+    assert capsys.readouterr().err == "warning: few images\n"
+
+
+def test_names_beyond_the_encoding_of_the_console_are_printed_with_replacement(monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    cli.run(lambda arguments: print("caf\udce9 \u00e9t\u00e9"), Arguments)
+    console.flush()
+    assert console.buffer.getvalue() == b"caf? ?t?\n"
+
+
+def test_the_installed_command_lists_its_subcommands_without_jax():
+    code = "import sys, detr_jax_command; detr_jax_command.main(); print('jax' in sys.modules)"
+    listed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    *lines, jax = listed.splitlines()
+    assert jax == "False"
+    for name, does in detr_jax_command.COMMANDS.items():
+        assert f"  {name:<16}{does}" in lines
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"] == {
+        "detr-jax": "detr_jax_command:main"
+    }
+
+
+@pytest.mark.parametrize("name", detr_jax_command.COMMANDS)
+def test_every_subcommand_explains_every_option(monkeypatch, capsys, name):
+    monkeypatch.setattr(sys, "argv", ["detr-jax", name, "--help"])
+    with pytest.raises(SystemExit) as exit:
+        detr_jax_command.main()
+    assert exit.value.code == 0
+    printed = capsys.readouterr().out
+    assert f"usage: detr-jax {name}" in printed and "--overwrite" in printed
+
+
+def test_an_unknown_subcommand_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["detr-jax", "find"])
+    with pytest.raises(SystemExit) as exit:
+        detr_jax_command.main()
+    assert exit.value.code == 2
+    assert "no command 'find'; there are detect, evaluate" in capsys.readouterr().err

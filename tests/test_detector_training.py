@@ -159,7 +159,7 @@ def train(tmp_path, monkeypatch):
 def test_train_measure_and_resume(train, tmp_path, capsys):
     out = tmp_path / "run"
     assert train("--resume") == 2
-    assert "holds no training" in capsys.readouterr().err
+    assert "there is no run in" in capsys.readouterr().err
 
     assert train() == 0
     report = json.loads((out / "detr-tiny.json").read_text())
@@ -178,9 +178,9 @@ def test_train_measure_and_resume(train, tmp_path, capsys):
 
     capsys.readouterr()
     assert train() == 2
-    assert "--resume" in capsys.readouterr().err
-    assert train("--resume", "--seed", "1") == 2
-    assert "seed 0, not 1" in capsys.readouterr().err
+    assert "--overwrite" in capsys.readouterr().err
+    assert train("--resume", "--overwrite", "--seed", "1") == 2
+    assert "seed was 0, now 1" in capsys.readouterr().err
     assert train("--resume") == 2
     assert "--overwrite" in capsys.readouterr().err
 

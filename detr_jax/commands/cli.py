@@ -1,11 +1,15 @@
-"""What all commands share: arguments, errors a user can understand, and where a result came from."""
+"""Arguments, errors and provenance, as all commands have them."""
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.metadata
+import io
+import json
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +21,14 @@ from detr_jax.errors import UserError
 from detr_jax.mesh import is_first_process, join_cluster
 
 Arguments = TypeVar("Arguments")
+PLACES = ("out", "resume", "overwrite", "model", "preset", "data", "coco", "plan")
+"""Arguments that name a place, or say what happens to an earlier run."""
+
+
+def run_command(name: str) -> None:
+    """Runs the command of a module of `detr_jax.commands`: its `main`, with its `Arguments`."""
+    module = importlib.import_module(f"detr_jax.commands.{name}")
+    run(module.main, module.Arguments, many_processes=getattr(module, "MANY_PROCESSES", False))
 
 
 def run(command: Callable[[Arguments], None], arguments: type[Arguments], *, many_processes: bool = False) -> None:
@@ -30,7 +42,9 @@ def run(command: Callable[[Arguments], None], arguments: type[Arguments], *, man
         many_processes: the command runs on the hosts of a cluster together, see `detr_jax.mesh.join_cluster`. Only the
             first process shows what it does; errors are shown by all.
     """
-    parsed = tyro.cli(arguments, config=(tyro.conf.FlagCreatePairsOff,))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # names of files and classes may be beyond the console's encoding
+    parsed = tyro.cli(arguments, prog=Path(sys.argv[0]).name, config=(tyro.conf.FlagCreatePairsOff,))
     errors = sys.stderr
     try:
         with contextlib.ExitStack() as stack:
@@ -40,10 +54,17 @@ def run(command: Callable[[Arguments], None], arguments: type[Arguments], *, man
                     nowhere = stack.enter_context(Path(os.devnull).open("w"))
                     stack.enter_context(contextlib.redirect_stdout(nowhere))
                     stack.enter_context(contextlib.redirect_stderr(nowhere))
+            stack.enter_context(warnings.catch_warnings())
+            warnings.showwarning = _show
             command(parsed)
     except UserError as error:
         print(f"error: {error}", file=errors)
         sys.exit(2)
+
+
+def _show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+    text = f"warning: {message}\n" if category is UserWarning else warnings.formatwarning(message, category, *place[:2])
+    sys.stderr.write(text)
 
 
 def provenance(arguments: Any) -> dict:
@@ -59,12 +80,17 @@ def provenance(arguments: Any) -> dict:
     }
 
 
-def settings(arguments: Any) -> dict:
-    """The arguments that decide what a run computes: all but where it goes and what happens to an earlier one."""
-    return {key: value for key, value in _as_json(arguments).items() if key not in ("resume", "overwrite", "out")}
+def settings(arguments: Any, **inputs: str) -> dict:
+    """What decides what a run computes, for `detr_jax.run_folder.open_run`.
+
+    Args:
+        arguments: of the command; those in `PLACES` are left out.
+        inputs: fingerprints of the detector and the data, which are the same wherever they are.
+    """
+    return {name: value for name, value in _as_json(arguments).items() if name not in PLACES} | {
+        f"fingerprint of the {name}": value for name, value in inputs.items()
+    }
 
 
 def _as_json(arguments: Any) -> dict:
-    return {
-        name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(arguments).items()
-    }
+    return json.loads(json.dumps(dataclasses.asdict(arguments), default=str))

@@ -1,0 +1,26 @@
+"""The installed `detr-jax`. It stands beside the package, because importing that takes seconds."""
+
+import sys
+
+COMMANDS = {
+    "detect": "draw the objects in photographs",
+    "evaluate": "measure average precision, dense or with a plan",
+    "convert": "write a published checkpoint as one safetensors file",
+    "train-detector": "train the embedded detector from scratch",
+}
+
+
+def main() -> None:
+    """Runs the subcommand that the command line names; without one, lists them."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        listing = "\n".join(f"  {name:<16}{does}" for name, does in COMMANDS.items())
+        print(f"usage: detr-jax COMMAND [OPTIONS]\n\n{listing}\n\n`detr-jax COMMAND --help` explains its options.")
+    elif name in COMMANDS:
+        from detr_jax.commands import cli
+
+        sys.argv[:2] = [f"detr-jax {name}"]
+        cli.run_command(name.replace("-", "_"))
+    else:
+        print(f"error: there is no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
