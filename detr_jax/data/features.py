@@ -47,7 +47,9 @@ def embed_batch(model: DETR, batch: Batch, mesh: Mesh | None) -> ImageTokens:
     return _embed(model, *shard_batch(mesh, (batch.pixel_values, batch.pixel_mask, batch.valid[batch.own])), mesh=mesh)
 
 
-def backbone_features(model: DETR, dataset: Dataset, batch_size: int, progress: str) -> Iterator[BackboneFeatures]:
+def backbone_features(
+    model: DETR, dataset: Dataset, batch_size: int, progress: str | None, *, exact: bool = False
+) -> Iterator[BackboneFeatures]:
     """One pass over a data set behind the backbone, with a progress bar.
 
     As a list it takes two arrays of tokens x d numbers of host memory for every image, and serves any number of passes.
@@ -56,14 +58,15 @@ def backbone_features(model: DETR, dataset: Dataset, batch_size: int, progress: 
         model: the detector.
         dataset: the images.
         batch_size: images per batch.
-        progress: title of the bar.
+        progress: title of the bar; None shows none.
+        exact: without padding; compiles for every size of image.
 
     Raises:
         ValueError: if the devices of the detector cannot share a batch.
     """
     mesh = mesh_of(model)
-    loaded = batches(dataset, model.config, batch_size, mesh=mesh)
-    with tqdm(total=len(dataset), unit="image", desc=progress) as bar:
+    loaded = batches(dataset, model.config, batch_size, exact=exact, mesh=mesh)
+    with tqdm(total=len(dataset), unit="image", desc=progress, disable=progress is None) as bar:
         for batch, tokens in dispatch_ahead((batch, embed_batch(model, batch, mesh)) for batch in loaded):
             grid = model.token_grid(batch.pixel_mask.shape[1:])
             yield BackboneFeatures(to_host_local(tokens), batch.sizes, batch.image_ids, batch.valid, grid)

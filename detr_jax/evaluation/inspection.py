@@ -66,12 +66,13 @@ def activity(trace: FFNTrace, grid: tuple[int, int] | None) -> FFNActivity:
         kept=neurons_computed(trace),
         channels=jnp.ones(trace.inputs.shape, bool) if kept_channels is None else kept_channels,
         tokens=trace.tokens,
-        executed=_executed_share(trace),
+        executed=executed_share(trace),
         grid=grid,
     )
 
 
-def _executed_share(trace: FFNTrace) -> jax.Array:
+def executed_share(trace: FFNTrace) -> jax.Array:
+    """() share of the hidden neurons that is computed in the end, see `FFNActivity.executed`."""
     selection, execution = trace.selection, trace.selection.execution
     if execution is None:
         return jnp.ones(())

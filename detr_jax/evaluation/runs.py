@@ -1,7 +1,7 @@
 """Running a detector over a data set."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,8 +16,10 @@ from detr_jax.data.loading import Batch, batches
 from detr_jax.data.prefetch import dispatch_ahead
 from detr_jax.errors import InputError
 from detr_jax.evaluation.counts import ActivityCounts, count_activity, total_counts
+from detr_jax.evaluation.inspection import executed_share
 from detr_jax.mesh import local_slice, map_shards, mesh_of, replicate_like, shard_batch, to_host
 from detr_jax.models import DETR, DetrOutputs, ImageTokens, Selectors
+from detr_jax.models.detr.divergence import output_divergence
 from detr_jax.models.detr.postprocess import Detections, postprocess
 
 
@@ -59,15 +61,18 @@ def detect_and_count(
     *,
     group_size: int,
     mesh: Mesh | None = None,
-) -> tuple[DetrOutputs, Detections, dict[str, ActivityCounts]]:
-    """As `detect`, from what the backbone gave, and what fires in every FFN in groups of `group_size`, per device."""
+) -> tuple[DetrOutputs, Detections, dict[str, ActivityCounts], dict[str, jax.Array]]:
+    """As `detect`, from what the backbone gave; and of every FFN, per device, activity in groups of `group_size` and
+    the share that is executed."""
 
     def of_images(held, images):
         (model, selectors), (tokens, sizes) = held, images
         outputs = model.transform(tokens, selectors=selectors, trace=True)
         counts = {name: count_activity(trace, group_size) for name, trace in outputs.traces.items()}
+        executed = {name: executed_share(trace) for name, trace in outputs.traces.items()}
         seen = dataclasses.replace(outputs, traces=None)
-        return seen, postprocess(outputs.logits, outputs.boxes, sizes), jax.tree.map(lambda count: count[None], counts)
+        per_device = jax.tree.map(lambda count: count[None], (counts, executed))
+        return seen, postprocess(outputs.logits, outputs.boxes, sizes), *per_device
 
     return map_shards(mesh, of_images)((model, selectors), (tokens, sizes))
 
@@ -105,8 +110,7 @@ def predictions(
     with tqdm(total=len(dataset), unit="image", disable=not progress) as bar:
         for batch, computed in dispatch_ahead(map(compute, loaded)):
             outputs, detections = to_host(computed)
-            if not np.isfinite(detections.scores).all():
-                raise InputError(f"the detector's scores for images {batch.image_ids.tolist()} are not finite")
+            _check_finite(batch, detections)
             yield batch, outputs, detections
             bar.update(int(batch.valid.sum()))
 
@@ -140,15 +144,20 @@ def detect_dataset(
 
 @dataclass(frozen=True)
 class MeasuredDetections:
-    """Detections of a data set and what fired while they were made.
+    """Detections of a data set, and the activity of the FFNs while they were made.
 
     Attributes:
         results: in COCO's results format.
         counts: of every FFN by name in the order in which they run, in the forward passes that the selectors acted on.
+        executed: of every FFN by name, the share of its hidden neurons that is computed in the end, see
+            `detr_jax.evaluation.inspection`.
+        divergence: mean over the images of the divergence of the outputs from those of the first selection; 0 for it.
     """
 
     results: list[dict]
     counts: dict[str, ActivityCounts]
+    executed: dict[str, float]
+    divergence: float
 
 
 def measure_dataset(
@@ -158,25 +167,64 @@ def measure_dataset(
     selectors: Selectors,
     group_size: int,
 ) -> MeasuredDetections:
-    """Every image's detections, and the firing counts of every FFN.
+    """Every image's detections, and the activity counts of every FFN; arguments as of `measure_selections`."""
+    return measure_selections(model, embedded, {"": selectors}, group_size=group_size)[""]
+
+
+def measure_selections(
+    model: DETR,
+    embedded: Iterable[BackboneFeatures],
+    selections: Mapping[str, Selectors],
+    *,
+    group_size: int,
+) -> dict[str, MeasuredDetections]:
+    """Detections and activity counts with each of several selections, in one pass over the images.
 
     Args:
         model: the detector.
-        embedded: the images behind the backbone, see `detr_jax.data.features`.
-        selectors: selector of each sparse FFN by name; empty for the dense detector.
+        embedded: features of the images, see `detr_jax.data.features`.
+        selections: by title, selector of each sparse FFN by name; empty for the dense detector.
         group_size: neurons per group, for the counts.
+
+    Raises:
+        InputError: if a score is not finite.
     """
     mesh = mesh_of(model)
-    selectors = replicate_like(model, selectors)
+    selections = {title: replicate_like(model, dict(selectors)) for title, selectors in selections.items()}
 
-    def compute(batch: BackboneFeatures) -> tuple[BackboneFeatures, tuple]:
+    def compute(batch: BackboneFeatures) -> tuple[BackboneFeatures, dict[str, tuple]]:
         images = shard_batch(mesh, (batch.tokens, batch.sizes[local_slice(mesh, len(batch.sizes))]))
-        return batch, detect_and_count(model, *images, selectors, group_size=group_size, mesh=mesh)
+        computed, reference = {}, None
+        for title, selectors in selections.items():
+            outputs, *found = detect_and_count(model, *images, selectors, group_size=group_size, mesh=mesh)
+            reference = outputs if reference is None else reference
+            computed[title] = *found, _divergence(reference, outputs)
+        return batch, computed
 
-    results, counts = [], []
+    found: dict[str, list[tuple]] = {title: [] for title in selections}
+    images = []
     for batch, computed in dispatch_ahead(map(compute, embedded)):
-        _, detections, counted = to_host(computed)
-        results += coco_results(batch, detections)
-        counts.append(counted)
+        images.append(int(batch.valid.sum()))
+        for title, (detections, counts, executed, divergence) in to_host(computed).items():
+            _check_finite(batch, detections)
+            found[title].append((coco_results(batch, detections), counts, executed, divergence[batch.valid]))
+    return {title: _total(list(model.config.ffn_names), images, *zip(*of, strict=True)) for title, of in found.items()}
+
+
+def _total(names: list[str], images: list[int], results, counts, executed, divergence) -> MeasuredDetections:
+    """The sums and means over batches."""
     totals = total_counts(counts)
-    return MeasuredDetections(results, {name: totals[name] for name in model.config.ffn_names})
+    return MeasuredDetections(
+        [result for of_batch in results for result in of_batch],
+        {name: totals[name] for name in names},
+        {name: float(np.average([of_batch[name].mean() for of_batch in executed], weights=images)) for name in names},
+        float(np.concatenate(divergence).mean()),
+    )
+
+
+_divergence = jax.jit(output_divergence)
+
+
+def _check_finite(batch: Batch | BackboneFeatures, detections: Detections) -> None:
+    if not np.isfinite(detections.scores).all():
+        raise InputError(f"the detector's scores for images {batch.image_ids.tolist()} are not finite")

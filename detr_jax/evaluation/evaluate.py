@@ -1,0 +1,259 @@
+"""Accuracy of a detector, dense or sparse, on a data set: AP with intervals, and the sparse one beside the dense."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from detr_jax.data.dataset import Dataset
+from detr_jax.data.features import backbone_features
+from detr_jax.evaluation.coco_ap import CocoScores, bootstrap, bootstrap_difference, confidence_interval, score
+from detr_jax.evaluation.counts import ActivityCounts
+from detr_jax.evaluation.runs import MeasuredDetections, measure_selections
+from detr_jax.mesh import replicate
+from detr_jax.models import DETR, Selectors
+
+if TYPE_CHECKING:
+    from detr_jax.kernels import Execution
+    from detr_jax.sparse import SparseDETR
+
+Interval = tuple[float, float]
+
+DENSE = "dense"
+"""Title of the selection without selectors, which the others are compared with."""
+FAR_FROM_CALIBRATION = 1.5
+"""Ratio of a plan's density on other images to that on its calibration images from which on a warning is given."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Accuracy on a data set, and how much of the FFNs was computed for it. Prints as a short table.
+
+    Attributes:
+        data: name of the data set.
+        images: how many.
+        numbers: COCO's twelve numbers by name, None where no object defines one; None without annotations.
+        interval: 95 % confidence interval of AP over images.
+        category_ap: AP of every category with objects, by name.
+        dense_ap: AP of the dense detector on the same images.
+        difference_interval: 95 % confidence interval of the paired difference in AP to the dense detector.
+        divergence: mean over images of the divergence of the outputs from those of the dense detector.
+        counts: activity of every FFN by name, in the order in which they run.
+        executed: by FFN, the share of its hidden neurons that is computed in the end, for all tokens and padding.
+        coco: what the numbers were made from, for other paired differences; None without annotations.
+    """
+
+    data: str
+    images: int
+    numbers: dict[str, float | None] | None
+    interval: Interval | None
+    category_ap: dict[str, float]
+    dense_ap: float | None
+    difference_interval: Interval | None
+    divergence: float | None
+    counts: dict[str, ActivityCounts]
+    executed: dict[str, float]
+    coco: CocoScores | None
+
+    @property
+    def ap(self) -> float | None:
+        """COCO's AP from 0 to 1; None where no object defines it."""
+        return None if self.numbers is None else self.numbers["AP"]
+
+    @property
+    def difference(self) -> float | None:
+        """AP minus that of the dense detector."""
+        return None if self.ap is None or self.dense_ap is None else self.ap - self.dense_ap
+
+    @property
+    def density(self) -> float:
+        """Share of the hidden neurons that the selectors keep, mean over the FFNs."""
+        return float(np.mean([counts.density for counts in self.counts.values()]))
+
+    @property
+    def executed_density(self) -> float:
+        """Share of the hidden neurons that is computed in the end, mean over the FFNs."""
+        return float(np.mean(list(self.executed.values())))
+
+    @property
+    def group_sparsity(self) -> float:
+        """Share of the groups that the selectors leave out, mean over the FFNs."""
+        return float(np.mean([counts.group_sparsity for counts in self.counts.values()]))
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as JSON; null where something is undefined."""
+        columns = ("density", "recall", "precision", "group_sparsity", "neuron_sparsity", "zeros")
+        return {
+            "data": self.data,
+            "images": self.images,
+            "numbers": self.numbers,
+            "AP_interval": self.interval,
+            "category_AP": self.category_ap,
+            "dense_AP": self.dense_ap,
+            "AP_minus_dense": self.difference,
+            "AP_minus_dense_interval": self.difference_interval,
+            "divergence": self.divergence,
+            "density": self.density,
+            "executed_density": self.executed_density,
+            "mean_group_sparsity": self.group_sparsity,
+            "ffns": {
+                name: {column: float(getattr(counts, column)) for column in columns} | {"executed": self.executed[name]}
+                for name, counts in self.counts.items()
+            },
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.data}, {self.images} images"]
+        if self.numbers is None:
+            lines.append("AP is undefined: the data has no annotations")
+        else:
+            shown = {name: "-" if value is None else f"{value:.3f}" for name, value in self.numbers.items()}
+            rows = [f"{name:<6} {value:>6}" for name, value in shown.items()]
+            if self.interval is not None:
+                rows[0] += "  [{:.3f}, {:.3f}]".format(*self.interval)
+            if self.difference is not None and self.difference_interval is not None:
+                rows[0] += "  minus dense {:+.3f} [{:+.3f}, {:+.3f}]".format(self.difference, *self.difference_interval)
+            lines += rows
+        if self.divergence is not None:
+            lines.append(f"output divergence {self.divergence:.3g}")
+            lines.append(f"kept {self.density:.1%} of the hidden neurons, computed {self.executed_density:.1%}")
+        return "\n".join(lines)
+
+
+def evaluate(
+    detector: DETR | SparseDETR,
+    data: Dataset,
+    *,
+    dense: bool = True,
+    batch_size: int = 8,
+    implementation: str | Execution | None = None,
+    group_size: int = 8,
+    exact_shapes: bool = False,
+    progress: bool = True,
+) -> Scores:
+    """Measures a detector on a data set.
+
+    A sparse detector is compared with the dense one on the same images: the difference in AP is paired, and outputs
+    are compared even where the data has no annotations.
+
+    Args:
+        detector: dense or sparse.
+        data: the images, see `detr_jax.open_dataset`.
+        dense: compare a sparse detector with the dense one; without, the dense one is not computed.
+        batch_size: images per batch, over all devices.
+        implementation: of a sparse detector, see `SparseDETR.with_implementation`; None is what its plan says.
+        group_size: hidden neurons per group, for the counts of groups.
+        exact_shapes: compute images at their own sizes instead of padding them to a few; compiles for every size, and
+            on one device only.
+        progress: show a bar.
+
+    Raises:
+        InputError: if an image cannot be read, a score is not finite, the group size does not divide the hidden
+            neurons, or the implementation is unknown or cannot compute what the plan keeps.
+
+    >>> import detr_jax
+    >>> data = detr_jax.open_dataset("scenes", "val", 4)
+    >>> scores = detr_jax.evaluate(detr_jax.load_sparse("detr-tiny"), data, progress=False)
+    >>> abs(scores.difference) < 0.02, scores.density < 0.2
+    (True, True)
+    """
+    selections: dict[str, Selectors] = {DENSE: {}}
+    if plan := getattr(detector, "plan", None):
+        if implementation is not None:
+            detector = detector.with_implementation(implementation)
+        model, sparse = detector.detector, detector.plan.selectors
+        selections = (selections if dense else {}) | {"sparse": sparse}
+    else:
+        model = detector
+    found = evaluate_selections(
+        model, data, selections, batch_size, group_size=group_size, exact_shapes=exact_shapes, progress=progress
+    )
+    scores = list(found.values())[-1]
+    if plan:
+        warn_if_far_from_calibration(plan.measured, scores)
+    return scores
+
+
+def evaluate_selections(
+    model: DETR,
+    data: Dataset,
+    selections: Mapping[str, Selectors],
+    batch_size: int,
+    *,
+    group_size: int,
+    exact_shapes: bool = False,
+    progress: bool = True,
+) -> dict[str, Scores]:
+    """Measures several selections of what one detector computes, in one pass over a data set.
+
+    Args:
+        model: the detector, its hidden neurons in the order of the selectors.
+        data: the images.
+        selections: by title, selectors by FFN. The others are compared with the one that has the title "dense", if
+            there is one.
+        batch_size, group_size, exact_shapes, progress: as of `evaluate`.
+    """
+    placed = model if exact_shapes else replicate(model)  # images of their own size have no batch to share
+    selections = dict(sorted(selections.items(), key=lambda item: item[0] != DENSE))
+    features = backbone_features(placed, data, batch_size, "evaluating" if progress else None, exact=exact_shapes)
+    measured = measure_selections(placed, features, selections, group_size=group_size)
+    ground_truth = data.ground_truth() if data.has_annotations else None
+    coco = {
+        title: None if ground_truth is None else score(ground_truth, one.results, data.image_ids())
+        for title, one in measured.items()
+    }
+    return {
+        title: _scores(data, one, coco[title], coco.get(DENSE), compared=DENSE in measured and title != DENSE)
+        for title, one in measured.items()
+    }
+
+
+def _scores(
+    data: Dataset, measured: MeasuredDetections, coco: CocoScores | None, dense: CocoScores | None, *, compared: bool
+) -> Scores:
+    defined = coco is not None and coco.numbers["AP"] is not None
+    paired = compared and defined and dense is not None
+    return Scores(
+        data=data.name,
+        images=len(data),
+        numbers=None if coco is None else coco.numbers,
+        interval=confidence_interval(bootstrap(coco)) if defined else None,
+        category_ap={} if coco is None else coco.category_ap,
+        dense_ap=None if dense is None else dense.numbers["AP"],
+        difference_interval=confidence_interval(bootstrap_difference(coco, dense)) if paired else None,
+        divergence=measured.divergence if compared else None,
+        counts=measured.counts,
+        executed=measured.executed,
+        coco=coco,
+    )
+
+
+def warn_if_far_from_calibration(measured: Mapping[str, Any], scores: Scores) -> None:
+    """Warns once where a plan keeps much more or less than on the images it was made with.
+
+    Args:
+        measured: of the plan.
+        scores: of the sparse detector, on other images.
+    """
+    expected = calibrated_density(measured)
+    if not expected:
+        return
+    ratio = max(scores.density, 1e-9) / expected
+    if not 1 / FAR_FROM_CALIBRATION <= ratio <= FAR_FROM_CALIBRATION:
+        warnings.warn(
+            f"the plan keeps {scores.density:.1%} of the hidden neurons on {scores.data}, for {expected:.1%} on the "
+            "images it was made with: these images are unlike them, and accuracy and speed may be too; make a plan "
+            "with images like these",
+            stacklevel=3,
+        )
+
+
+def calibrated_density(measured: Mapping[str, Any]) -> float | None:
+    """The mean density over the FFNs that a plan says it has; None where it says nothing."""
+    if "density" in measured:
+        return float(measured["density"])
+    return 1 - float(measured["mean_group_sparsity"]) if "mean_group_sparsity" in measured else None
