@@ -1,5 +1,8 @@
 """DETR in JAX/Flax with its published weights, made sparse without retraining."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from detr_jax.data.image_list import preprocess_images
 from detr_jax.data.registry import open_dataset
 from detr_jax.detection import detect
@@ -12,6 +15,9 @@ from detr_jax.models.parameters import fingerprint
 from detr_jax.plan import Plan, load_plan, push_plan, save_plan
 from detr_jax.sparse import SparseDETR
 
+if TYPE_CHECKING:
+    from detr_jax.evaluation.evaluate import Scores, evaluate
+
 __all__ = [
     "DETR",
     "DetrConfig",
@@ -19,8 +25,10 @@ __all__ = [
     "FFNActivity",
     "ImageDetections",
     "Plan",
+    "Scores",
     "SparseDETR",
     "detect",
+    "evaluate",
     "fingerprint",
     "load",
     "load_plan",
@@ -33,3 +41,17 @@ __all__ = [
     "save",
     "save_plan",
 ]
+
+_IMPORTED_WHEN_USED = {"Scores": "evaluation.evaluate", "evaluate": "evaluation.evaluate"}
+"""Module of names whose imports take long, so that `import detr_jax` stays quick."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _IMPORTED_WHEN_USED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_IMPORTED_WHEN_USED[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(globals().keys() | _IMPORTED_WHEN_USED.keys())

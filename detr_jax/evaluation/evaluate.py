@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from detr_jax.data.classes import with_classes
 from detr_jax.data.dataset import Dataset
 from detr_jax.data.features import backbone_features
-from detr_jax.evaluation.coco_ap import CocoScores, bootstrap, bootstrap_difference, confidence_interval, score
+from detr_jax.evaluation.coco_ap import CocoScores, bootstrap, bootstrap_difference, confidence_interval, score, shown
 from detr_jax.evaluation.counts import ActivityCounts
 from detr_jax.evaluation.runs import MeasuredDetections, measure_selections
 from detr_jax.mesh import replicate
@@ -39,7 +40,7 @@ class Scores:
         numbers: COCO's twelve numbers by name, None where no object defines one; None without annotations.
         interval: 95 % confidence interval of AP over images.
         category_ap: AP of every category with objects, by name.
-        dense_ap: AP of the dense detector on the same images.
+        dense_ap: AP of the dense detector on the same images; this and the next two are None without a comparison.
         difference_interval: 95 % confidence interval of the paired difference in AP to the dense detector.
         divergence: mean over images of the divergence of the outputs from those of the dense detector.
         counts: activity of every FFN by name, in the order in which they run.
@@ -111,8 +112,7 @@ class Scores:
         if self.numbers is None:
             lines.append("AP is undefined: the data has no annotations")
         else:
-            shown = {name: "-" if value is None else f"{value:.3f}" for name, value in self.numbers.items()}
-            rows = [f"{name:<6} {value:>6}" for name, value in shown.items()]
+            rows = [f"{name:<6} {shown(value, '6.3f')}" for name, value in self.numbers.items()]
             if self.interval is not None:
                 rows[0] += "  [{:.3f}, {:.3f}]".format(*self.interval)
             if self.difference is not None and self.difference_interval is not None:
@@ -197,6 +197,7 @@ def evaluate_selections(
             there is one.
         batch_size, group_size, exact_shapes, progress: as of `evaluate`.
     """
+    data, _ = with_classes(data, model.config.labels)
     placed = model if exact_shapes else replicate(model)  # images of their own size have no batch to share
     selections = dict(sorted(selections.items(), key=lambda item: item[0] != DENSE))
     features = backbone_features(placed, data, batch_size, "evaluating" if progress else None, exact=exact_shapes)
@@ -215,21 +216,26 @@ def evaluate_selections(
 def _scores(
     data: Dataset, measured: MeasuredDetections, coco: CocoScores | None, dense: CocoScores | None, *, compared: bool
 ) -> Scores:
-    defined = coco is not None and coco.numbers["AP"] is not None
-    paired = compared and defined and dense is not None
+    numbers = None if coco is None else _or_none(coco.numbers)
+    dense_ap = _or_none(dense.numbers)["AP"] if compared and dense is not None else None
+    defined = numbers is not None and numbers["AP"] is not None
     return Scores(
         data=data.name,
         images=len(data),
-        numbers=None if coco is None else coco.numbers,
+        numbers=numbers,
         interval=confidence_interval(bootstrap(coco)) if defined else None,
         category_ap={} if coco is None else coco.category_ap,
-        dense_ap=None if dense is None else dense.numbers["AP"],
-        difference_interval=confidence_interval(bootstrap_difference(coco, dense)) if paired else None,
+        dense_ap=dense_ap,
+        difference_interval=confidence_interval(bootstrap_difference(coco, dense)) if compared and defined else None,
         divergence=measured.divergence if compared else None,
         counts=measured.counts,
         executed=measured.executed,
         coco=coco,
     )
+
+
+def _or_none(numbers: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: None if np.isnan(value) else value for name, value in numbers.items()}
 
 
 def warn_if_far_from_calibration(measured: Mapping[str, Any], scores: Scores) -> None:
