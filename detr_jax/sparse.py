@@ -139,9 +139,10 @@ class SparseDETR:
             path: of the figure, a PNG.
             threshold: least score of the detections that are drawn.
         """
-        from detr_jax.viz.activity_map import draw_activity  # imports matplotlib
+        from detr_jax.viz.activity_map import plot_activity  # imports matplotlib
+        from detr_jax.viz.figures import save_figure
 
-        draw_activity(self, image, Path(path), threshold)
+        save_figure(plot_activity(self, image, threshold), Path(path))
 
     def with_plan(self, plan: Plan | Path | str) -> "SparseDETR":
         """The same detector with another plan, an object or what `detr_jax.load_plan` takes.

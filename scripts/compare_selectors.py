@@ -1,7 +1,6 @@
 """Compares every selector on one frozen detector under one protocol."""
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from typing import Annotated, Literal
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from studies.common import Rows, Splits, cached, embed, frozen, open_splits, train
 from studies.comparison_plots import plot_comparison
 from studies.comparison_report import comparison_markdown
 from studies.tile_density import describe_statistics, measure_tile_density
@@ -22,21 +22,17 @@ from tqdm import tqdm
 import detr_jax
 from detr_jax.calibration.activation_passes import profile_activations
 from detr_jax.calibration.activations import ActivationStatistics
-from detr_jax.calibration.allocation import Choice, cost_table, evolve, greedy, within_loss
+from detr_jax.calibration.allocation import cost_table, greedy, within_loss
 from detr_jax.calibration.moment_passes import measure_moments, measure_pooled
 from detr_jax.calibration.permutation import coactivation_permutation, kmeans_permutation, permute_neurons
 from detr_jax.calibration.sensitivity import OutputDivergence, SensitivityTable, layer_sensitivity
 from detr_jax.calibration.threshold_passes import calibrate, measure_scores
 from detr_jax.calibration.thresholds import density_threshold, recall_threshold
 from detr_jax.commands import cli
-from detr_jax.data.batches import CachedBatches
 from detr_jax.data.dataset import Dataset, Subset
-from detr_jax.data.features import BackboneFeatures, backbone_features
-from detr_jax.data.registry import open_dataset
-from detr_jax.data.transforms import resized_size
 from detr_jax.errors import InputError
 from detr_jax.evaluation.comparison import Comparison, Row, describe, one_at_a_time
-from detr_jax.evaluation.flops import dense_flops
+from detr_jax.evaluation.flops import mean_dense_flops
 from detr_jax.files import replacing, write_json
 from detr_jax.methods import Oracle, Thresholded, find_indicators, log_odds
 from detr_jax.methods.grouping import group_count
@@ -44,21 +40,14 @@ from detr_jax.methods.registry import METHODS, Ingredients
 from detr_jax.models import DETR, Selector, Selectors
 from detr_jax.plan import Plan, save_plan
 from detr_jax.run_folder import RESULTS, open_run
-from detr_jax.training.gates import KINDS, MGS, PAPER_THRESHOLD, Gates, GateSpec, GateTraining, train_gates
+from detr_jax.training.gates import KINDS, MGS, PAPER_THRESHOLD, Gates, GateSpec, GateTraining
 
 GRID = (1.0, 0.5, 0.3, 0.2, 0.15, 0.1, 0.08, 0.06, 0.05, 0.04, 0.03, 0.02, 0.01)
 """Densities that allocations choose from, in each FFN."""
 SCENES_TRAINING_IMAGES = 4096
 OUTPUTS = ("gates-own", "gates-ordered", "gates-tuned", "progress.json", "plan.safetensors", "comparison.md")
-OUTPUTS += (
-    "activations.safetensors",
-    "activations-ordered.safetensors",
-    "accuracy.png",
-    "ladder.png",
-    "firing.png",
-    "sizes.png",
-    "layers.png",
-)
+OUTPUTS += ("activations.safetensors", "activations-ordered.safetensors")
+OUTPUTS += ("accuracy.png", "tile_density.png", "activations.png", "sizes.png", "layers.png")
 
 
 @dataclass(frozen=True)
@@ -89,7 +78,7 @@ class Arguments:
     """Validation images."""
     eval_batch_size: int = 20
     """Images per batch where nothing is trained."""
-    order: Literal["own", "cofiring", "kmeans"] = "cofiring"
+    neuron_order: Literal["own", "coactivation", "kmeans"] = "coactivation"
     """Order of the hidden neurons for all selectors of groups."""
     training: Annotated[GateTraining, tyro.conf.OmitArgPrefixes] = field(
         default_factory=lambda: GateTraining(batch_size=16)
@@ -134,57 +123,36 @@ def check(arguments: Arguments, model: DETR) -> None:
         )
 
 
-def open_data(arguments: Arguments) -> tuple[Dataset, Dataset, Dataset]:
-    """Images to train on, to calibrate on and to evaluate."""
-    wanted = arguments.train_images
-    if arguments.coco is None and wanted is None:
-        wanted = SCENES_TRAINING_IMAGES
-    held_out = arguments.calibration_images
-    dataset = open_dataset(arguments.coco, "train", None if wanted is None else wanted + held_out)
-    if len(dataset) <= held_out:
-        raise InputError(f"{dataset.name} has {len(dataset)} images, too few to hold out {held_out} for calibration")
-    split = len(dataset) - held_out
-    validation = open_dataset(arguments.coco, "val", arguments.eval_images)
-    return Subset(dataset, 0, split), Subset(dataset, split, len(dataset)), validation
-
-
 class Workbench:
-    """What the parts of the comparison share: the detector in two orders of its neurons, data, and rows so far."""
+    """State of a comparison: the detector in two orders of its neurons, data, and rows so far."""
 
-    def __init__(self, arguments: Arguments, model: DETR, training: Dataset, calibration: Dataset, validation: Dataset):
+    def __init__(self, arguments: Arguments, model: DETR, splits: Splits):
         self.arguments, self.own = arguments, model
-        self.names = {"training": training.name, "calibration": calibration.name, "validation": validation.name}
         size = arguments.training.group_size
-        sample = Subset(training, 0, min(arguments.statistics_images, len(training)))
+        sample = Subset(splits.training, 0, min(arguments.statistics_images, len(splits.training)))
         statistics = self._statistics(model, sample, "activations.safetensors")
-        self.orders = {
-            "own": lambda: {},
-            "cofiring": lambda: {name: coactivation_permutation(s.coactive, size) for name, s in statistics.items()},
-            "kmeans": lambda: {
-                name: kmeans_permutation(np.asarray(f.w_in[...]), size) for name, f in model.ffns.items()
-            },
-        }[arguments.order]()
+        self.orders: dict[str, np.ndarray] = {}
+        if arguments.neuron_order == "coactivation":
+            self.orders = {name: coactivation_permutation(s.coactive, size) for name, s in statistics.items()}
+        if arguments.neuron_order == "kmeans":
+            self.orders = {n: kmeans_permutation(np.asarray(f.w_in[...]), size) for n, f in model.ffns.items()}
         self.ordered = permute_neurons(model, self.orders)
         self.statistics = self._statistics(self.ordered, sample, "activations-ordered.safetensors")
         self.weights = self.ordered.ffn_weights()
 
-        self.training = self._embed(training, arguments.training.batch_size, "embedding training images")
+        self.training = embed(model, splits.training, arguments.training.batch_size, "training")
         sampled = -(-len(sample) // arguments.training.batch_size)
-        sample_passes = CachedBatches([batch.tokens for batch in self.training[:sampled]])
+        sample_passes = cached(self.training[:sampled])
         self.inputs, self.hidden = measure_moments(self.ordered, sample_passes)
         self.pooled = measure_pooled(self.ordered, sample_passes, None)
-        self.calibration = self._embed(calibration, arguments.eval_batch_size, "embedding calibration images")
-        self.validation = self._embed(validation, arguments.eval_batch_size, "embedding validation images")
-        sizes = validation.image_sizes()
-        config = model.config
-        size_of_median = resized_size(np.median(sizes, axis=0), config.shortest_side, config.longest_side)
-        self.flops = dense_flops(model, *size_of_median)
-        self.comparison = Comparison(self.validation, validation.ground_truth(), self.flops, size, model)
+        calibration = embed(model, splits.calibration, arguments.eval_batch_size, "calibration")
+        self.validation = embed(model, splits.validation, arguments.eval_batch_size, "validation")
+        self.flops = mean_dense_flops(model, splits.validation.image_sizes())
+        self.comparison = Comparison(self.validation, splits.validation.ground_truth(), self.flops, size, model)
         images = -(-arguments.allocation_images // arguments.eval_batch_size)
-        self.change = OutputDivergence(self.ordered, self.calibration[:images])
-        self.held_out = CachedBatches([batch.tokens for batch in self.calibration])
-        self._progress = arguments.out / "progress.json"
-        self.rows: dict[str, Row] = json.loads(self._progress.read_text()) if self._progress.exists() else {}
+        self.divergence = OutputDivergence(self.ordered, calibration[:images])
+        self.held_out = cached(calibration)
+        self.rows = Rows(arguments.out / "progress.json")
         self._scorer = ThreadPoolExecutor(1)
         self._pending: tuple[str, Future[Row]] | None = None
 
@@ -196,28 +164,17 @@ class Workbench:
             self.profile = profile_activations(model, sample, batch_size, size, path, bar.update)
         return {name: self.profile.statistics[name] for name in model.config.ffn_names}
 
-    def _embed(self, dataset: Dataset, batch_size: int, title: str) -> list[BackboneFeatures]:
-        return list(backbone_features(self.own, dataset, batch_size, title))
-
     def train(
         self,
         model: DETR,
-        kinds: Mapping[str, GateSpec],
+        specs: Mapping[str, GateSpec],
         training: GateTraining,
         folder: str,
         running: Mapping[str, Mapping[str, Thresholded]] | None = None,
     ) -> dict[str, Gates]:
-        """Gates of some kinds on the embedded training images."""
-        passes = CachedBatches([batch.tokens for batch in self.training], training.seed)
-        total = training.epochs * len(passes)
-        with tqdm(total=total, desc=f"training {', '.join(kinds)}", unit="step") as bar:
-
-            def report(step: int, loss: jnp.ndarray) -> None:
-                bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
-                bar.update(step - bar.n)
-
-            path = self.arguments.out / folder
-            return train_gates(model, passes, kinds, training, path, report, running=running)
+        """Gates of some kinds on the cached training images."""
+        batches = cached(self.training, training.seed)
+        return train(model, batches, specs, training, self.arguments.out / folder, running=running)
 
     def row(
         self, section: str, selector: str, setting: str, *, model: DETR, selectors: Callable[[], Selectors]
@@ -229,7 +186,7 @@ class Workbench:
         chosen = selectors()
         about = {"section": section, "selector": selector, "setting": setting}
         about |= {"group_size": self.arguments.training.group_size}
-        about |= {"order": "own" if model is self.own else self.arguments.order}
+        about |= {"order": "own" if model is self.own else self.arguments.neuron_order}
         about |= describe(next(iter(chosen.values()))) if chosen else {}
         measured = self.comparison.detect(model, chosen)
         self.finish_rows()
@@ -244,9 +201,9 @@ class Workbench:
         if self._pending is None:
             return
         key, future = self._pending
-        row = self.rows[key] = future.result()
+        row = future.result()
+        self.rows.keep(key, row)
         self._pending = None
-        write_json(self._progress, self.rows)
         low, high = row["AP_minus_dense_interval"]
         tqdm.write(
             f"{key:<58} AP {row['numbers']['AP']:.3f}, {100 * row['AP_minus_dense']:+6.2f} points "
@@ -271,7 +228,7 @@ class Workbench:
         scores = {name: METHODS[method].score(of) for name, of in ingredients.items()}
         histograms = measure_scores(self.ordered, self.held_out, scores)
         settings = {name: METHODS[method].at_densities(of, histograms[name], GRID) for name, of in ingredients.items()}
-        return layer_sensitivity(self.change, GRID, settings)
+        return layer_sensitivity(self.divergence, GRID, settings)
 
     def costs(self, sensitivity: SensitivityTable) -> np.ndarray:
         """(FFNs, settings) what the settings cost, all of them dense costing 1."""
@@ -319,7 +276,7 @@ def compare_mgs(bench: Workbench, own: Gates, gates: Mapping[str, Gates]) -> dic
     Returns:
         the selectors of the last row: the paper's labels, all ingredients.
     """
-    arguments, order = bench.arguments, bench.arguments.order
+    arguments, order = bench.arguments, bench.arguments.neuron_order
     density = arguments.mgs_density
     equal = partial(density_threshold, density=density)
     found = partial(recall_threshold, recall=0.99)
@@ -340,14 +297,6 @@ def compare_mgs(bench: Workbench, own: Gates, gates: Mapping[str, Gates]) -> dic
         shared[kind] = sensitivity.selectors(choice)
         densities[kind] = dict(zip(sensitivity.names, sensitivity.densities[list(choice)], strict=True))
         row(f"density {density:g} shared greedily", selectors=partial(sensitivity.selectors, choice))
-
-        def evolved(
-            sensitivity: SensitivityTable = sensitivity, costs: np.ndarray = costs, choice: Choice = choice
-        ) -> Selectors:
-            best = evolve(lambda c: bench.change(sensitivity.selectors(c)), costs, density, choice)
-            return sensitivity.selectors(best)
-
-        row(f"density {density:g} shared by evolution", selectors=evolved)
         bound = arguments.mgs_change
         row(
             f"change of at most {bound:g} by each FFN",
@@ -386,7 +335,8 @@ def save_best(bench: Workbench, selectors: Mapping[str, Selector], results: dict
     measured = {key: value for key, value in row.items() if key not in ("section", "category_AP")}
     measured |= {"data": results["data"]["validation"], "images": results["images"]}
     measured |= {"implementation": results["implementation"], "device": results["device"]}
-    training = {"recipe": results["arguments"]["training"], "data": results["data"], "order": bench.arguments.order}
+    training = {"recipe": results["arguments"]["training"], "data": results["data"]}
+    training |= {"order": bench.arguments.neuron_order}
     plan = Plan("mgs", results["fingerprint"], dict(selectors), bench.orders, training, measured, results["versions"])
     save_plan(plan, path)
 
@@ -395,36 +345,37 @@ def main(arguments: Arguments) -> None:
     started = time.perf_counter()
     model = detr_jax.load(arguments.model, preset=arguments.preset)
     check(arguments, model)
-    data = open_data(arguments)
-    before = detr_jax.fingerprint(model)
-    settings = cli.settings(arguments) | {"fingerprint of the detector": before}
-    open_run(arguments.out, settings, OUTPUTS, resume=arguments.resume, overwrite=arguments.overwrite)
-    bench = Workbench(arguments, model, *data)
-    own = bench.train(bench.own, {"firing": MGS}, arguments.training, "gates-own")["firing"]
-    gates = bench.train(bench.ordered, KINDS, arguments.training, "gates-ordered")
+    wanted = arguments.train_images
+    if arguments.coco is None and wanted is None:
+        wanted = SCENES_TRAINING_IMAGES
+    splits = open_splits(arguments.coco, wanted, arguments.calibration_images, arguments.eval_images)
+    with frozen(model) as fingerprint:
+        settings = cli.settings(arguments) | {"fingerprint of the detector": fingerprint}
+        open_run(arguments.out, settings, OUTPUTS, resume=arguments.resume, overwrite=arguments.overwrite)
+        bench = Workbench(arguments, model, splits)
+        own = bench.train(bench.own, {"firing": MGS}, arguments.training, "gates-own")["firing"]
+        gates = bench.train(bench.ordered, KINDS, arguments.training, "gates-ordered")
 
-    bench.row("dense", "dense", "", model=bench.own, selectors=dict)
-    compare_bounds(bench)
-    best = compare_mgs(bench, own, gates)
-    compare_layers(bench, gates["firing"])
-    compare_sibs(bench)
-    compare_methods(bench, bench.ingredients(gates))
-    bench.finish_rows()
-    half = at_paper_threshold(gates["firing"])
-    ladder = measure_tile_density(bench.ordered, bench.validation, half, arguments.training.group_size)
-    if detr_jax.fingerprint(model) != before:
-        raise AssertionError("the frozen detector changed")
+        bench.row("dense", "dense", "", model=bench.own, selectors=dict)
+        compare_bounds(bench)
+        best = compare_mgs(bench, own, gates)
+        compare_layers(bench, gates["firing"])
+        compare_sibs(bench)
+        compare_methods(bench, bench.ingredients(gates))
+        bench.finish_rows()
+        half = at_paper_threshold(gates["firing"])
+        tile_density = measure_tile_density(bench.ordered, bench.validation, half, arguments.training.group_size)
 
     results = {
         "model": arguments.model,
-        "fingerprint": before,
-        "data": bench.names,
+        "fingerprint": fingerprint,
+        "data": splits.names,
         "images": len(bench.comparison.image_ids),
         "implementation": "masked reference",
         "flops": dataclasses.asdict(bench.flops),
         "statistics": describe_statistics(bench.profile),
-        "ladder": ladder,
-        "rows": list(bench.rows.values()),
+        "tile_density": tile_density,
+        "rows": list(bench.rows.by_key.values()),
         "seconds": time.perf_counter() - started,
         **cli.provenance(arguments),
     }

@@ -26,9 +26,9 @@ from detr_jax.files import write_json
 from detr_jax.models import DETR
 from detr_jax.plan import Plan, save_plan
 from detr_jax.run_folder import RESULTS, open_run
-from detr_jax.search.candidates import KINDS
+from detr_jax.search.candidates import CANDIDATE_KINDS
 from detr_jax.search.search import PlanSearch, SearchSettings
-from detr_jax.viz.search import plot_search
+from detr_jax.viz.figures import plot_search, save_figure
 from detr_jax.viz.tables import points_of_ap, table
 
 OUTPUTS = ("plan.safetensors", "search.png")
@@ -152,7 +152,7 @@ def plan_of(
 
 
 CHOICES = {
-    "any": KINDS,
+    "any": CANDIDATE_KINDS,
     "fixed sets, fitted or not": ("dense", "fixed", "fixed, refitted"),
     "fixed sets": ("dense", "fixed"),
 }
@@ -223,7 +223,7 @@ def main(arguments: Arguments) -> None:
     report(measured, ffns)
     device = jax.devices()[0].device_kind
     title = f"{arguments.model}, {arguments.budget}, {validation.name}, {device}"
-    plot_search(arguments.out / "search.png", title, curves, measured["any"], ffns)
+    save_figure(plot_search(title, curves, measured["any"], ffns), arguments.out / "search.png")
     candidates = {
         name: [
             {"kind": c.kind, "density": c.density, "always": c.always, "loss": float(loss), "seconds": float(time)}

@@ -38,7 +38,7 @@ from detr_jax.plan import Plan, save_plan
 from detr_jax.run_folder import RESULTS, open_run
 from detr_jax.training.budgets import Budget, GateTuning, MaxDivergence, MeanDensity, Progress, meet, tune_gates
 from detr_jax.training.gates import MGS, PAPER_THRESHOLD, Gates, GateTraining, train_gates
-from detr_jax.viz.gates import GatedRun, plot_gates
+from detr_jax.viz.figures import GatedRun, plot_gates, save_figure
 from detr_jax.viz.tables import gate_table, table
 
 Selection = dict[str, Thresholded]
@@ -299,13 +299,13 @@ def main(arguments: Arguments) -> None:
     }
     plan = Plan("mgs", before, selections[best_title], orders, training, measured, provenance["versions"])
     save_plan(plan, arguments.out / "plan.safetensors")
-    plot_gates(
-        arguments.out / "gates.png",
+    figure = plot_gates(
         f"MGS on {arguments.model}, {len(validation)} images of {validation.name}, "
         f"groups of {arguments.training.group_size}" + (f" by {arguments.order}" if orders else ""),
         dense_run,
         [runs[title][0] for title in together],
     )
+    save_figure(figure, arguments.out / "gates.png")
     seconds = time.perf_counter() - started
     write_json(
         arguments.out / RESULTS,

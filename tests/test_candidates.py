@@ -18,7 +18,7 @@ from detr_jax.kernels import Execution, ffn
 from detr_jax.methods import Pooled, fit_pooled_statistics, sketch
 from detr_jax.models.ffn import forward, trace
 from detr_jax.models.standalone import FFNInputs, StandaloneFFNs
-from detr_jax.search.candidates import DYNAMIC, KINDS, Material, candidates_of, reconstructed
+from detr_jax.search.candidates import CANDIDATE_KINDS, DYNAMIC, Material, candidates_of, reconstructed
 
 F, SIZE = 24, 2
 WEIGHTS, X, TOKENS = tiny_ffn(F, 6, images=40)
@@ -50,7 +50,7 @@ def test_a_plan_computes_what_was_tried(window, block_size):
     fixed = ["fixed", "fixed, refitted"] * 2
     assert [c.kind for c in found] == ["dense", *fixed, *["sketched"] * 2, *["pooled"] * 2]
     found += [reconstructed(c, WEIGHTS, kept_moments(c)) for c in found if c.kind in DYNAMIC]
-    assert set(KINDS) == {c.kind for c in found}
+    assert set(CANDIDATE_KINDS) == {c.kind for c in found}
     dense = np.asarray(ffn(X, *WEIGHTS))
     for candidate in found:
         tried = np.asarray(forward(WEIGHTS, X, candidate.trial(WEIGHTS, X, TOKENS)))

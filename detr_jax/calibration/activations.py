@@ -78,6 +78,23 @@ class ActivationStatistics:
         )
 
 
+def require_active(statistics: Mapping[str, ActivationStatistics], data: str) -> None:
+    """Refuses FFNs without any activation, whose output is a constant that no method can be fitted to.
+
+    Args:
+        statistics: of each FFN by name.
+        data: name of the images or inputs.
+
+    Raises:
+        InputError: naming the FFN.
+    """
+    for name, of_ffn in statistics.items():
+        if not np.diagonal(np.asarray(of_ffn.coactive)).any():
+            raise InputError(
+                f"no neuron of {name} is active on {data}: its output is a constant, and there is nothing to select"
+            )
+
+
 def _wide(array: jax.Array | np.ndarray) -> np.ndarray:
     array = np.asarray(array)
     return array.astype(np.int64 if np.issubdtype(array.dtype, np.integer) else np.float64)

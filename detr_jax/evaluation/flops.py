@@ -1,11 +1,14 @@
 """Floating-point operations of a detector and of what a selector leaves of it."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from detr_jax.data.loading import layout_batches
 from detr_jax.evaluation.counts import ActivityCounts
 from detr_jax.methods import Traits
 from detr_jax.models import DETR, ImageTokens
@@ -43,6 +46,22 @@ def dense_flops(model: DETR, height: int, width: int) -> DenseFlops:
         },
         transformer=_count(lambda model, image: _heads(model.transform(image)), model, image),
         detector=_count(lambda model, pixels: _heads(model(pixels)), model, pixels),
+    )
+
+
+def mean_dense_flops(model: DETR, sizes: np.ndarray) -> DenseFlops:
+    """Mean over images of the dense forward pass, each in the padded shape that it is computed in.
+
+    Args:
+        model: the detector.
+        sizes: (images, 2), height and width of the original images.
+    """
+    shapes = Counter(layout.shape[1:] for layout in layout_batches(sizes, model.config, 1))
+    counted = [(dense_flops(model, *shape), images / len(sizes)) for shape, images in shapes.items()]
+    return DenseFlops(
+        ffns={name: sum(flops.ffns[name] * weight for flops, weight in counted) for name in model.config.ffn_names},
+        transformer=sum(flops.transformer * weight for flops, weight in counted),
+        detector=sum(flops.detector * weight for flops, weight in counted),
     )
 
 

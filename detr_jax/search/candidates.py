@@ -26,7 +26,7 @@ from detr_jax.methods.grouping import group_count
 from detr_jax.models import OutputLayer, Selection, Selector
 from detr_jax.pytrees import pytree
 
-KINDS = ("dense", "fixed", "fixed, refitted", "sketched", "sketched, refitted", "pooled", "pooled, refitted")
+CANDIDATE_KINDS = ("dense", "fixed", "fixed, refitted", "sketched", "sketched, refitted", "pooled", "pooled, refitted")
 DYNAMIC = ("sketched", "pooled")
 """Those with a score that decides for each image or window, their second layers not fitted."""
 ALWAYS = 0.95
@@ -76,7 +76,7 @@ class Candidate:
     """One way to compute one FFN.
 
     Attributes:
-        kind: one of `KINDS`.
+        kind: one of `CANDIDATE_KINDS`.
         density: share of the neurons that it computes on the calibration images.
         always: share of the neurons that it always computes.
         trial: what it computes, about the detector's neurons in the order in which the candidates were made.

@@ -1,42 +1,46 @@
-"""The search for a plan: of every FFN whether it stays dense, computes a fixed set of neurons, or one that is chosen
-anew for each image or window, by what that changes and how long it takes on this device."""
+"""Search for a plan: each FFN stays dense, computes a fixed set of neurons, or a set chosen for each image or window,
+by the divergence of the outputs and the run time on this device."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
 from detr_jax.calibration.activation_passes import measure_activations
-from detr_jax.calibration.activations import ActivationStatistics
+from detr_jax.calibration.activations import ActivationStatistics, require_active
 from detr_jax.calibration.allocation import Choice, greedy, undominated
 from detr_jax.calibration.moment_passes import measure_kept, measure_moments, measure_pooled
 from detr_jax.calibration.permutation import coactivation_permutation, permute_neurons
 from detr_jax.calibration.sensitivity import OutputDivergence
 from detr_jax.calibration.threshold_passes import collect_scores
 from detr_jax.data.batches import CachedBatches
-from detr_jax.data.dataset import Dataset, Subset
+from detr_jax.data.dataset import Dataset
 from detr_jax.data.features import BackboneFeatures, backbone_features
+from detr_jax.errors import InputError
 from detr_jax.kernels import Execution
 from detr_jax.methods import Pooled, fit_pooled_statistics, sketch
+from detr_jax.methods.grouping import group_count
 from detr_jax.models import DETR, Selector
 from detr_jax.search.candidates import DYNAMIC, Candidate, Material, candidates_of, reconstructed
-from detr_jax.search.ffn_times import measure_times
+from detr_jax.search.timing import measure_times
 
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """What is searched among, and how it is measured."""
+    """Candidates of a search, and how they are measured."""
 
     window: int | None = None
     """Consecutive tokens that share a choice; default all of an image."""
     group_size: int = 1
-    """Neurons that are chosen together, by co-firing; what a CPU gathers may be single rows."""
+    """Neurons that are chosen together, by co-activation; what a CPU gathers may be single rows."""
     block_size: int | None = None
     """Neurons that are computed together; default the group size. Kernels for GPUs want 64."""
     rank: int = 16
-    """Of the sketch of the first product, from which sets are chosen."""
+    """Rank of the sketch of the first product, from which sets are chosen."""
     fixed: tuple[float, ...] = (0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1, 0.06, 0.03)
     """Densities of fixed sets to choose from."""
     dynamic: tuple[float, ...] = (0.4, 0.3, 0.2, 0.15, 0.1, 0.06, 0.03, 0.015)
@@ -44,13 +48,31 @@ class SearchSettings:
     statistics_images: int = 512
     """Training images for statistics."""
     calibration_images: int = 120
-    """Held-out training images for thresholds and for the change of the outputs."""
+    """Held-out training images for thresholds and for the divergence of the outputs."""
     latency_images: int = 16
-    """Images of the batch that is timed."""
+    """Images of the batch that is timed, all of the most frequent padded shape."""
     batch_size: int = 20
     """Images per batch elsewhere."""
-    turns: int = 15
-    """Measured turns of the times."""
+    repeats: int = 15
+    """Measured repetitions of each time."""
+
+    def check(self, model: DETR) -> None:
+        """Refuses settings that do not fit a detector, before anything is computed.
+
+        Raises:
+            InputError: naming the option and the value.
+        """
+        positive = ("window", "group_size", "block_size", "rank", "statistics_images", "calibration_images")
+        for name in (*positive, "latency_images", "batch_size", "repeats"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if wrong := [density for density in (*self.fixed, *self.dynamic) if not 0 < density < 1]:
+            raise InputError(f"densities of candidates must be above 0 and below 1, not {wrong[0]}")
+        block_size = self.block_size or self.group_size
+        if block_size % self.group_size:
+            raise InputError(f"--block-size must be a multiple of --group-size {self.group_size}, not {block_size}")
+        for weights in model.ffn_weights().values():
+            group_count(len(weights.w_in), block_size)
 
 
 class PlanSearch:
@@ -60,21 +82,26 @@ class PlanSearch:
         model: the detector, in its own order.
         statistics: training images for statistics.
         calibration: held-out training images.
-        settings: what is searched among.
+        settings: candidates, and how they are measured.
 
     Attributes:
         model: the detector in the order in which the candidates were made.
-        orders: (F,) of the detector's own neurons by name, which make that order.
+        orders: (F,) permutations of the detector's own neurons by name, which make that order.
         candidates: of each FFN by name; the first one is dense.
-        losses: of each FFN the change of the outputs with each of its candidates, the other FFNs being dense.
+        losses: of each FFN the divergence of the outputs with each of its candidates, the other FFNs being dense.
         seconds: of each FFN the times of its candidates on a batch of calibration images.
+
+    Raises:
+        InputError: if no neuron of some FFN is active on the images for statistics.
     """
 
     def __init__(self, model: DETR, statistics: Dataset, calibration: Dataset, settings: SearchSettings):
-        self._settings, self._own, self.names = settings, model, model.config.ffn_names
+        self._settings, self._own, weights = settings, model, model.ffn_weights()
+        self.names = tuple(weights)
         sample = CachedBatches([batch.tokens for batch in self._embed(statistics, "embedding images for statistics")])
-        self.orders = {name: np.arange(model.config.ffn_features) for name in self.names}
+        self.orders = {name: np.arange(len(ffn.w_in)) for name, ffn in weights.items()}
         of_neurons = measure_activations(model, sample, 1)
+        require_active(of_neurons, statistics.name)
         if settings.group_size > 1:
             self.orders = {
                 name: coactivation_permutation(s.coactive, settings.group_size) for name, s in of_neurons.items()
@@ -83,8 +110,7 @@ class PlanSearch:
         self.model = permute_neurons(model, self.orders)
 
         held_out = self._embed(calibration, "embedding calibration images")
-        timed = Subset(calibration, 0, min(settings.latency_images, len(calibration)))
-        (self._timed,) = backbone_features(model, timed, len(timed), "embedding the batch that is timed")
+        self._timed = most_frequent_shape(held_out, settings.latency_images)
         self.candidates = self._candidates(of_neurons, sample, held_out)
         self.losses = self._losses(OutputDivergence(self.model, held_out))
         ways = {name: [(c.selector, c.order) for c in of] for name, of in self.candidates.items()}
@@ -94,15 +120,15 @@ class PlanSearch:
         return list(backbone_features(self._own, dataset, self._settings.batch_size, title))
 
     def _candidates(
-        self, statistics: Mapping[str, ActivationStatistics], passes: CachedBatches, held_out: list[BackboneFeatures]
+        self, statistics: Mapping[str, ActivationStatistics], sample: CachedBatches, held_out: list[BackboneFeatures]
     ) -> dict[str, list[Candidate]]:
         settings, weights = self._settings, self.model.ffn_weights()
-        inputs, hidden = measure_moments(self.model, passes)
+        inputs, hidden = measure_moments(self.model, sample)
         size, window = settings.group_size, settings.window
         sketches = {
             name: sketch(weights[name], m.mean, m.covariance, settings.rank, size) for name, m in inputs.items()
         }
-        pooled = measure_pooled(self.model, passes, window)
+        pooled = measure_pooled(self.model, sample, window)
         scores = {
             "sketched": {name: Pooled(of, odds=False, window=window) for name, of in sketches.items()},
             "pooled": {name: fit_pooled_statistics(moments, size, window) for name, moments in pooled.items()},
@@ -121,21 +147,21 @@ class PlanSearch:
         }
         # One pass measures what a candidate of every FFN keeps.
         choosing = {name: [c for c in of if c.kind in DYNAMIC] for name, of in found.items()}
-        for turn in tqdm(range(max(map(len, choosing.values()))), desc="fitting second layers", unit="candidate"):
+        for turn in tqdm(range(max(map(len, choosing.values()))), desc="reconstructing outputs", unit="candidate"):
             of_turn = {name: of[turn] for name, of in choosing.items() if turn < len(of)}
-            kept = measure_kept(self.model, passes, {name: c.trial for name, c in of_turn.items()})
+            kept = measure_kept(self.model, sample, {name: c.trial for name, c in of_turn.items()})
             for name, candidate in of_turn.items():
                 found[name].append(reconstructed(candidate, weights[name], kept[name]))
         return found
 
-    def _losses(self, change: OutputDivergence) -> dict[str, np.ndarray]:
+    def _losses(self, divergence: OutputDivergence) -> dict[str, np.ndarray]:
         total = sum(map(len, self.candidates.values()))
         dense = {name: of[0].trial for name, of in self.candidates.items()}
-        with tqdm(total=total, desc="changes of the outputs", unit="candidate") as bar:
+        with tqdm(total=total, desc="output divergence", unit="candidate") as bar:
 
             def loss(name: str, candidate: Candidate) -> float:
                 bar.update()
-                return 0.0 if candidate.kind == "dense" else change(dense | {name: candidate.trial})
+                return 0.0 if candidate.kind == "dense" else divergence(dense | {name: candidate.trial})
 
             return {name: np.array([loss(name, c) for c in of]) for name, of in self.candidates.items()}
 
@@ -149,10 +175,10 @@ class PlanSearch:
                 they belong to.
             title: of the bar.
         """
-        traces = jax.jit(type(self.model).traces)(self.model, self._timed.tokens, {})
-        weights, turns = self.model.ffn_weights(), self._settings.turns
+        traces = jax.jit(type(self.model).traces)(self.model, self._timed, {})
+        weights, repeats = self.model.ffn_weights(), self._settings.repeats
         return {
-            name: np.array(measure_times(weights[name], traces[name], *zip(*ways[name], strict=True), turns))
+            name: np.array(measure_times(weights[name], traces[name], *zip(*ways[name], strict=True), repeats))
             for name in tqdm(self.names, desc=title, unit="FFN")
         }
 
@@ -189,7 +215,7 @@ class PlanSearch:
         """What a choice costs, as a share of the dense FFNs."""
         return float(sum(self.costs(unit)[name][i] for name, i in choice.items()))
 
-    def ladder(self, shares: Sequence[float], kinds: Sequence[str], unit: str = "latency") -> list[dict[str, int]]:
+    def choices(self, shares: Sequence[float], kinds: Sequence[str], unit: str = "latency") -> list[dict[str, int]]:
         """Choices for shares of what the dense FFNs cost, as far as there are some that cost so little."""
         costs = self.costs(unit).items()
         least = sum(
@@ -200,3 +226,17 @@ class PlanSearch:
     def chosen(self, choice: Mapping[str, int]) -> dict[str, Candidate]:
         """The candidates of a choice."""
         return {name: self.candidates[name][i] for name, i in choice.items()}
+
+
+def most_frequent_shape(batches: Sequence[BackboneFeatures], images: int) -> Any:
+    """Backbone features of up to so many images of the shape that most images have, as one batch."""
+
+    def shape(batch: BackboneFeatures) -> tuple:
+        return tuple(leaf.shape[1:] for leaf in jax.tree.leaves(batch.tokens))
+
+    counted: Counter = Counter()
+    for batch in batches:
+        counted[shape(batch)] += int(batch.valid.sum())
+    (most, _), *_ = counted.most_common(1)
+    alike = [jax.tree.map(lambda leaf, of=of: leaf[of.valid], of.tokens) for of in batches if shape(of) == most]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:images], *alike)

@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from detr_jax.evaluation.comparison import Row
-from detr_jax.files import replacing
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from detr_jax.viz.figures import COLOURS, label_ffns, new_figure, save_figure
 
 CLOSE = 0.04
 """How far below dense the lower half of the accuracy figure reaches, in AP."""
@@ -19,7 +18,7 @@ TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
 
 
 def plot_comparison(results: dict, folder: Path) -> None:
-    """Writes accuracy.png, sizes.png, ladder.png, firing.png and layers.png.
+    """Writes accuracy.png, sizes.png, tile_density.png, activations.png and layers.png.
 
     Args:
         results: what `scripts/compare_selectors.py` writes.
@@ -29,15 +28,13 @@ def plot_comparison(results: dict, folder: Path) -> None:
     for name, plot in (
         ("accuracy", _accuracy),
         ("sizes", _sizes),
-        ("ladder", _ladder),
-        ("firing", _firing),
+        ("tile_density", _tile_density),
+        ("activations", _activations),
         ("layers", _layers),
     ):
         figure = plot(results)
         figure.suptitle(f"{figure.get_suptitle()}: {title}")
-        with replacing(folder / f"{name}.png") as temporary:
-            figure.savefig(temporary, dpi=130, format="png")
-        plt.close(figure)
+        save_figure(figure, folder / f"{name}.png")
 
 
 def _rows(results: dict, *sections: str) -> list[Row]:
@@ -47,26 +44,23 @@ def _rows(results: dict, *sections: str) -> list[Row]:
 def _styles(results: dict) -> dict[str, dict]:
     """A colour and a marker for each selector, the same in all figures."""
     names = dict.fromkeys(row["selector"] for row in _rows(results, "methods", "sibs"))
-    colours = plt.get_cmap("tab10").colors
     lines = ("-", "--", ":")
     markers = "os^vD"
     return {
-        name: {"color": colours[i % 10], "linestyle": lines[i // 10 % 3], "marker": markers[i % 5], "markersize": 4}
+        name: {"color": COLOURS[i % 10], "linestyle": lines[i // 10 % 3], "marker": markers[i % 5], "markersize": 4}
         for i, name in enumerate(names)
     }
 
 
-def _accuracy(results: dict) -> plt.Figure:
+def _accuracy(results: dict) -> Figure:
     """AP against density, and against the work that is left; below, what happens close to the dense detector."""
-    figure, panels = plt.subplots(
-        2, 2, figsize=(15, 11), layout="constrained", sharex="col", sharey="row", height_ratios=(1, 1.3)
-    )
-    figure.suptitle("AP of every selector, 95 % intervals of the difference to dense")
+    title = "AP of every method, 95 % intervals of the difference to dense"
+    figure, panels = new_figure(title, (15, 11), 2, 2, sharex="col", sharey="row", height_ratios=(1, 1.3))
     methods = _rows(results, "methods", "sibs")
     dense = results["rows"][0]["numbers"]["AP"]
     for column, x_of, label in (
-        (0, _kept, "share of neurons (of input channels where these are left out) that is computed"),
-        (1, lambda row: row["flops_share"]["ffns"], "share of the FFNs' multiply-adds, selector included"),
+        (0, _kept, "share of neurons computed (of input channels, for methods that drop those)"),
+        (1, lambda row: row["flops_share"]["ffns"], "share of the FFNs' multiply-adds, method included"),
     ):
         for axes in panels[:, column]:
             for name, style in _styles(results).items():
@@ -88,7 +82,7 @@ def _accuracy(results: dict) -> plt.Figure:
     return figure
 
 
-def _log_axis(axes: plt.Axes) -> None:
+def _log_axis(axes: Axes) -> None:
     """Shares on a logarithmic scale, written as one says them."""
     axes.set_xscale("log")
     axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
@@ -100,12 +94,11 @@ def _kept(row: Row) -> float:
     return row["density"] * row["channel_density"]
 
 
-def _sizes(results: dict) -> plt.Figure:
+def _sizes(results: dict) -> Figure:
     """What each selector costs by size of object."""
     methods = _rows(results, "methods", "sibs")
     sizes = [key for key in ("APs", "APm", "APl") if results["rows"][0]["numbers"][key] >= 0]
-    figure, panels = plt.subplots(1, len(sizes), figsize=(6 * len(sizes) + 3, 5.5), layout="constrained", squeeze=False)
-    figure.suptitle("AP by size of object")
+    figure, panels = new_figure("AP by object size", (6 * len(sizes) + 3, 5.5), 1, len(sizes), squeeze=False)
     words = {"APs": "small", "APm": "medium", "APl": "large"}
     for axes, size in zip(panels[0], sizes, strict=True):
         for name, style in _styles(results).items():
@@ -114,39 +107,37 @@ def _sizes(results: dict) -> plt.Figure:
         axes.axhline(results["rows"][0]["numbers"][size], color="k", linewidth=0.8)
         _log_axis(axes)
         axes.set_title(f"{words[size]} objects ({size})")
-        axes.set_xlabel("share that is computed")
+        axes.set_xlabel("share computed")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
     return figure
 
 
-def _ladder(results: dict) -> plt.Figure:
-    """From firing neurons to predicted tiles, per FFN."""
-    ladder = results["ladder"]
-    names = list(ladder)
-    tiles = [int(size) for size in next(iter(ladder.values()))["exact"]["raster"] if int(size) > 1]
-    figure, axes = plt.subplots(figsize=(max(12, 2.2 * len(names)), 5.5), layout="constrained")
-    figure.suptitle("The ladder: from neurons that fire to tiles that are computed (MGS, threshold 0.5)")
-    steps = [("neurons that fire", lambda of: of["neurons"], "k")]
+def _tile_density(results: dict) -> Figure:
+    """Density of active neurons, of groups and of tiles, per FFN."""
+    densities = results["tile_density"]
+    names = list(densities)
+    tiles = [int(size) for size in next(iter(densities.values()))["exact"]["raster"] if int(size) > 1]
+    title = "Density from active neurons to computed tiles (MGS, threshold 0.5)"
+    figure, axes = new_figure(title, (max(12, 2.2 * len(names)), 5.5))
+    steps = [("active neurons", lambda of: of["neurons"], "k")]
     for kind, colours in (("exact", "Blues"), ("predicted", "Oranges")):
-        shades = plt.get_cmap(colours)(np.linspace(0.35, 0.95, len(tiles) + 1))
+        shades = colormaps[colours](np.linspace(0.35, 0.95, len(tiles) + 1))
         steps.append((f"{kind} groups", lambda of, kind=kind: _at(of[kind]["raster"], 1), shades[0]))
         for size, shade in zip(tiles, shades[1:], strict=True):
             steps.append((f"{kind}, tiles of {size}", lambda of, k=kind, s=size: _at(of[k]["raster"], s), shade))
     width = 0.85 / len(steps)
     position = np.arange(len(names))
     for i, (label, value, colour) in enumerate(steps):
-        axes.bar(
-            position + (i - len(steps) / 2) * width, [value(ladder[n]) for n in names], width, color=colour, label=label
-        )
+        heights = [value(densities[n]) for n in names]
+        axes.bar(position + (i - len(steps) / 2) * width, heights, width, color=colour, label=label)
     for kind, first in (("exact", 2), ("predicted", 2 + len(tiles) + 1)):
         for j, size in enumerate(tiles):
             x = position + (first + j - len(steps) / 2) * width
-            ordered = [_at(ladder[n][kind]["signature"], size) for n in names]
-            label = "the same, tokens ordered by signature" if (kind, j) == ("exact", 0) else None
+            ordered = [_at(densities[n][kind]["signature"], size) for n in names]
+            label = "the same, tokens sorted by signature" if (kind, j) == ("exact", 0) else None
             axes.plot(x, ordered, "k_", markersize=width * 60, markeredgewidth=1.5, label=label)
-    axes.set_xticks(position, names)
+    label_ffns(axes, names)
     axes.set_ylabel("density")
-    axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=6, fontsize=8)
     return figure
 
@@ -156,43 +147,41 @@ def _at(densities: dict, size: int) -> float:
     return densities[size] if size in densities else densities[str(size)]
 
 
-def _firing(results: dict) -> plt.Figure:
-    """How sparse each FFN is by itself, for which tokens, and what MGS makes of it."""
+def _activations(results: dict) -> Figure:
+    """Activation sparsity of each FFN by kind of token, and the share of groups that MGS computes."""
     statistics = results["statistics"]
     names = list(statistics)
-    figure, (shares, rates) = plt.subplots(1, 2, figsize=(15, 5), layout="constrained", width_ratios=(1.5, 1))
-    figure.suptitle("Firing statistics and sparsity of each FFN")
+    title = "Activation statistics and sparsity of each FFN"
+    figure, (shares, rates) = new_figure(title, (15, 5), 1, 2, width_ratios=(1.5, 1))
     position = np.arange(len(names))
     gated = _rows(results, "mgs")[-1]  # with all ingredients
     columns = [
         ("background tokens, unmatched queries", lambda n: statistics[n]["firing"][0]),
         ("tokens on objects, matched queries", lambda n: statistics[n]["firing"][1]),
-        ("neurons that fire anywhere in an image", lambda n: statistics[n]["firing_in_an_image"]),
-        ("groups that tuned MGS computes", lambda n: 1 - gated["ffns"][n]["group_sparsity"]),
+        ("neurons active anywhere in an image", lambda n: statistics[n]["firing_in_an_image"]),
+        ("groups computed by tuned MGS", lambda n: 1 - gated["ffns"][n]["group_sparsity"]),
     ]
     width = 0.85 / len(columns)
     for i, (label, value) in enumerate(columns):
         shares.bar(position + (i - (len(columns) - 1) / 2) * width, [value(n) for n in names], width, label=label)
     shares.set_yscale("log")
-    shares.set_xticks(position, names, rotation=60 if len(names) > 8 else 0)
+    label_ffns(shares, names)
     shares.set_ylabel("share")
-    shares.grid(axis="y", alpha=0.3)
     shares.legend(fontsize=8)
     for name in names:
         rates.plot(np.linspace(0, 100, 11), np.maximum(statistics[name]["deciles"], NEVER), marker=".", label=name)
     rates.set_yscale("log")
     rates.set_xlabel("neurons, percentile")
-    rates.set_ylabel("share of tokens for which the neuron fires (1e-6: none)")
+    rates.set_ylabel("share of tokens for which the neuron is active (1e-6: none)")
     rates.grid(alpha=0.3)
     rates.legend(fontsize=8)
     return figure
 
 
-def _layers(results: dict) -> plt.Figure:
+def _layers(results: dict) -> Figure:
     """Which FFNs cost the accuracy: one at a time, then one more at a time."""
     rows = _rows(results, "layers")
-    figure, panels = plt.subplots(1, 2, figsize=(13, 5), layout="constrained", sharey=True)
-    figure.suptitle("MGS at threshold 0.5")
+    figure, panels = new_figure("MGS at threshold 0.5", (13, 5), 1, 2, sharey=True)
     for axes, title, chosen in (
         (panels[0], "one FFN gated", [row for row in rows if row["setting"].endswith("alone")]),
         (panels[1], "all gated up to this one", [row for row in rows if row["setting"].startswith("up to")]),
@@ -202,8 +191,7 @@ def _layers(results: dict) -> plt.Figure:
         ends = 100 * np.array([row["AP_minus_dense_interval"] for row in chosen]).T
         axes.bar(names, points, yerr=np.maximum([points - ends[0], ends[1] - points], 0), capsize=4, color="C3")
         axes.axhline(0, color="k", linewidth=0.8)
-        axes.tick_params(axis="x", rotation=60 if len(names) > 8 else 30)
+        label_ffns(axes, names)
         axes.set_title(title)
-        axes.grid(axis="y", alpha=0.3)
     panels[0].set_ylabel("points of AP against dense, 95 % intervals")
     return figure

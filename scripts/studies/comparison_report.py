@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from studies.common import markdown_table
+
 from detr_jax.evaluation.comparison import Row
 
 PAPER = (
@@ -37,7 +39,7 @@ def comparison_markdown(results: dict) -> str:
     parts += ["### MGS with all FFNs gated, one ingredient after the other", _list(rows, "mgs")]
     parts += ["### Which FFNs cost the accuracy (MGS, threshold 0.5)", _list(rows, "layers")]
     parts += ["### SIBS, and the bounds", _list(rows, "sibs", "bounds")]
-    parts += ["### Density of neurons, groups and tiles of tokens (exact; MGS at 0.5)", _tiles(results["ladder"])]
+    parts += ["### Density of neurons, groups and tiles of tokens (exact; MGS at 0.5)", _tiles(results["tile_density"])]
     parts += ["### Every row", _list(rows, *dict.fromkeys(row["section"] for row in rows))]
     return "\n\n".join(parts) + "\n"
 
@@ -112,13 +114,13 @@ def _kind(row: Row) -> tuple[str, str, str]:
     return row["granularity"], "dynamic" if row["dynamic"] else "static", "yes" if row["trained"] else "no"
 
 
-def _tiles(ladder: dict) -> str:
+def _tiles(densities: dict) -> str:
     """A line for each FFN, a column for each size of tile: in raster order / ordered by signature."""
-    sizes = list(next(iter(ladder.values()))["exact"]["raster"])
+    sizes = list(next(iter(densities.values()))["exact"]["raster"])
     lines = [
         [name, kind, f"{of['neurons']:.3f}" if kind == "exact" else ""]
         + [f"{of[kind]['raster'][size]:.2f} / {of[kind]['signature'][size]:.2f}" for size in sizes]
-        for name, of in ladder.items()
+        for name, of in densities.items()
         for kind in ("exact", "predicted")
     ]
     header = ["FFN", "groups", "neurons", *(f"tiles of {size}" for size in sizes)]
@@ -128,15 +130,3 @@ def _tiles(ladder: dict) -> str:
 def _difference(row: Row) -> str:
     low, high = row["AP_minus_dense_interval"]
     return f"{100 * row['AP_minus_dense']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
-    """A Markdown table whose source lines up; the first `left` columns are aligned to the left."""
-    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
-        return f"| {' | '.join(padded)} |"
-
-    rule = [("-" * (w + 2)) if i < left else ("-" * (w + 1) + ":") for i, w in enumerate(widths)]
-    return "\n".join([line(header), f"|{'|'.join(rule)}|", *map(line, rows)])

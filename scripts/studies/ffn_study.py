@@ -10,23 +10,19 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
-from comparison_report import markdown_table
+from common import markdown_table
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from detr_jax.errors import InputError
 from detr_jax.evaluation.counts import count_activity, total_counts
 from detr_jax.evaluation.flops import remaining_share
-from detr_jax.files import replacing
 from detr_jax.methods import Fixed, LowRankCompensation, Oracle, Sibs, Thresholded, TopK
 from detr_jax.models import FFNWeights, Selection
 from detr_jax.models.ffn import forward
 from detr_jax.models.standalone import FFNInputs, HasFFNs, StandaloneFFNs
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from detr_jax.viz.figures import COLOURS, new_figure
 
 MeasuredSelector = Thresholded | TopK | LowRankCompensation | Fixed | Oracle | Sibs
 """Selectors that know what they cost."""
@@ -262,11 +258,10 @@ FLOOR = 1e-3
 """Least error that the figure shows."""
 
 
-def plot_errors(path: Path, title: str, effects: Effects) -> None:
+def plot_errors(title: str, effects: Effects) -> Figure:
     """Error against share of multiply-adds, a panel for each FFN.
 
     Args:
-        path: of the figure, a PNG.
         title: data and number of images.
         effects: of the selectors; one without error is a vertical line. Methods whose names begin with the same word
             ("teal, input") share a colour.
@@ -281,12 +276,12 @@ def plot_errors(path: Path, title: str, effects: Effects) -> None:
             else:
                 axes.axvline(points[0][0], **styles[method] | {"marker": ""}, label=method)
         axes.set(title=name, yscale="log", xlim=(0, 1), ylim=(FLOOR, 1.5))
-    _finish(figure, panels, path, "share of multiply-adds, selector included", "relative error of the output")
+    return _finish(figure, panels, "share of multiply-adds, selector included", "relative error of the output")
 
 
 def _styles(methods: Sequence[str]) -> dict[str, dict]:
     """Of each method its colour, and line and marker of its variant."""
-    colours = [*plt.get_cmap("tab10").colors, "black", "gold", "navy", "lime"]
+    colours = [*COLOURS, "black", "gold", "navy", "lime"]
     families = [re.split(r",| \+", method)[0] for method in methods]
     colour = dict(zip(dict.fromkeys(families), itertools.cycle(colours), strict=False))
     variants = [families[:i].count(family) % 4 for i, family in enumerate(families)]
@@ -296,24 +291,23 @@ def _styles(methods: Sequence[str]) -> dict[str, dict]:
     }
 
 
-def plot_tiles(path: Path, title: str, densities: Mapping[str, Mapping[str, Densities]]) -> None:
+def plot_tiles(title: str, densities: Mapping[str, Mapping[str, Densities]]) -> Figure:
     """Density against tokens per tile, a panel for each FFN.
 
     Args:
-        path: of the figure, a PNG.
         title: data and number of images.
         densities: of each FFN, by how its neurons are grouped, in two orders of the tokens.
     """
     figure, panels = _panels(len(densities), title)
     for axes, (name, of_groupings) in zip(panels, densities.items(), strict=False):
-        for colour, (grouping, found) in zip(plt.get_cmap("tab10").colors, of_groupings.items(), strict=False):
+        for colour, (grouping, found) in zip(COLOURS, of_groupings.items(), strict=False):
             for (order, by_size), line in zip(found.items(), ("-", "--"), strict=True):
                 sizes, values = zip(*by_size.items(), strict=True)
                 axes.plot(sizes, values, line, marker="o", markersize=4, color=colour, label=f"{grouping}, {order}")
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, map(str, sizes))
         axes.set(title=name, ylim=(0, 1.02))
-    _finish(figure, panels, path, "tokens per tile, in raster or signature order", "density of (tile, group) pairs")
+    return _finish(figure, panels, "tokens per tile, in raster or signature order", "density of (tile, group) pairs")
 
 
 def _panels(count: int, title: str) -> tuple[Figure, list[Axes]]:
@@ -321,21 +315,18 @@ def _panels(count: int, title: str) -> tuple[Figure, list[Axes]]:
     columns = min(count, 3)
     rows = -(-count // columns)
     size = (4.2 * columns + 2.5, 3.6 * rows + 0.6)
-    figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", sharey=True, squeeze=False)
+    figure, grid = new_figure(title, size, rows, columns, sharey=True, squeeze=False)
     for axes in grid.flat[count:]:
         axes.set_axis_off()
-    figure.suptitle(title)
     return figure, list(grid.flat[:count])
 
 
-def _finish(figure: Figure, panels: Sequence[Axes], path: Path, x_label: str, y_label: str) -> None:
-    """Adds labels, grids and the legend of one panel, and writes the figure."""
+def _finish(figure: Figure, panels: Sequence[Axes], x_label: str, y_label: str) -> Figure:
+    """Adds labels, grids and the legend of one panel."""
     for axes in panels:
         axes.grid(alpha=0.3)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.label_outer(remove_inner_ticks=False)
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
-    plt.close(figure)
+    return figure

@@ -1,16 +1,12 @@
 """Tables and the figure of recipes at several densities: points of AP, density of tiles, and time of the FFNs."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-import matplotlib
-from comparison_report import markdown_table
+from common import markdown_table
+from matplotlib.figure import Figure
 
-from detr_jax.files import replacing
+from detr_jax.viz.figures import COLOURS, new_figure
 from detr_jax.viz.tables import points_of_ap
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 LOST = 0.5
 """Points of AP at which recipes are compared."""
@@ -53,18 +49,16 @@ def points_table(points: Sequence[Mapping]) -> str:
     return markdown_table(["recipe", "setting", "points of AP", "tile density", "time of the FFNs"], rows, left=2)
 
 
-def plot_recipes(path: Path, title: str, points: Sequence[Mapping]) -> None:
-    """Draws accuracy against density of tiles and against time.
+def plot_recipes(title: str, points: Sequence[Mapping]) -> Figure:
+    """Accuracy against density of tiles and against time.
 
     Args:
-        path: of the figure, a PNG.
         title: model and data.
         points: with `recipe`, `density`, `time`, `AP_minus_dense` and its interval; `chosen_by` "density" or "latency"
             keeps a point out of the other panel.
     """
-    figure, panels = plt.subplots(1, 2, figsize=(13, 6.4), sharey=True, layout="constrained")
-    colours = plt.get_cmap("tab10").colors
-    labels = {"density": "density of pairs of token tile and neuron block", "time": "time of all FFNs, dense = 1"}
+    figure, panels = new_figure(title, (13, 6.4), 1, 2, sharey=True)
+    labels = {"density": "share of (token tile, neuron block) pairs computed", "time": "time of all FFNs, dense = 1"}
     units = {"density": "density", "time": "latency"}
     for axes, (key, label) in zip(panels, labels.items(), strict=True):
         for i, (recipe, of) in enumerate(by_recipe(points).items()):
@@ -74,7 +68,7 @@ def plot_recipes(path: Path, title: str, points: Sequence[Mapping]) -> None:
             bounds = [[100 * bound for bound in point["AP_minus_dense_interval"]] for point in of]
             errors = [[max(value - low, 0) for value, (low, _) in zip(y, bounds, strict=True)]]
             errors.append([max(high - value, 0) for value, (_, high) in zip(y, bounds, strict=True)])
-            style = {"linestyle": "--" if i >= len(colours) else "-", "color": colours[i % len(colours)]}
+            style = {"linestyle": "--" if i >= len(COLOURS) else "-", "color": COLOURS[i % len(COLOURS)]}
             axes.errorbar(x, y, errors, marker="o", markersize=4, capsize=2, linewidth=1.2, label=recipe, **style)
         axes.axhline(-LOST, color="0.5", linewidth=1, linestyle=":")
         axes.set(xlabel=label, xlim=(0, None), ylim=(-8, 0.6))
@@ -82,7 +76,4 @@ def plot_recipes(path: Path, title: str, points: Sequence[Mapping]) -> None:
     panels[1].axvline(1, color="0.5", linewidth=1, linestyle=":")
     panels[0].set(ylabel="points of AP against dense")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
-    figure.suptitle(title)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
-    plt.close(figure)
+    return figure

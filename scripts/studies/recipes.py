@@ -1,7 +1,6 @@
 """From the paper's recipe to the fastest plan: what each ingredient does for accuracy, tile density and FFN time."""
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Annotated
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from common import Rows, Scorer, Splits, cached, check_options, embed, frozen, open_splits, train
 from recipe_report import LOST, best_table, plot_recipes, points_table
 from tqdm import tqdm
 
@@ -21,19 +21,13 @@ from detr_jax.calibration.sensitivity import OutputDivergence, SensitivityTable,
 from detr_jax.calibration.threshold_passes import measure_scores
 from detr_jax.calibration.thresholds import density_threshold
 from detr_jax.commands import cli
-from detr_jax.data.batches import CachedBatches
 from detr_jax.data.dataset import Subset
-from detr_jax.data.features import BackboneFeatures, backbone_features
-from detr_jax.data.registry import open_dataset
-from detr_jax.errors import InputError
-from detr_jax.evaluation.coco_ap import bootstrap, confidence_interval, score
-from detr_jax.evaluation.runs import measure_dataset
 from detr_jax.files import replacing, write_json
 from detr_jax.kernels import Execution
 from detr_jax.methods import Executed, Thresholded, log_odds
 from detr_jax.models import DETR, Selector
 from detr_jax.run_folder import RESULTS, open_run
-from detr_jax.search.candidates import KINDS
+from detr_jax.search.candidates import CANDIDATE_KINDS
 from detr_jax.search.search import PlanSearch, SearchSettings
 from detr_jax.training.budgets import (
     DensityOfEach,
@@ -46,7 +40,8 @@ from detr_jax.training.budgets import (
     tune_gates,
 )
 from detr_jax.training.gates import KINDS as GATE_KINDS
-from detr_jax.training.gates import Gates, GateSpec, GateTraining, train_gates
+from detr_jax.training.gates import Gates, GateSpec, GateTraining
+from detr_jax.viz.figures import save_figure
 
 GRID = (1.0, 0.7, 0.5, 0.4, 0.3, 0.25, 0.2, 0.16, 0.12, 0.09, 0.06, 0.04, 0.02)
 """Densities of tiles that gates' allocations choose from, in each FFN."""
@@ -90,7 +85,7 @@ class Arguments:
     tuning: GateTuning = field(default_factory=GateTuning)
     search: SearchSettings = field(default_factory=SearchSettings)
     """Groups and windows are those of the gates and tiles."""
-    out: Path = Path("runs/study_recipes")
+    out: Path = Path("runs/recipes")
     """Folder for the results."""
     resume: bool = False
     """Go on with an interrupted run in the output folder."""
@@ -103,51 +98,29 @@ Timed = Mapping[str, tuple[Selector, np.ndarray]]
 
 
 class Study:
-    """The detector in both orders of its neurons, data, and the points that are measured so far."""
+    """The detector in both orders of its neurons, data, and the points measured so far."""
 
-    def __init__(self, arguments: Arguments, own: DETR):
-        settings = arguments.search
-        held_out = settings.calibration_images
-        data = open_dataset(arguments.coco, "train", arguments.train_images + held_out)
-        if len(data) <= held_out:
-            raise InputError(f"{data.name} has {len(data)} images, too few to hold out {held_out} for calibration")
-        split = len(data) - held_out
-        training, calibration = Subset(data, 0, split), Subset(data, split, len(data))
-        validation = open_dataset(arguments.coco, "val", arguments.eval_images)
-        self.data = {"training": training.name, "calibration": calibration.name, "validation": validation.name}
+    def __init__(self, arguments: Arguments, own: DETR, splits: Splits):
         self.own, self._arguments = own, arguments
-
-        def embed(dataset, batch_size, title) -> list[BackboneFeatures]:
-            return list(backbone_features(own, dataset, batch_size, f"embedding {title} images"))
-
-        batch_size = arguments.training.batch_size
-        stored = [batch.tokens for batch in embed(training, batch_size, "training")]
-        self._passes = CachedBatches(stored, arguments.training.seed)
-        self._calibration = embed(calibration, settings.batch_size, "calibration")
-        self._held_out = CachedBatches([batch.tokens for batch in self._calibration])
-        self._validation = embed(validation, settings.batch_size, "validation")
-        self._ground_truth, self._image_ids = validation.ground_truth(), validation.image_ids()
+        settings, size = arguments.search, arguments.training.group_size
+        self._training = cached(
+            embed(own, splits.training, arguments.training.batch_size, "training"), arguments.training.seed
+        )
+        self._calibration = embed(own, splits.calibration, settings.batch_size, "calibration")
+        self._held_out = cached(self._calibration)
+        validation = embed(own, splits.validation, settings.batch_size, "validation")
 
         tokens = max(batch.tokens.mask.shape[1] for batch in self._calibration)
         window = arguments.tile_size if tokens > arguments.tile_size else None
-        size = arguments.training.group_size
         settings = dataclasses.replace(settings, group_size=size, window=window)
-        sample = Subset(training, 0, min(settings.statistics_images, len(training)))
-        self.search = PlanSearch(own, sample, calibration, settings)
+        sample = Subset(splits.training, 0, min(settings.statistics_images, len(splits.training)))
+        self.search = PlanSearch(own, sample, splits.calibration, settings)
         self.model = self.search.model
         self._execution = Execution(window, settings.block_size or size)
 
-        self._progress = arguments.out / "progress.json"
-        self.points: dict[str, dict] = json.loads(self._progress.read_text()) if self._progress.exists() else {}
+        self._rows = Rows(arguments.out / "progress.json")
         self.timed: dict[str, Timed] = {}
-        dense, _ = self._score(own, {})
-        self.dense_AP, self._dense_samples = dense.numbers["AP"], bootstrap(dense)
-
-    def _score(self, model: DETR, selectors: Mapping[str, Selector]):
-        group_size = self._arguments.training.group_size
-        measured = measure_dataset(model, self._validation, selectors=dict(selectors), group_size=group_size)
-        density = float(np.mean([counts.density for counts in measured.counts.values()]))
-        return score(self._ground_truth, measured.results, self._image_ids), density
+        self.score = Scorer(own, splits.validation, validation, size)
 
     def point(
         self,
@@ -161,20 +134,11 @@ class Study:
         """Measures selectors unless an interrupted run has; what was chosen by times that differ is measured again."""
         key = f"{recipe}: {setting}"
         self.timed[key] = timed
-        if key in self.points and chosen_by is None:
+        if key in self._rows and chosen_by is None:
             return
-        scores, density = self._score(model, selectors)
-        self.points[key] = {
-            "recipe": recipe,
-            "setting": setting,
-            "chosen_by": chosen_by,
-            "AP": scores.numbers["AP"],
-            "AP_minus_dense": scores.numbers["AP"] - self.dense_AP,
-            "AP_minus_dense_interval": confidence_interval(bootstrap(scores) - self._dense_samples),
-            "density": density,
-        }
-        write_json(self._progress, self.points)
-        tqdm.write(f"{key:<64} {100 * self.points[key]['AP_minus_dense']:+6.2f} points, density {density:.3f}")
+        row = {"recipe": recipe, "setting": setting, "chosen_by": chosen_by} | self.score(model, selectors)
+        self._rows.keep(key, row)
+        tqdm.write(f"{key:<64} {100 * row['AP_minus_dense']:+6.2f} points, density {row['density']:.3f}")
 
     def gated(self, recipe: str, setting: str, model: DETR, gates: Mapping[str, Thresholded]) -> None:
         """Measures gates, whose tiles get what one of their tokens needs."""
@@ -190,23 +154,16 @@ class Study:
         """Measures what the search chooses among some kinds of candidates, by density and by time."""
         search = self.search
         for unit in ("density", "latency"):
-            for choice in search.ladder(self._arguments.shares, kinds, unit):
+            for choice in search.choices(self._arguments.shares, kinds, unit):
                 chosen = search.chosen(choice)
                 trials = {name: candidate.trial for name, candidate in chosen.items()}
                 timed = {name: (c.selector, c.order) for name, c in chosen.items() if c.selector is not None}
                 setting = f"by {unit} {search.cost(choice, unit):.2f}"
                 self.point(recipe, setting, self.model, trials, timed, unit)
 
-    def train(self, model: DETR, kinds: Mapping[str, GateSpec], folder: str) -> dict[str, Gates]:
+    def train(self, model: DETR, specs: Mapping[str, GateSpec], folder: str) -> dict[str, Gates]:
         """Gates on labels."""
-        arguments = self._arguments
-        with tqdm(total=arguments.training.epochs * len(self._passes), desc="training gates", unit="step") as bar:
-
-            def report(step: int, loss: jnp.ndarray) -> None:
-                bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
-                bar.update(step - bar.n)
-
-            return train_gates(model, self._passes, kinds, arguments.training, arguments.out / folder, report)
+        return train(model, self._training, specs, self._arguments.training, self._arguments.out / folder)
 
     def sensitivity(self, model: DETR, gates: Gates) -> SensitivityTable:
         """Gates at every density of tiles in each FFN, the others dense."""
@@ -241,10 +198,10 @@ class Study:
         for density in arguments.tuned_densities:
             start = self.shared(sensitivity, density)
             tile_size = self._tile_size({name: selector.score for name, selector in start.items()})
-            # To what the start computes for tokens: training with the union of a tile is worse (study_budgets.py).
+            # To the density per token: training with the union of a tile is worse, see docs/negative-results.md.
             _, densities = measure(self.model, self._held_out, start)
             folder = arguments.out / "tuned" / f"{recipe} {density:g}".replace(" ", "-")
-            total = arguments.tuning.epochs * len(self._passes)
+            total = arguments.tuning.epochs * len(self._training)
             with tqdm(total=total, desc="training to a budget", unit="step") as bar:
 
                 def report(step: int, progress: Progress | None, bar: tqdm = bar) -> None:
@@ -253,59 +210,65 @@ class Study:
                     bar.update(step - bar.n)
 
                 budget = DensityOfEach(densities)
-                trained = tune_gates(self.model, self._passes, start, budget, arguments.tuning, folder, report)
+                trained = tune_gates(self.model, self._training, start, budget, arguments.tuning, folder, report)
             met = meet(self.model, self._held_out, trained, MeanDensity(density), tile_size)
             self.gated(recipe, f"density {density:g}", self.model, met)
 
-    def measure_times(self) -> None:
-        """Adds to every point the time of all FFNs as a share of the dense ones', measured beside each other."""
+    def points(self) -> list[dict]:
+        """All points with the time of their FFNs as a share of the dense ones', measured beside each other."""
         own = np.arange(self.own.config.ffn_features)
         ways = {
             name: [(None, own), *(timed.get(name, (None, own)) for timed in self.timed.values())]
             for name in self.search.names
         }
         seconds = sum(self.search.times(ways, "timing all points").values())
-        shares = dict(zip(self.timed, (seconds[1:] / seconds[0]).tolist(), strict=True))
-        self.points = {key: self.points[key] | {"time": shares[key]} for key in self.timed}
+        shares = (seconds[1:] / seconds[0]).tolist()
+        return [self._rows.by_key[key] | {"time": share} for key, share in zip(self.timed, shares, strict=True)]
+
+
+def check(arguments: Arguments, model: DETR) -> None:
+    """Refuses what cannot be computed, before the output folder is claimed."""
+    check_options(arguments, shares=("thresholds", "densities", "tuned_densities", "shares"), least={"tile_size": 1})
+    dataclasses.replace(arguments.search, group_size=arguments.training.group_size).check(model)
 
 
 def main(arguments: Arguments) -> None:
     started = time.perf_counter()
     own = detr_jax.load(arguments.model, preset=arguments.preset)
-    before = detr_jax.fingerprint(own)
-    settings = cli.settings(arguments) | {"fingerprint of the detector": before}
-    open_run(arguments.out, settings, OUTPUTS, resume=arguments.resume, overwrite=arguments.overwrite)
-    study = Study(arguments, own)
-    mgs = study.train(own, {"mgs": GATE_KINDS["firing"]}, "gates-own")["mgs"]
-    for threshold in arguments.thresholds:
-        gates = {name: Thresholded(gate, jnp.float32(log_odds(threshold))) for name, gate in mgs.items()}
-        study.gated("the paper's recipe", f"threshold {threshold:g}", own, gates)
-    study.calibrated("+ a threshold for each FFN", own, mgs)
-    kinds = {kind: GATE_KINDS[kind] for kind in ("firing", "contribution", "contributions")}
-    gates = study.train(study.model, kinds, "gates")
-    sensitivity = study.calibrated("+ groups by co-firing", study.model, gates["firing"])
-    study.tuned("+ trained through the detector", sensitivity)
-    study.calibrated("labels by contribution", study.model, gates["contribution"])
-    sensitivity = study.calibrated("one gate for an image", study.model, gates["contributions"])
-    study.tuned("that, trained through the detector", sensitivity)
-    study.searched("an image's sets by a sketch", ("dense", "sketched"))
-    study.searched("that, with fitted second layers", ("dense", "sketched, refitted"))
-    study.searched("an image's sets by pooled inputs", ("dense", "pooled"))
-    study.searched("those, with fitted second layers", ("dense", "pooled, refitted"))
-    study.searched("fixed sets", ("dense", "fixed"))
-    study.searched("fixed sets with fitted second layers", ("dense", "fixed, refitted"))
-    study.searched("whatever is best", KINDS)
-    study.measure_times()
-    if detr_jax.fingerprint(own) != before:
-        raise AssertionError("the frozen detector changed")
+    check(arguments, own)
+    held_out = arguments.search.calibration_images
+    splits = open_splits(arguments.coco, arguments.train_images, held_out, arguments.eval_images)
+    with frozen(own) as fingerprint:
+        settings = cli.settings(arguments) | {"fingerprint of the detector": fingerprint}
+        open_run(arguments.out, settings, OUTPUTS, resume=arguments.resume, overwrite=arguments.overwrite)
+        study = Study(arguments, own, splits)
+        mgs = study.train(own, {"mgs": GATE_KINDS["firing"]}, "gates-own")["mgs"]
+        for threshold in arguments.thresholds:
+            gates = {name: Thresholded(gate, jnp.float32(log_odds(threshold))) for name, gate in mgs.items()}
+            study.gated("the paper's recipe", f"threshold {threshold:g}", own, gates)
+        study.calibrated("+ a threshold for each FFN", own, mgs)
+        kinds = {kind: GATE_KINDS[kind] for kind in ("firing", "contribution", "contributions")}
+        gates = study.train(study.model, kinds, "gates")
+        sensitivity = study.calibrated("+ groups by co-firing", study.model, gates["firing"])
+        study.tuned("+ trained through the detector", sensitivity)
+        study.calibrated("labels by contribution", study.model, gates["contribution"])
+        sensitivity = study.calibrated("one gate for an image", study.model, gates["contributions"])
+        study.tuned("that, trained through the detector", sensitivity)
+        study.searched("an image's sets by a sketch", ("dense", "sketched"))
+        study.searched("that, with fitted second layers", ("dense", "sketched, refitted"))
+        study.searched("an image's sets by pooled inputs", ("dense", "pooled"))
+        study.searched("those, with fitted second layers", ("dense", "pooled, refitted"))
+        study.searched("fixed sets", ("dense", "fixed"))
+        study.searched("fixed sets with fitted second layers", ("dense", "fixed, refitted"))
+        study.searched("whatever is best", CANDIDATE_KINDS)
+        points = study.points()
 
-    points = list(study.points.values())
     results = {
         "model": arguments.model,
-        "fingerprint": before,
-        "data": study.data,
-        "images": arguments.eval_images,
-        "dense_AP": study.dense_AP,
+        "fingerprint": fingerprint,
+        "data": splits.names,
+        "images": len(splits.validation),
+        "dense_AP": study.score.dense_AP,
         "points": points,
         "seconds": time.perf_counter() - started,
         **cli.provenance(arguments),
@@ -315,7 +278,8 @@ def main(arguments: Arguments) -> None:
     print(f"\n{text}")
     with replacing(arguments.out / "recipes.md") as temporary:
         temporary.write_text(text)
-    plot_recipes(arguments.out / "recipes.png", f"{arguments.model}, {study.data['validation']}", points)
+    figure = plot_recipes(f"{arguments.model}, {splits.validation.name}", points)
+    save_figure(figure, arguments.out / "recipes.png")
     write_json(arguments.out / RESULTS, results)
     print(f"results.json, recipes.md and recipes.png are in {arguments.out} after {math.ceil(results['seconds'])} s")
 

@@ -3,12 +3,11 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from token_orders import Grid, GridOrder, grid_order, padding_last
 
 from detr_jax.calibration.top_p import contributions, needed
 from detr_jax.kernels import signature_order
@@ -17,10 +16,8 @@ from detr_jax.methods.tiles import tiles_of
 from detr_jax.models import FFNTrace
 from detr_jax.models.standalone import HasFFNs
 
-TokenOrder = GridOrder | Literal["signature"]
-TOKEN_ORDERS: tuple[TokenOrder, ...] = (*get_args(GridOrder), "signature")
-ON_A_GRID = ("windows", "hilbert")
-"""Orders that tokens without a grid do not have."""
+TokenOrder = Literal["raster", "signature"]
+"""Tokens as they come, or sorted by the blocks that are active for them (`kernels.signature_order`)."""
 
 
 @dataclass(frozen=True)
@@ -58,26 +55,12 @@ class Measurement:
     errors: dict[float, float]
 
 
-@dataclass(frozen=True)
-class StudyBatch:
-    """Inputs of the FFNs, and how the tokens of images lie.
-
-    Attributes:
-        inputs: for the carrier.
-        grids: of the FFNs whose tokens lie on one, by name.
-    """
-
-    inputs: Any
-    grids: Mapping[str, Grid]
-
-
 def settings_of(
     orders: Sequence[TokenOrder],
     tile_sizes: Sequence[int],
     neurons: Mapping[int, str],
     *,
     tokens: int,
-    on_grid: bool,
 ) -> list[Setting]:
     """All settings that differ: tiles of one token and whole images know no order.
 
@@ -86,9 +69,7 @@ def settings_of(
         tile_sizes: tokens per tile; those that are no smaller than an image are left out.
         neurons: block sizes with the name of the order of the neurons.
         tokens: of the smallest image.
-        on_grid: whether they lie on a grid.
     """
-    orders = [order for order in orders if on_grid or order not in ON_A_GRID]
     sizes = [*(size for size in tile_sizes if size < tokens), None]
     return [
         Setting(order_of_neurons, block_size, order, size)
@@ -98,9 +79,9 @@ def settings_of(
     ]
 
 
-def token_counts(ffns_of: HasFFNs, batches: Iterable[StudyBatch]) -> dict[str, int]:
+def token_counts(ffns_of: HasFFNs, batches: Iterable[Any]) -> dict[str, int]:
     """Tokens of the smallest image of every FFN, padding included."""
-    shapes = [jax.eval_shape(_dense_traces, ffns_of, batch.inputs) for batch in batches]
+    shapes = [jax.eval_shape(_dense_traces, ffns_of, batch) for batch in batches]
     return {name: min(traces[name].tokens.shape[1] for traces in shapes) for name in ffns_of.ffn_weights()}
 
 
@@ -111,7 +92,7 @@ def _dense_traces(ffns_of, inputs):
 
 def measure_settings(
     ffns_of: HasFFNs,
-    batches: Iterable[StudyBatch],
+    batches: Iterable[Any],
     settings: Mapping[str, Sequence[Setting]],
     neuron_orders: Mapping[tuple[str, int], Mapping[str, np.ndarray]],
     shares: Sequence[float],
@@ -139,12 +120,12 @@ def measure_settings(
     count = partial(_count, shares=tuple(shares), need_share=need_share)
     totals: dict[str, dict[Setting, Sums]] = {name: {} for name in settings}
     for batch in batches:
-        traces = _dense_traces(ffns_of, batch.inputs)
+        traces = _dense_traces(ffns_of, batch)
         for name, of_ffn in totals.items():
             trace = traces[name]
             for setting in settings[name]:
                 neurons = neuron_orders[setting.neurons, setting.block_size][name]
-                tokens = _token_order(setting, trace, neurons, batch.grids.get(name))
+                tokens = _token_order(setting, trace, neurons)
                 tile_size = setting.tile_size or trace.tokens.shape[1]
                 sums = count(weights[name], trace, neurons, tokens, tile_size=tile_size, block_size=setting.block_size)
                 sums = jax.tree.map(lambda total: np.asarray(total, np.float64), jax.device_get(sums))
@@ -173,12 +154,11 @@ class Sums(NamedTuple):
     lost: jax.Array
 
 
-def _token_order(setting: Setting, trace: FFNTrace, neurons: np.ndarray, grid: Grid | None) -> jax.Array:
-    """(images, tokens) order of the tokens."""
+def _token_order(setting: Setting, trace: FFNTrace, neurons: np.ndarray) -> jax.Array:
+    """(images, tokens) order of the tokens, padding last."""
     if setting.tokens == "signature":
         return _signatures(trace, neurons, block_size=setting.block_size)
-    grid = (1, trace.tokens.shape[1]) if grid is None else grid
-    return padding_last(grid_order(setting.tokens, grid, setting.tile_size or 1), trace.tokens)
+    return jnp.argsort(~trace.tokens, axis=1, stable=True)
 
 
 @partial(jax.jit, static_argnames="block_size")

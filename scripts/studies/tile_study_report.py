@@ -1,26 +1,23 @@
 """Tables and figures of the study of tiles and blocks."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 
-import matplotlib
 import numpy as np
-from comparison_report import markdown_table
+from common import markdown_table
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 from tile_study import Measurement, Setting
 
 from detr_jax.calibration.permutation import TopPPermutation
-from detr_jax.files import replacing
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from detr_jax.viz.figures import new_figure
 
 Measurements = Mapping[str, Mapping[Setting, Measurement]]
 """By FFN."""
 
 FLOOR = 1e-3
 """Least error that figures show."""
-LINES = {"raster": "-", "windows": "--", "hilbert": ":", "signature": "-."}
-"""Of the orders of the tokens in figures."""
+LINES = {"raster": "-", "signature": "--"}
+"""Line styles of the token orders."""
 
 
 def parts_of(names: Iterable[str]) -> dict[str, list[str]]:
@@ -74,9 +71,8 @@ def study_markdown(
         "contributes the sum over a tile's tokens of h_j ||W_out[j]||. Errors are ||y_sparse - y|| / ||y|| of an FFN's "
         "output without b_out, each FFN for itself.",
         "## Where it goes",
-        "Columns are tokens per tile. Tiles are consecutive tokens: row by row (raster), in windows of one tile each, "
-        "along a Hilbert curve, or sorted by which blocks fire for a token (signature). Blocks larger than one neuron "
-        "are of the neurons ordered by need.",
+        "Columns are tokens per tile. Tiles are consecutive tokens: row by row (raster), or sorted by the blocks that "
+        "are active for a token (signature). Blocks larger than one neuron are of neurons in the order by top-p mask.",
     ]
     by_part = parts_of(where)
     for part, names in by_part.items():
@@ -149,11 +145,10 @@ def _find(
     return measured[setting if setting in measured else Setting(neurons, block_size, "raster", tile_size)]
 
 
-def plot_where(path: Path, title: str, where: Measurements, need_share: float) -> None:
+def plot_where(title: str, where: Measurements, need_share: float) -> Figure:
     """Densities and error against tokens per tile, a row of panels for each part of the model.
 
     Args:
-        path: of the figure, a PNG.
         title: data and number of images.
         where: with one order of the neurons.
         need_share: of a tile's contribution, what "nearly all" of it is.
@@ -165,14 +160,12 @@ def plot_where(path: Path, title: str, where: Measurements, need_share: float) -
         f"density of blocks that make up {100 * need_share:g} %": lambda m: m.making_up,
         f"error, best {100 * least:g} % of the blocks": lambda m: max(m.errors[least], FLOOR),
     }
-    size = (16, 4.2 * len(parts) + 0.6)
-    figure, panels = plt.subplots(len(parts), 3, figsize=size, layout="constrained", squeeze=False)
-    figure.suptitle(title)
+    figure, panels = new_figure(title, (16, 4.2 * len(parts) + 0.6), len(parts), 3, squeeze=False)
     for row, (part, names) in zip(panels, parts.items(), strict=True):
         mean = mean_of(where, names)
         levels = levels_of(mean)
         blocks = dict.fromkeys((s.block_size, s.neurons) for s in mean)
-        colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(blocks)))
+        colours = colormaps["viridis"](np.linspace(0, 0.9, len(blocks)))
         for axes, (label, value) in zip(row, columns.items(), strict=True):
             for (block, neurons), colour in zip(blocks, colours, strict=True):
                 for order in dict.fromkeys(s.tokens for s in mean):
@@ -191,25 +184,22 @@ def plot_where(path: Path, title: str, where: Measurements, need_share: float) -
     }
     texts = sorted(explained, key=lambda text: text.startswith("tokens"))
     figure.legend([explained[text] for text in texts], texts, fontsize=8, loc="outside right center")
-    _save(figure, path)
+    return figure
 
 
-def plot_neuron_orders(path: Path, title: str, neuron_orders: Measurements, need_share: float) -> None:
+def plot_neuron_orders(title: str, neuron_orders: Measurements, need_share: float) -> Figure:
     """Density of needed pairs for each order of the neurons, a row of panels for each part of the model.
 
     Args:
-        path: of the figure, a PNG.
         title: data and number of images.
         neuron_orders: with the tokens in raster order.
         need_share: of a tile's contribution, what "nearly all" of it is.
     """
     parts = parts_of(neuron_orders)
     levels = levels_of(s for measured in neuron_orders.values() for s in measured)
+    title = f"Pairs with a neuron needed for {100 * need_share:g} % of a tile's contribution, {title}"
     size = (4.4 * len(levels) + 2, 3.8 * len(parts) + 0.6)
-    figure, panels = plt.subplots(
-        len(parts), len(levels), figsize=size, layout="constrained", sharey=True, squeeze=False
-    )
-    figure.suptitle(f"pairs that hold a neuron needed for {100 * need_share:g} % of a tile's contribution, {title}")
+    figure, panels = new_figure(title, size, len(parts), len(levels), sharey=True, squeeze=False)
     for row, (part, names) in zip(panels, parts.items(), strict=True):
         mean = mean_of(neuron_orders, names)
         orders = list(dict.fromkeys(s.neurons for s in mean))
@@ -227,10 +217,4 @@ def plot_neuron_orders(path: Path, title: str, neuron_orders: Measurements, need
                 axes.bar(np.arange(len(blocks)) + (i - (len(orders) - 1) / 2) * width, values, width, label=order)
         row[0].set_ylabel("density")
     figure.legend(*panels[0][-1].get_legend_handles_labels(), fontsize=8, loc="outside right center")
-    _save(figure, path)
-
-
-def _save(figure: plt.Figure, path: Path) -> None:
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)
+    return figure

@@ -1,0 +1,142 @@
+"""Figures of results, as matplotlib `Figure` objects: pyplot and its global state are not imported."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from detr_jax.evaluation.counts import ActivityCounts
+from detr_jax.files import replacing
+from detr_jax.search.candidates import CANDIDATE_KINDS
+
+COLOURS = colormaps["tab10"].colors
+_PAIRS = colormaps["tab20"].colors
+KIND_COLOURS = dict(
+    zip(CANDIDATE_KINDS, ("0.6", _PAIRS[3], _PAIRS[2], _PAIRS[1], _PAIRS[0], _PAIRS[9], _PAIRS[8]), strict=True)
+)
+
+
+def new_figure(title: str, size: tuple[float, float], *grid: int, **options: Any) -> tuple[Figure, Any]:
+    """A figure of `size` inches and its panels; `grid` and `options` as in `Figure.subplots`."""
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title)
+    return figure, figure.subplots(*grid, **options)
+
+
+def save_figure(figure: Figure, path: Path, dpi: int = 130) -> None:
+    """Writes a figure as a PNG, whole or not at all."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, format="png")
+
+
+def label_ffns(axes: Axes, names: Sequence[str]) -> None:
+    """Names of FFNs below bars at 0, 1, ...; slanted where they are many."""
+    rotation = 60 if len(names) > 8 else 30
+    axes.set_xticks(range(len(names)), names, rotation=rotation, ha="right", rotation_mode="anchor")
+    axes.grid(axis="y", alpha=0.3)
+
+
+@dataclass(frozen=True)
+class GatedRun:
+    """A detector's results with one set of gates, for a figure.
+
+    Attributes:
+        title: a few words.
+        ap: COCO's AP.
+        ap_interval: its 95 % confidence interval.
+        counts: of every FFN by name.
+    """
+
+    title: str
+    ap: float
+    ap_interval: tuple[float, float]
+    counts: dict[str, ActivityCounts]
+
+
+def plot_gates(title: str, dense: GatedRun, gated: Sequence[GatedRun]) -> Figure:
+    """Sparsity and recall of every FFN, and AP against mean group sparsity.
+
+    Args:
+        title: detector, data and number of images.
+        dense: the detector without gates.
+        gated: with all FFNs gated, in several ways.
+    """
+    figure, (sparsity, recall, accuracy) = new_figure(title, (15, 4.8), 1, 3, width_ratios=(1.3, 1.3, 1))
+    names, width = list(dense.counts), 0.8 / len(gated)
+    position = np.arange(len(names))
+    for i, (run, colour) in enumerate(zip(gated, COLOURS, strict=False)):
+        bars = {"x": position + (i - (len(gated) - 1) / 2) * width, "width": width, "color": colour, "label": run.title}
+        sparsity.bar(height=[run.counts[n].group_sparsity for n in names], **bars)
+        recall.bar(height=[run.counts[n].recall for n in names], **bars)
+        mean = float(np.mean([c.group_sparsity for c in run.counts.values()]))
+        low, high = run.ap_interval
+        error = [[max(run.ap - low, 0)], [max(high - run.ap, 0)]]  # of few images, AP can be at or past an end
+        accuracy.errorbar(mean, run.ap, error, fmt="o", capsize=4, color=colour, label=f"{run.title} {run.ap:.3f}")
+    sparsity.plot(
+        position, [dense.counts[n].zeros for n in names], "k_", markersize=24, label="zero activations, dense"
+    )
+    inactive = [1 - dense.counts[n].groups_fired / dense.counts[n].groups for n in names]
+    sparsity.plot(position, inactive, "k.", markersize=8, label="inactive groups, dense")
+    sparsity.set_title("groups skipped")
+    recall.set_title("recall: active groups that are computed")
+    computed = [run.counts[n] for run in gated for n in names]
+    lowest = min(*inactive, *(c.group_sparsity for c in computed)), min(c.recall for c in computed)
+    for axes, least in zip((sparsity, recall), lowest, strict=True):
+        axes.set_ylim(max(0.0, np.floor(least * 10 - 1) / 10), 1)
+        label_ffns(axes, names)
+    figure.legend(*sparsity.get_legend_handles_labels(), fontsize=8, loc="outside lower left", ncols=4)
+    accuracy.axhline(dense.ap, color="k", linewidth=1, label=f"dense {dense.ap:.3f}")
+    accuracy.axhspan(*dense.ap_interval, color="k", alpha=0.08)
+    accuracy.set(xlabel="mean share of groups skipped, all FFNs gated", title="AP, 95 % intervals over images")
+    accuracy.grid(alpha=0.3)
+    accuracy.legend(fontsize=8)
+    return figure
+
+
+def plot_search(
+    title: str, curves: Mapping[str, Mapping[str, Sequence[Mapping]]], plan: Mapping, ffns: Mapping[str, Mapping]
+) -> Figure:
+    """Accuracy of searched plans against time and density, and the selection of each FFN.
+
+    Args:
+        title: model, data and device.
+        curves: by budget ("latency" or "density") and kinds of candidates, points with `time` and `density` relative
+            to the dense FFNs, `AP_minus_dense` and its interval.
+        plan: the point of the plan.
+        ffns: of each FFN its `kind`, `always` and `density` in the plan.
+    """
+    figure, (by_time, by_density, layers) = new_figure(title, (15, 4.4), 1, 3)
+    for axes, unit, key in ((by_time, "latency", "time"), (by_density, "density", "density")):
+        styles = (("tab:green", "o-"), ("tab:blue", "s--"), ("tab:orange", "^:"))
+        for (name, points), (colour, line) in zip(curves[unit].items(), styles, strict=False):
+            points = sorted(points, key=lambda point: point[key])
+            x, y = [point[key] for point in points], [100 * point["AP_minus_dense"] for point in points]
+            bounds = 100 * np.array([point["AP_minus_dense_interval"] for point in points]).reshape(-1, 2).T
+            axes.plot(x, y, line, markersize=4, color=colour, label=name)
+            axes.fill_between(x, *bounds, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(plan[key], 100 * plan["AP_minus_dense"], "k*", markersize=13, label="the plan")
+        axes.axhline(0, color="0.7", linewidth=1)
+        axes.grid(alpha=0.3)
+    lost = [100 * point["AP_minus_dense"] for of in curves.values() for points in of.values() for point in points]
+    by_time.set(xlabel="measured time of all FFNs, dense = 1", xlim=(0, None), ylabel="points of AP against dense")
+    by_time.set(ylim=(max(min(lost, default=0), -12) - 1, 1))
+    by_density.set(xlabel="share of the neurons that is computed", xlim=(0, None), ylim=by_time.get_ylim())
+    by_time.legend()
+
+    for i, ffn in enumerate(ffns.values()):
+        layers.bar(i, ffn["density"], color=KIND_COLOURS[ffn["kind"]])
+        if 0 < ffn["always"] < ffn["density"]:
+            layers.bar(i, ffn["always"], color=KIND_COLOURS[ffn["kind"]], hatch="//", edgecolor="white")
+    for kind in dict.fromkeys(ffn["kind"] for ffn in ffns.values()):
+        layers.bar(0, 0, color=KIND_COLOURS[kind], label=kind)
+    if any(0 < ffn["always"] < ffn["density"] for ffn in ffns.values()):
+        layers.bar(0, 0, color="white", hatch="//", edgecolor="0.3", label="of that, always computed")
+    label_ffns(layers, list(ffns))
+    layers.set(ylabel="share of the neurons that the plan computes")
+    layers.legend()
+    return figure

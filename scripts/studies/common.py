@@ -1,0 +1,178 @@
+"""What studies share: data splits, cached backbone features, gate training, scores against dense, rows that survive an
+interruption, and tables."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+import detr_jax
+from detr_jax.data.batches import CachedBatches
+from detr_jax.data.dataset import Dataset, Subset
+from detr_jax.data.features import BackboneFeatures, backbone_features
+from detr_jax.data.registry import open_dataset
+from detr_jax.errors import InputError
+from detr_jax.evaluation.coco_ap import bootstrap, confidence_interval, score
+from detr_jax.evaluation.runs import measure_dataset
+from detr_jax.files import write_json
+from detr_jax.methods import Thresholded
+from detr_jax.models import DETR, Selectors
+from detr_jax.models.standalone import HasFFNs
+from detr_jax.training.gates import Gates, GateSpec, GateTraining, train_gates
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Images to train on, held-out training images to calibrate on, and validation images."""
+
+    training: Dataset
+    calibration: Dataset
+    validation: Dataset
+
+    @property
+    def names(self) -> dict[str, str]:
+        return {use: dataset.name for use, dataset in vars(self).items()}
+
+
+def open_splits(coco: Path | None, train: int | None, calibration: int, validation: int) -> Splits:
+    """Opens the data of a study.
+
+    Args:
+        coco: folder in COCO's layout; None generates scenes.
+        train: images to train on; None takes all that are not held out.
+        calibration: training images to hold out, after those to train on.
+        validation: validation images.
+
+    Raises:
+        InputError: if no images are left to train on.
+    """
+    dataset = open_dataset(coco, "train", None if train is None else train + calibration)
+    split = len(dataset) - calibration
+    if split < 1:
+        raise InputError(f"{dataset.name} has {len(dataset)} images, too few to hold out {calibration} for calibration")
+    held_out = Subset(dataset, split, len(dataset))
+    return Splits(Subset(dataset, 0, split), held_out, open_dataset(coco, "val", validation))
+
+
+def embed(model: DETR, dataset: Dataset, batch_size: int, use: str) -> list[BackboneFeatures]:
+    """Backbone features of a data set, in memory."""
+    return list(backbone_features(model, dataset, batch_size, f"embedding {use} images"))
+
+
+def cached(features: Sequence[BackboneFeatures], shuffle_seed: int | None = None) -> CachedBatches:
+    """Batches of backbone features for passes over the transformer."""
+    return CachedBatches([batch.tokens for batch in features], shuffle_seed)
+
+
+def train(
+    ffns_of: HasFFNs,
+    batches: CachedBatches,
+    specs: Mapping[str, GateSpec],
+    training: GateTraining,
+    folder: Path,
+    start: Mapping[str, Gates] | None = None,
+    running: Mapping[str, Mapping[str, Thresholded]] | None = None,
+) -> dict[str, Gates]:
+    """Trains gates with a progress bar; arguments as in `train_gates`."""
+    with tqdm(total=training.epochs * len(batches), desc=f"training {', '.join(specs)}", unit="step") as bar:
+
+        def report(step: int, loss: jax.Array) -> None:
+            bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
+            bar.update(step - bar.n)
+
+        return train_gates(ffns_of, batches, specs, training, folder, report, start=start, running=running)
+
+
+class Rows:
+    """Results by key, kept in a file so that a resumed run measures only what is missing."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self.by_key: dict[str, dict] = json.loads(path.read_text()) if path.exists() else {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.by_key
+
+    def keep(self, key: str, row: dict) -> None:
+        self.by_key[key] = row
+        write_json(self._path, self.by_key)
+
+
+class Scorer:
+    """AP of a detector with sparse FFNs, and its paired difference to the dense one, on cached features.
+
+    Args:
+        dense: the detector.
+        dataset: of the images.
+        features: of the images.
+        group_size: neurons per group, for the counts.
+    """
+
+    def __init__(self, dense: DETR, dataset: Dataset, features: Sequence[BackboneFeatures], group_size: int):
+        self._dataset, self._features, self._group_size = dataset, features, group_size
+        self._ground_truth = dataset.ground_truth()
+        scores, _ = self._score(dense, {})
+        self.dense_AP, self._samples = scores.numbers["AP"], bootstrap(scores)
+
+    def _score(self, model: DETR, selectors: Selectors):
+        measured = measure_dataset(model, self._features, selectors=dict(selectors), group_size=self._group_size)
+        return score(self._ground_truth, measured.results, self._dataset.image_ids()), measured.counts
+
+    def __call__(self, model: DETR, selectors: Selectors) -> dict:
+        """`AP`, `AP_minus_dense` and its interval, and `density`, the mean over the FFNs."""
+        scores, counts = self._score(model, selectors)
+        return {
+            "AP": scores.numbers["AP"],
+            "AP_minus_dense": scores.numbers["AP"] - self.dense_AP,
+            "AP_minus_dense_interval": confidence_interval(bootstrap(scores) - self._samples),
+            "density": float(np.mean([of_ffn.density for of_ffn in counts.values()])),
+        }
+
+
+@contextlib.contextmanager
+def frozen(model: DETR) -> Iterator[str]:
+    """Gives the detector's fingerprint, and checks at the end that it is still the same."""
+    before = detr_jax.fingerprint(model)
+    yield before
+    if detr_jax.fingerprint(model) != before:
+        raise AssertionError("the frozen detector changed")
+
+
+def check_options(arguments: object, *, shares: Sequence[str] = (), least: Mapping[str, int] | None = None) -> None:
+    """Refuses options, of one value or several, that are empty or out of bounds.
+
+    Args:
+        arguments: of a command.
+        shares: names of options above 0 and at most 1.
+        least: smallest values by name of the option.
+
+    Raises:
+        InputError: with the option and the value.
+    """
+    bounds = {name: (lambda value: 0 < value <= 1, "above 0 and at most 1") for name in shares}
+    for name, smallest in (least or {}).items():
+        bounds[name] = (lambda value, smallest=smallest: value >= smallest, f"at least {smallest}")
+    for name, (fits, text) in bounds.items():
+        option, given = f"--{name.replace('_', '-')}", getattr(arguments, name)
+        values = given if isinstance(given, tuple) else (given,)
+        if not values:
+            raise InputError(f"{option} needs at least one value")
+        if wrong := [value for value in values if not fits(value)]:
+            raise InputError(f"{option} must be {text}, not {wrong[0]:g}")
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
+    """A Markdown table whose source lines up; the first `left` columns are aligned to the left."""
+    widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        return f"| {' | '.join(padded)} |"
+
+    rule = [("-" * (w + 2)) if i < left else ("-" * (w + 1) + ":") for i, w in enumerate(widths)]
+    return "\n".join([line(header), f"|{'|'.join(rule)}|", *map(line, rows)])
