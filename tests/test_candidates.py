@@ -47,7 +47,7 @@ def kept_moments(candidate):
 @pytest.mark.parametrize(("window", "block_size"), [(None, SIZE), (4, 2 * SIZE)])
 def test_a_plan_computes_what_was_tried(window, block_size):
     found = candidates_of(material(window, block_size), (0.6, 0.25), (0.5, 0.2))
-    fixed = ["fixed", "fixed, refitted"] * 2
+    fixed = ["fixed", "fixed, reconstructed"] * 2
     assert [c.kind for c in found] == ["dense", *fixed, *["sketched"] * 2, *["pooled"] * 2]
     found += [reconstructed(c, WEIGHTS, kept_moments(c)) for c in found if c.kind in DYNAMIC]
     assert set(CANDIDATE_KINDS) == {c.kind for c in found}
@@ -84,7 +84,7 @@ def test_refitted_sets_are_better_than_fixed_ones():
     for candidate in candidates_of(material(None, SIZE), (0.5,), ()):
         rest = forward(WEIGHTS, X, candidate.trial(WEIGHTS, X, TOKENS)) - ffn(X, *WEIGHTS)
         errors[candidate.kind] = float((np.asarray(rest)[np.asarray(TOKENS)] ** 2).sum())
-    assert errors["dense"] < 1e-6 and errors["fixed, refitted"] < 0.7 * errors["fixed"]
+    assert errors["dense"] < 1e-6 and errors["fixed, reconstructed"] < 0.7 * errors["fixed"]
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -101,7 +101,7 @@ def test_no_second_layer_suits_what_is_kept_better_than_the_fitted_one(window):
             ((np.asarray(forward(WEIGHTS, X, c.trial(WEIGHTS, X, TOKENS)))[np.asarray(TOKENS)] - wanted) ** 2).sum()
             for c in (candidate, fitted)
         ]
-        assert fitted.kind == f"{candidate.kind}, refitted" and fitted.density == candidate.density
+        assert fitted.kind == f"{candidate.kind}, reconstructed" and fitted.density == candidate.density
         assert least <= errors[1] < 1.05 * least < 0.8 * errors[0]
 
 

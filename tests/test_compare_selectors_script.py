@@ -60,7 +60,7 @@ def test_it_measures_every_selector(finished):
     assert results["fingerprint"] == detr_jax.fingerprint(tiny_detector())
     text = (finished / "comparison.md").read_text()
     assert all(f"| {name} " in text for name in METHODS) and "2510.09380" in text
-    for name in ("accuracy", "sizes", "ladder", "firing", "layers"):
+    for name in ("accuracy", "sizes", "tile_density", "activations", "layers"):
         assert min(Image.open(finished / f"{name}.png").size) > 300
 
 

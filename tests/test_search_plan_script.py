@@ -14,7 +14,7 @@ from detr_jax.plan import load_plan
 from detr_jax.search.candidates import DYNAMIC
 
 FEW = ("--statistics-images", 24, "--calibration-images", 16, "--accuracy-images", 8, "--eval-images", 8)
-FEW += ("--batch-size", 8, "--latency-images", 4, "--turns", 1, "--fixed", 0.5, 0.1, "--dynamic", 0.1)
+FEW += ("--batch-size", 8, "--latency-images", 4, "--repeats", 1, "--fixed", 0.5, 0.1, "--dynamic", 0.1)
 
 
 @pytest.fixture(scope="module")
@@ -26,18 +26,18 @@ def folder(tmp_path_factory):
 
 def test_the_budget_is_kept_and_everything_is_told(folder):
     results = json.loads((folder / "results.json").read_text())
-    assert set(results["choices"]) == {"any", "fixed sets, fitted or not", "fixed sets"}
+    assert set(results["choices"]) == {"any", "fixed sets, reconstructed or not", "fixed sets"}
     assert all(set(curves) == set(results["choices"]) for curves in results["curves"].values())
     assert all(row["density"] <= 0.17 for row in results["choices"].values())
     assert np.mean([ffn["density"] for ffn in results["ffns"].values()]) <= 0.15
     for name, candidates in results["candidates"].items():
         kinds = [c["kind"] for c in candidates]
-        assert kinds[:5] == ["dense", *["fixed", "fixed, refitted"] * 2]
+        assert kinds[:5] == ["dense", *["fixed", "fixed, reconstructed"] * 2]
         # Nothing to decide where so few neurons ever fire.
         assert kinds[5:] in (
             [],
-            *([d, f"{d}, refitted"] for d in DYNAMIC),
-            [*DYNAMIC, *(f"{d}, refitted" for d in DYNAMIC)],
+            *([d, f"{d}, reconstructed"] for d in DYNAMIC),
+            [*DYNAMIC, *(f"{d}, reconstructed" for d in DYNAMIC)],
         )
         assert candidates[0]["loss"] == 0 and all(c["seconds"] > 0 for c in candidates)
         chosen = results["ffns"][name]

@@ -94,9 +94,9 @@ def test_tile_densities(results, name):
     assert groupings["groups of 8, given order"]["raster"]["1"] == pytest.approx(fires.mean())
     assert set(groupings) == {
         "groups of 8, given order",
-        "groups of 8 by co-firing",
+        "groups of 8 by co-activation",
         "groups of 8 by k-means",
-        "groups of 16 by co-firing",
+        "groups of 16 by co-activation",
     }
     for orders in groupings.values():
         assert orders["raster"]["1"] == orders["signature"]["1"] <= orders["signature"]["4"]

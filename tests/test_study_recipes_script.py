@@ -7,7 +7,7 @@ from recipe_report import best_table, points_table
 
 FEW = ("--train-images", 16, "--eval-images", 8, "--epochs", 1, "--allocation-images", 8, "--tuning.epochs", 1)
 FEW += ("--search.statistics-images", 16, "--search.calibration-images", 8, "--search.latency-images", 4)
-FEW += ("--search.batch-size", 8, "--search.turns", 1, "--search.fixed", 0.3, "--search.dynamic", 0.2)
+FEW += ("--search.batch-size", 8, "--search.repeats", 1, "--search.fixed", 0.3, "--search.dynamic", 0.2)
 FEW += ("--thresholds", 0.5, "--densities", 0.3, "--tuned-densities", 0.3, "--shares", 0.4)
 
 

@@ -14,7 +14,7 @@ SCRIPT = "studies/tiles.py"
 IMAGES, TOKENS, D, FEATURES = 4, 9, 6, 16
 OPTIONS = ["--tile-sizes", "1", "4", "64", "--order-tile-sizes", "4", "--block-sizes", "4", "8", "--fit-tile-size", "4"]
 OPTIONS += ["--shares", "0.5", "0.25"]
-ORDERS = {"own", "cofiring", "kmeans", "contribution", "need"}
+ORDERS = {"own", "coactivation", "kmeans", "contribution", "top-p"}
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_a_detector_is_measured_by_the_same_command(of_detector):
     assert of_detector["images"] == {"fit": 3, "test": 3}
     rows = of_detector["measured"]
     orders = {name: {row["tokens"] for row in rows if row["ffn"] == name} for name in TINY_CONFIG.ffn_names}
-    assert orders["encoder.0"] == {"raster", "windows", "hilbert", "signature"}
+    assert orders["encoder.0"] == {"raster", "signature"}
     assert orders["decoder.0"] == {"raster", "signature"}
     for sections in of_detector["sections"].values():
         for size, section in sections.items():
@@ -103,7 +103,7 @@ def test_a_detector_is_measured_by_the_same_command(of_detector):
 
 def test_tables_and_figures(of_arrays):
     text = (of_arrays / "run" / "tables.md").read_text()
-    assert "| blocks of 8, signature" in text and "| blocks of 4, need " in text and "2 images for the orders" in text
+    assert "| blocks of 8, signature" in text and "| blocks of 4, top-p " in text and "2 images for the orders" in text
     for name in ("where", "orders"):
         assert min(Image.open(of_arrays / "run" / f"{name}.png").size) > 300
 

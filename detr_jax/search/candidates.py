@@ -1,9 +1,9 @@
-"""The ways to compute one FFN that a search for a plan chooses from: dense, fixed sets of neurons, or sets by a score.
+"""Ways to compute one FFN that a search chooses from: dense, fixed sets of neurons, or sets chosen by a score.
 
-What a candidate does is tried in the masked reference, where candidates differ in numbers only, so that one program
-serves all of them. What it costs is measured with the selector that a plan would hold, whose neurons are in sections:
-those that (nearly) every decision wants are always computed, those that (nearly) none wants never, and the score
-decides about the others alone.
+The accuracy of a candidate is measured in the masked reference, where candidates differ in numbers only, so that one
+program serves all of them. Its run time is measured with the selector that a plan would hold, whose neurons are
+partitioned: those that (nearly) every decision keeps are always computed, those that (nearly) none keeps never, and
+the score decides about the others alone.
 """
 
 import dataclasses
@@ -18,7 +18,6 @@ import numpy as np
 from detr_jax.calibration.activations import ActivationStatistics
 from detr_jax.calibration.moments import CrossMoments, Moments
 from detr_jax.calibration.reconstruction import obs_ranking, reconstruct_from_kept, reconstruct_output
-from detr_jax.errors import InputError
 from detr_jax.kernels import Execution, FFNWeights, expand_groups
 from detr_jax.methods import Executed, PartitionedSelector, Thresholded, by_contribution
 from detr_jax.methods.base import SharedScore, Traits
@@ -26,9 +25,9 @@ from detr_jax.methods.grouping import group_count
 from detr_jax.models import OutputLayer, Selection, Selector
 from detr_jax.pytrees import pytree
 
-CANDIDATE_KINDS = ("dense", "fixed", "fixed, refitted", "sketched", "sketched, refitted", "pooled", "pooled, refitted")
 DYNAMIC = ("sketched", "pooled")
-"""Those with a score that decides for each image or window, their second layers not fitted."""
+"""Kinds with a score that decides for each image or window."""
+CANDIDATE_KINDS = ("dense", *(kind + how for kind in ("fixed", *DYNAMIC) for how in ("", ", reconstructed")))
 ALWAYS = 0.95
 """Share of the decisions from which on a group is always computed."""
 NEVER = 0.005
@@ -38,7 +37,7 @@ NEVER = 0.005
 @pytree
 @dataclass(frozen=True)
 class Trial:
-    """What a candidate computes, whatever its kind; for the masked reference.
+    """Selector of a candidate of any kind, for the masked reference.
 
     Attributes:
         scores: one of them decides about the groups that are neither always nor never computed.
@@ -46,7 +45,7 @@ class Trial:
         threshold: () float32.
         always: (F,) bool.
         never: (F,) bool.
-        second: of all neurons, the FFN's own where nothing was fitted.
+        second: output layer of all neurons, the FFN's own where nothing was reconstructed.
     """
 
     scores: tuple[SharedScore, ...]
@@ -79,9 +78,9 @@ class Candidate:
         kind: one of `CANDIDATE_KINDS`.
         density: share of the neurons that it computes on the calibration images.
         always: share of the neurons that it always computes.
-        trial: what it computes, about the detector's neurons in the order in which the candidates were made.
-        order: (F,) of those neurons, for the selector.
-        selector: what a plan holds; None for the dense FFN.
+        trial: its selector for the masked reference, in the order of neurons in which candidates are made.
+        order: (F,) permutation of those neurons for `selector`.
+        selector: the plan's selector; None for the dense FFN.
     """
 
     kind: str
@@ -94,15 +93,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Material:
-    """What the candidates of one FFN are made from.
+    """Inputs for the candidates of one FFN.
 
     Attributes:
         weights: of the FFN.
         statistics: of its activations on training images.
         hidden: moments of its hidden activations on training images.
         scores: of groups of its neurons, for many tokens at once, by the kinds of `DYNAMIC`.
-        decisions: (decisions, G) of each the scores on calibration images.
-        execution: how groups are left out; tiles of as many tokens as a decision is about, blocks of whole groups.
+        decisions: (decisions, G) scores on calibration images, by kind.
+        execution: tiles of as many tokens as a decision is about, blocks of whole groups.
     """
 
     weights: FFNWeights
@@ -114,23 +113,21 @@ class Material:
 
 
 def candidates_of(material: Material, fixed: Sequence[float], dynamic: Sequence[float]) -> list[Candidate]:
-    """The dense FFN; fixed sets of groups by their contribution; fixed sets of neurons by elimination, with a second
-    layer fitted to them; and sets of groups that a score chooses.
+    """The dense FFN; fixed sets of groups by contribution; fixed sets of neurons by OBS ranking, with a reconstructed
+    output; and sets of groups that a score chooses.
 
     Args:
         material: of the FFN.
         fixed: densities of fixed sets.
-        dynamic: mean densities of chosen ones; those are left out where a score has nothing to decide about.
+        dynamic: mean densities of chosen sets, which are left out where a score has nothing to decide about.
 
     Raises:
-        ValueError: if the decisions do not fit the FFN, or a density is not between 0 and 1.
+        ValueError: if the decisions do not fit the FFN.
     """
     weights = material.weights
     (groups,) = {of_kind.shape[-1] for of_kind in material.decisions.values()}
     features = len(weights.w_in)
     size = features // group_count(features, features // groups)
-    if wrong := [density for density in (*fixed, *dynamic) if not 0 < density < 1]:
-        raise InputError(f"densities of candidates must be above 0 and below 1, not {wrong[0]}")
     nothing = np.zeros(groups, bool)
     found = [_candidate(material, "dense", np.inf, ~nothing, nothing)]
     ranked = np.argsort(-np.asarray(by_contribution(material.statistics, weights, size).importance), kind="stable")
@@ -139,11 +136,8 @@ def candidates_of(material: Material, fixed: Sequence[float], dynamic: Sequence[
         kept = np.isin(np.arange(groups), ranked[: max(round(density * groups), 1)])
         found.append(_candidate(material, "fixed", np.inf, kept, ~kept))
         kept = np.isin(np.arange(features), survivors[: max(round(density * features), 1)])
-        found.append(
-            _candidate(
-                material, "fixed, refitted", np.inf, kept, ~kept, reconstruct_output(weights, material.hidden, kept)
-            )
-        )
+        second = reconstruct_output(weights, material.hidden, kept)
+        found.append(_candidate(material, "fixed, reconstructed", np.inf, kept, ~kept, second))
     for kind, density in itertools.product(material.scores, dynamic):
         decisions = material.decisions[kind]
         threshold = np.quantile(decisions, 1 - density, method="higher").astype(np.float32)
@@ -155,22 +149,22 @@ def candidates_of(material: Material, fixed: Sequence[float], dynamic: Sequence[
 
 
 def reconstructed(candidate: Candidate, weights: FFNWeights, moments: CrossMoments) -> Candidate:
-    """A candidate that chooses, with a second layer that is fitted to what it computes.
+    """A candidate of a dynamic kind with a reconstructed output.
 
     Args:
         candidate: of a kind of `DYNAMIC`.
         weights: of the FFN.
-        moments: of what it keeps, see `training.moments.measure_kept`.
+        moments: of the activations that it keeps, see `measure_kept`.
     """
     second = reconstruct_from_kept(weights, moments)
-    sectioned = candidate.selector.selector
-    rows = second.w_out[candidate.order[: sectioned.always + sectioned.gated]]
-    sectioned = dataclasses.replace(sectioned, second=OutputLayer(rows, second.b_out))
+    partitioned = candidate.selector.selector
+    rows = second.w_out[candidate.order[: partitioned.always + partitioned.gated]]
+    partitioned = dataclasses.replace(partitioned, second=OutputLayer(rows, second.b_out))
     return dataclasses.replace(
         candidate,
-        kind=f"{candidate.kind}, refitted",
+        kind=f"{candidate.kind}, reconstructed",
         trial=dataclasses.replace(candidate.trial, second=second),
-        selector=dataclasses.replace(candidate.selector, selector=sectioned),
+        selector=dataclasses.replace(candidate.selector, selector=partitioned),
     )
 
 
@@ -182,13 +176,13 @@ def _candidate(
     never: np.ndarray,
     second: OutputLayer | None = None,
 ) -> Candidate:
-    """`always` and `never` are about groups; of a refitted set, which has no gated section, about neurons."""
+    """`always` and `never` are about groups; about neurons for a reconstructed fixed set, whose groups are neurons."""
     size = len(material.weights.w_in) // len(always)
     which = list(material.scores).index(kind) if kind in DYNAMIC else 0
     score = list(material.scores.values())[which]
     if kind in DYNAMIC:
         share = (material.decisions[kind] >= threshold).mean(0)
-        # Blocks are whole in the section that is decided about: the groups that come closest are taken in.
+        # The score decides about whole blocks: the groups that come closest fill the last one.
         missing = -int((~always & ~never).sum()) % max(material.execution.block_size // size, 1)
         out = np.flatnonzero(never)
         never = never & ~np.isin(np.arange(len(always)), out[np.argsort(-share[out], kind="stable")][:missing])

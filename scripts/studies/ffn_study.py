@@ -15,7 +15,7 @@ from common import markdown_table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from detr_jax.errors import InputError
+from detr_jax.errors import InputError, MissingFileError
 from detr_jax.evaluation.counts import count_activity, total_counts
 from detr_jax.evaluation.flops import remaining_share
 from detr_jax.methods import Fixed, LowRankCompensation, Oracle, Sibs, Thresholded, TopK
@@ -28,7 +28,7 @@ MeasuredSelector = Thresholded | TopK | LowRankCompensation | Fixed | Oracle | S
 """Selectors that know what they cost."""
 
 Densities = dict[str, dict[int, float]]
-"""By order of the tokens and tokens per tile, as of `ladder.measure_tiles`."""
+"""By order of the tokens and tokens per tile, see `tile_density.measure_tiles`."""
 
 _KEY = re.compile(r"layer(\d+)\.(w1|b1|w2|b2|x)")
 
@@ -43,7 +43,7 @@ def read_ffns(path: Path) -> tuple[StandaloneFFNs, FFNInputs]:
         the FFNs by name ("layer0"), and their inputs, all float32.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        MissingFileError: if there is no such file.
         ValueError: if it is no such archive, or an array is missing, misshapen, not of floating-point numbers, or not
             finite.
     """
@@ -66,6 +66,8 @@ def read_ffns(path: Path) -> tuple[StandaloneFFNs, FFNInputs]:
 
 
 def _read(path: Path) -> dict[str, np.ndarray]:
+    if not path.exists():
+        raise MissingFileError(f"{path} does not exist")
     try:
         with np.load(path, allow_pickle=False) as archive:
             return dict(archive)

@@ -7,10 +7,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from common import check_options, train
 from ffn_study import (
     Densities,
     Effect,
@@ -27,7 +27,7 @@ from tile_density import TILE_SIZES, measure_tiles
 from tqdm import tqdm
 
 from detr_jax.calibration.activation_passes import measure_activations
-from detr_jax.calibration.activations import ActivationStatistics
+from detr_jax.calibration.activations import ActivationStatistics, require_active
 from detr_jax.calibration.moment_passes import measure_kept, measure_moments, measure_pooled
 from detr_jax.calibration.permutation import coactivation_permutation, kmeans_permutation, permute
 from detr_jax.calibration.reconstruction import obs_ranking, reconstruct_from_kept, reconstruct_output
@@ -53,7 +53,8 @@ from detr_jax.methods import (
 from detr_jax.methods.grouping import group_count
 from detr_jax.methods.registry import METHODS, SKETCH_RANK, Ingredients
 from detr_jax.models.standalone import StandaloneFFNs
-from detr_jax.training.gates import KINDS, Gates, GateSpec, GateTraining, train_gates
+from detr_jax.training.gates import KINDS, Gates, GateSpec, GateTraining
+from detr_jax.viz.figures import save_figure
 
 WINDOW = 32
 """Consecutive tokens of the table of fixed and chosen neurons that share a decision."""
@@ -89,7 +90,7 @@ class Arguments:
     """Of SIBS: the least share of an indicator's firings in which a neuron that it silences is silent."""
     indicators: int = 32
     """Of SIBS: indicators per FFN."""
-    out: Path = Path("runs/study_ffns")
+    out: Path = Path("runs/ffns")
     """Folder for the results."""
     overwrite: bool = False
     """Replace the results in the output folder."""
@@ -108,8 +109,8 @@ def permuted(ffns: StandaloneFFNs, orders: Mapping[str, np.ndarray]) -> Standalo
     return StandaloneFFNs({name: permute(weights, orders[name]) for name, weights in ffns.weights.items()})
 
 
-def cofiring(statistics: Statistics, group_size: int) -> dict[str, np.ndarray]:
-    """Of each FFN the order that brings neurons together that fire together."""
+def coactivation(statistics: Statistics, group_size: int) -> dict[str, np.ndarray]:
+    """Permutation of each FFN that brings neurons together that are active together."""
     return {name: coactivation_permutation(s.coactive, group_size) for name, s in statistics.items()}
 
 
@@ -154,9 +155,9 @@ def tile_densities(
     kmeans = {name: kmeans_permutation(np.asarray(weights.w_in), size) for name, weights in ffns.weights.items()}
     groupings = {
         f"groups of {size}, given order": (size, ffns),
-        f"groups of {size} by co-firing": (size, permuted(ffns, cofiring(statistics, size))),
+        f"groups of {size} by co-activation": (size, permuted(ffns, coactivation(statistics, size))),
         f"groups of {size} by k-means": (size, permuted(ffns, kmeans)),
-        f"groups of {wide} by co-firing": (wide, permuted(ffns, cofiring(statistics, wide))),
+        f"groups of {wide} by co-activation": (wide, permuted(ffns, coactivation(statistics, wide))),
     }
     measured = {
         title: measure_tiles(
@@ -190,7 +191,7 @@ def shared_sets(ffns: StandaloneFFNs, halves: Halves, training: GateTraining) ->
     kinds = {"contributions": KINDS["contributions"]}
     start = {"contributions": {name: ContributionGate.from_sketch(s) for name, s in sketches.items()}}
     tuning = replace(training, group_size=1, learning_rate=training.learning_rate / 6)
-    gates = train(ffns, halves.calibration, tuning, kinds, start)["contributions"]
+    gates = train_briefly(ffns, halves.calibration, tuning, kinds, start)["contributions"]
     contributions = HiddenMagnitude(weighted=True)
     errors: dict[str, dict[str, dict[str, float]]] = {}
     for share in SHARES:
@@ -205,7 +206,7 @@ def shared_sets(ffns: StandaloneFFNs, halves: Halves, training: GateTraining) ->
             kept = np.isin(np.arange(len(order)), order[: count[name]])
             return Fixed(jnp.asarray(kept), reconstruct_output(ffns.weights[name], hidden[name], kept))
 
-        def measure_refitted(scores: Mapping[str, Score], count: dict[str, int] = count) -> dict[str, float]:
+        def measure_reconstructed(scores: Mapping[str, Score], count: dict[str, int] = count) -> dict[str, float]:
             selectors = {name: TopK(scores[name], jnp.int32(k)) for name, k in count.items()}
             kept = measure_kept(ffns, halves.calibration, selectors)
             fitted = {
@@ -218,16 +219,16 @@ def shared_sets(ffns: StandaloneFFNs, halves: Halves, training: GateTraining) ->
 
         of_share = {"fixed": measure(lambda name: by_contribution(statistics[name], ffns.weights[name], 1))}
         effects = measure_effects(ffns, halves.test.batches(), {name: reconstructed(name) for name in ffns.weights})
-        of_share["fixed, refitted"] = {name: effect.error for name, effect in effects.items()}
+        of_share["fixed, reconstructed"] = {name: effect.error for name, effect in effects.items()}
         for title, window in (("per image", None), (f"per {WINDOW} tokens", WINDOW)):
             of_pooled = measure_pooled(ffns, halves.calibration, window)
             by_sketch = {name: Pooled(of_one, False, window) for name, of_one in sketches.items()}
             by_inputs = {name: fit_pooled_statistics(moments, 1, window) for name, moments in of_pooled.items()}
             of_share |= {
                 f"pooled inputs, {title}": measure(by_inputs.get),
-                f"pooled inputs, refitted, {title}": measure_refitted(by_inputs),
+                f"pooled inputs, reconstructed, {title}": measure_reconstructed(by_inputs),
                 f"sketch, {title}": measure(by_sketch.get),
-                f"sketch, refitted, {title}": measure_refitted(by_sketch),
+                f"sketch, reconstructed, {title}": measure_reconstructed(by_sketch),
                 f"trained gate, {title}": measure(lambda name, window=window: replace(gates[name], window=window)),
                 f"best, {title}": measure(lambda name, window=window: Pooled(contributions, False, window)),
             }
@@ -235,24 +236,16 @@ def shared_sets(ffns: StandaloneFFNs, halves: Halves, training: GateTraining) ->
     return errors
 
 
-def train(
+def train_briefly(
     ffns: StandaloneFFNs,
-    passes: CachedBatches,
+    batches: CachedBatches,
     training: GateTraining,
-    kinds: Mapping[str, GateSpec] = KINDS,
+    specs: Mapping[str, GateSpec],
     start: Mapping[str, Gates] | None = None,
 ) -> dict[str, Gates]:
-    """Gates of some kinds."""
-    with (
-        TemporaryDirectory() as folder,
-        tqdm(total=training.epochs * len(passes), desc="training gates", unit="step") as bar,
-    ):
-
-        def report(step: int, loss: jax.Array) -> None:
-            bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
-            bar.update(step - bar.n)
-
-        return train_gates(ffns, passes, kinds, training, Path(folder), report, start=start)
+    """Gates of some kinds, without checkpoints that outlast the run."""
+    with TemporaryDirectory() as folder:
+        return train(ffns, batches, specs, training, Path(folder), start=start)
 
 
 def compare_selectors(
@@ -308,14 +301,7 @@ def compare_selectors(
 def main(arguments: Arguments) -> None:
     started = time.perf_counter()
     refuse_existing(arguments.out / "results.json", arguments.overwrite)
-    for option in ("densities", "taus", "tile_sizes"):
-        if not getattr(arguments, option):
-            raise InputError(f"--{option.replace('_', '-')} needs at least one value")
-    for option in ("densities", "taus"):
-        if wrong := [share for share in getattr(arguments, option) if not 0 < share <= 1]:
-            raise InputError(f"--{option} must be above 0 and at most 1, not {wrong[0]:g}")
-    if (least := min(arguments.tile_sizes)) < 1:
-        raise InputError(f"--tile-sizes must be at least 1, not {least}")
+    check_options(arguments, shares=("densities", "taus"), least={"tile_sizes": 1})
     ffns, inputs = read_ffns(arguments.ffns)
     training = arguments.training
     for weights in ffns.weights.values():
@@ -331,11 +317,12 @@ def main(arguments: Arguments) -> None:
     halves = Halves(CachedBatches(calibration), CachedBatches(test))
     images = {"calibration": count // 2, "test": count - count // 2}
 
-    basics = fixed_and_chosen(ffns, halves)
     statistics = measure_activations(ffns, halves.calibration, training.group_size)
+    require_active(statistics, f"the first {images['calibration']} images of {arguments.ffns}")
+    basics = fixed_and_chosen(ffns, halves)
     tiles = tile_densities(ffns, statistics, halves, arguments)
-    ordered = permuted(ffns, cofiring(statistics, training.group_size))
-    gates = train(ordered, CachedBatches(calibration, training.seed), training)
+    ordered = permuted(ffns, coactivation(statistics, training.group_size))
+    gates = train_briefly(ordered, CachedBatches(calibration, training.seed), training, KINDS)
     effects = compare_selectors(ordered, gates, halves, arguments)
     sets = shared_sets(ffns, halves, training)
 
@@ -344,8 +331,8 @@ def main(arguments: Arguments) -> None:
     with replacing(arguments.out / "tables.md") as temporary:
         temporary.write_text(text + "\n")
     title = f"{arguments.ffns.stem}: {images['calibration']} images to calibrate on, {images['test']} to test on"
-    plot_errors(arguments.out / "errors.png", title, effects)
-    plot_tiles(arguments.out / "tiles.png", title, tiles)
+    save_figure(plot_errors(title, effects), arguments.out / "errors.png")
+    save_figure(plot_tiles(title, tiles), arguments.out / "tiles.png")
     seconds = time.perf_counter() - started
     write_json(
         arguments.out / "results.json",

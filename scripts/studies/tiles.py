@@ -1,27 +1,21 @@
-"""Studies where sparsity goes between a token and what hardware skips, and what orders of tokens and neurons keep."""
+"""Density of FFNs from single tokens and neurons to tiles and blocks, for several orders of tokens and neurons."""
 
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
+from common import check_options, embed
 from ffn_study import image_batches, read_ffns
-from tile_study import (
-    TOKEN_ORDERS,
-    Measurement,
-    Setting,
-    StudyBatch,
-    TokenOrder,
-    measure_settings,
-    settings_of,
-    token_counts,
-)
+from tile_study import Measurement, Setting, TokenOrder, measure_settings, settings_of, token_counts
 from tile_study_report import plot_neuron_orders, plot_where, study_markdown
 from tqdm import tqdm
 
 import detr_jax
 from detr_jax.calibration.activation_passes import measure_activations
+from detr_jax.calibration.activations import require_active
 from detr_jax.calibration.permutation import (
     TopPPermutation,
     coactivation_permutation,
@@ -31,24 +25,23 @@ from detr_jax.calibration.permutation import (
 from detr_jax.calibration.top_p import measure_top_p
 from detr_jax.commands import cli
 from detr_jax.data.batches import CachedBatches
-from detr_jax.data.features import backbone_features
 from detr_jax.data.registry import open_dataset
 from detr_jax.errors import InputError
 from detr_jax.files import refuse_existing, replacing, write_json
 from detr_jax.methods.grouping import group_count
 from detr_jax.models.standalone import HasFFNs
+from detr_jax.viz.figures import save_figure
 
-NEURON_ORDERS = ("own", "cofiring", "kmeans", "contribution", "need")
+NEURON_ORDERS = ("own", "coactivation", "kmeans", "contribution", "top-p")
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Studies where sparsity goes between a token and what hardware skips: tiles of tokens times blocks of neurons.
+    """Measures how much sparsity is left in tiles of tokens times blocks of neurons, which is what hardware can skip.
 
-    Of a detector, or of FFNs given as arrays with samples of their inputs. Measured is the density of exact firing, of
-    what makes up nearly all of a tile's contribution, and the output's error when every tile keeps the part of the
-    blocks that contributes most to it: for tiles of every size in several orders of the tokens, and for several orders
-    of the neurons.
+    For a detector, or FFNs given as arrays with samples of their inputs: the density of active pairs, of the pairs that
+    make up nearly all of a tile's contribution, and the output's error when every tile keeps the blocks that contribute
+    most to it. Tiles are of every size in two orders of the tokens, blocks in several orders of the neurons.
 
     For example `python scripts/studies/tiles.py`, or `python scripts/studies/tiles.py --arrays ffns.npz`. Writes
     results.json, tables.md, where.png and orders.png into the output folder.
@@ -81,7 +74,7 @@ class Arguments:
     """Of what is contributed to a tile, the part that the neurons make up that it needs."""
     fit_tile_size: int = 16
     """Tokens per tile in which neurons are needed together, for the order by need."""
-    out: Path = Path("runs/study_tiles")
+    out: Path = Path("runs/tiles")
     """Folder for the results."""
     overwrite: bool = False
     """Replace the results in the output folder."""
@@ -89,80 +82,70 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Study:
-    """FFNs, the inputs that orders are made from, and those that are measured."""
+    """FFNs, batches that orders are made from, and batches that are measured."""
 
     title: str
     ffns_of: HasFFNs
-    fit: list[StudyBatch]
-    test: list[StudyBatch]
+    fit: list[Any]
+    test: list[Any]
     images: dict[str, int]
 
 
 def open_detector(arguments: Arguments) -> Study:
     model = detr_jax.load(arguments.model, preset=arguments.preset)
-    in_encoder = [name for name in model.config.ffn_names if name.startswith("encoder")]
+    check_blocks(model, arguments)
     found, images = {}, {}
     for use, split, wanted in (("fit", "train", arguments.fit_images), ("test", "val", arguments.images)):
         dataset = open_dataset(arguments.coco, split, wanted)
         images[use] = len(dataset)
-        found[use] = [
-            StudyBatch(batch.tokens, dict.fromkeys(in_encoder, batch.grid))
-            for batch in backbone_features(model, dataset, arguments.batch_size, f"embedding images to {use}")
-        ]
+        found[use] = [batch.tokens for batch in embed(model, dataset, arguments.batch_size, use)]
     return Study(f"{arguments.model}, {dataset.name}", model, **found, images=images)
 
 
-def open_arrays(path: Path, batch_size: int) -> Study:
-    ffns, inputs = read_ffns(path)
+def open_arrays(arguments: Arguments) -> Study:
+    ffns, inputs = read_ffns(arguments.arrays)
+    check_blocks(ffns, arguments)
     count = len(next(iter(inputs.x.values())))
     if count < 2:
-        raise InputError(f"{path} has the inputs of {count} image; at least 2 are needed, one half to measure")
+        raise InputError(f"{arguments.arrays} has inputs of {count} image; at least 2 are needed, one half to measure")
     halves = {"fit": range(count // 2), "test": range(count // 2, count)}
-    found = {use: [StudyBatch(b, {}) for b in image_batches(inputs, half, batch_size)] for use, half in halves.items()}
-    return Study(path.stem, ffns, **found, images={use: len(half) for use, half in halves.items()})
+    found = {use: image_batches(inputs, half, arguments.batch_size) for use, half in halves.items()}
+    return Study(arguments.arrays.stem, ffns, **found, images={use: len(half) for use, half in halves.items()})
+
+
+def check_blocks(ffns_of: HasFFNs, arguments: Arguments) -> None:
+    """Refuses blocks that do not divide the hidden neurons."""
+    for ffn in ffns_of.ffn_weights().values():
+        for size in arguments.block_sizes:
+            group_count(len(ffn.w_in), size)
 
 
 def neuron_orders(
     study: Study, arguments: Arguments
 ) -> tuple[dict[tuple[str, int], dict[str, np.ndarray]], dict[str, dict[int, TopPPermutation]]]:
-    """Orders (F,) by name and block size, then by FFN; and those by need with their sections, by FFN and block size."""
+    """Orders (F,) by name and block size, then by FFN; and top-p orders with their sections, by FFN and block size."""
     weights = study.ffns_of.ffn_weights()
-    inputs = [batch.inputs for batch in study.fit]
-    firing = measure_activations(study.ffns_of, CachedBatches(inputs), 1)
-    need = measure_top_p(study.ffns_of, inputs, arguments.fit_tile_size, arguments.need_share)
+    statistics = measure_activations(study.ffns_of, CachedBatches(study.fit), 1)
+    require_active(statistics, f"the images to fit of {study.title}")
+    top_p = measure_top_p(study.ffns_of, study.fit, arguments.fit_tile_size, arguments.need_share)
     sections = {name: {} for name in weights}
     orders = {}
     with tqdm(total=len(weights) * len(arguments.block_sizes), desc="ordering neurons", unit="FFN") as bar:
         for size in arguments.block_sizes:
             for name, ffn in weights.items():
-                sections[name][size] = by_need = top_p_permutation(need[name], size)
+                sections[name][size] = by_top_p = top_p_permutation(top_p[name], size)
                 found = {
                     "own": np.arange(len(ffn.w_in)),
-                    "cofiring": coactivation_permutation(firing[name].coactive, size),
+                    "coactivation": coactivation_permutation(statistics[name].coactive, size),
                     "kmeans": kmeans_permutation(np.asarray(ffn.w_in, np.float32), size),
-                    "contribution": np.argsort(-need[name].contributed, kind="stable"),
-                    "need": by_need.order,
+                    "contribution": np.argsort(-top_p[name].contributed, kind="stable"),
+                    "top-p": by_top_p.order,
                 }
                 for title in NEURON_ORDERS:
                     orders.setdefault((title, size), {})[name] = found[title]
                 bar.update()
     orders["own", 1] = {name: np.arange(len(ffn.w_in)) for name, ffn in weights.items()}
     return orders, sections
-
-
-def check(arguments: Arguments) -> None:
-    """Refuses what cannot be computed, before anything is."""
-    for option in ("tile_sizes", "block_sizes", "shares", "order_tile_sizes"):
-        if not getattr(arguments, option):
-            raise InputError(f"--{option.replace('_', '-')} needs at least one value")
-    for option, smallest in (("tile_sizes", 1), ("order_tile_sizes", 1), ("block_sizes", 2)):
-        if (least := min(getattr(arguments, option))) < smallest:
-            raise InputError(f"--{option.replace('_', '-')} must be at least {smallest}, not {least}")
-    if arguments.fit_tile_size < 1:
-        raise InputError(f"--fit-tile-size must be at least 1, not {arguments.fit_tile_size}")
-    for option, values in (("shares", arguments.shares), ("need-share", (arguments.need_share,))):
-        if wrong := [share for share in values if not 0 < share <= 1]:
-            raise InputError(f"--{option} must be above 0 and at most 1, not {wrong[0]:g}")
 
 
 def as_json(measured: Mapping[str, Mapping[Setting, Measurement]]) -> list[dict]:
@@ -176,28 +159,20 @@ def as_json(measured: Mapping[str, Mapping[Setting, Measurement]]) -> list[dict]
 def main(arguments: Arguments) -> None:
     started = time.perf_counter()
     refuse_existing(arguments.out / "results.json", arguments.overwrite)
-    check(arguments)
-    study = (
-        open_detector(arguments) if arguments.arrays is None else open_arrays(arguments.arrays, arguments.batch_size)
-    )
-    for ffn in study.ffns_of.ffn_weights().values():
-        for size in arguments.block_sizes:
-            group_count(len(ffn.w_in), size)
+    least = {"tile_sizes": 1, "order_tile_sizes": 1, "block_sizes": 2, "fit_tile_size": 1}
+    check_options(arguments, shares=("shares", "need_share"), least=least)
+    study = open_detector(arguments) if arguments.arrays is None else open_arrays(arguments)
     orders, sections = neuron_orders(study, arguments)
 
     tokens = token_counts(study.ffns_of, study.test)
-    blocks = {1: "own"} | dict.fromkeys(arguments.block_sizes, "need")
+    blocks = {1: "own"} | dict.fromkeys(arguments.block_sizes, "top-p")
 
     def settings(
         token_orders: tuple[TokenOrder, ...], tile_sizes: tuple[int, ...], neurons: Mapping[int, str]
     ) -> dict[str, list[Setting]]:
-        grids = study.test[0].grids
-        return {
-            name: settings_of(token_orders, tile_sizes, neurons, tokens=count, on_grid=name in grids)
-            for name, count in tokens.items()
-        }
+        return {name: settings_of(token_orders, tile_sizes, neurons, tokens=n) for name, n in tokens.items()}
 
-    where = settings(TOKEN_ORDERS, arguments.tile_sizes, blocks)
+    where = settings(get_args(TokenOrder), arguments.tile_sizes, blocks)
     compared: dict[str, list[Setting]] = {name: [] for name in tokens}
     for order in NEURON_ORDERS:
         of_order = settings(("raster",), arguments.order_tile_sizes, dict.fromkeys(arguments.block_sizes, order))
@@ -220,8 +195,8 @@ def main(arguments: Arguments) -> None:
     with replacing(arguments.out / "tables.md") as temporary:
         temporary.write_text(text + "\n")
     title = f"{study.title}: {study.images['fit']} images to fit, {study.images['test']} to measure"
-    plot_where(arguments.out / "where.png", title, where, arguments.need_share)
-    plot_neuron_orders(arguments.out / "orders.png", title, compared, arguments.need_share)
+    save_figure(plot_where(title, where, arguments.need_share), arguments.out / "where.png", dpi=110)
+    save_figure(plot_neuron_orders(title, compared, arguments.need_share), arguments.out / "orders.png", dpi=110)
     seconds = time.perf_counter() - started
     results = {
         "data": study.title,
