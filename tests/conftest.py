@@ -1,7 +1,22 @@
+import getpass
+import os
 import sys
+import tempfile
 from pathlib import Path
 
-import jax
+# Tests mostly compile: workers, subprocesses and later runs share compiled programs, and few run for long enough to be
+# worth optimising. JAX reads these variables when it is imported.
+COMPILATION = {
+    "JAX_COMPILATION_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"detr-jax-tests-{getpass.getuser()}"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+}
+for name, value in COMPILATION.items():
+    os.environ.setdefault(name, value)
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 sys.path += [str(SCRIPTS), str(SCRIPTS / "studies"), str(SCRIPTS / "benchmarks")]
@@ -12,3 +27,14 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, help="kills of runs in all in tests/test_kills.py")
+
+
+@pytest.fixture(scope="module")
+def optimised():
+    """Programs compiled as users have them, for tests of numbers that were measured with those."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()

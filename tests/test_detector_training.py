@@ -5,10 +5,8 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from tiny import TINY_CONFIG
 
 import detr_jax
@@ -36,24 +34,6 @@ class Killed(Exception):
 
 def arrays(model):
     return {name: np.asarray(array) for name, array in named_parameters(model).items()}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation(tmp_path_factory):
-    """Every training compiles the same programs, which takes longer than running them."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_disable_most_optimizations": True,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()  # otherwise it stays as the first compilation of the process found it
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def wait_for(path):

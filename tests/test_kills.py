@@ -5,7 +5,6 @@ selectors, on generated scenes. Without the option only the pass of statistics i
 """
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -21,6 +20,8 @@ from safetensors import safe_open
 from tiny import tiny_detector
 
 import detr_jax
+
+pytestmark = pytest.mark.slow
 
 KILLS = 3
 MAY_DIFFER = ("seconds", "images_per_second", "out", "resume")
@@ -60,20 +61,12 @@ def commands(tmp_path_factory) -> dict[str, list[str]]:
     }
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict[str, str]:
-    """What every run shares: compiled programs, which the first one leaves to the others."""
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled"))}
-    return os.environ | cache | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-
-
-def run(command: list[str], out: Path, environment: dict[str, str], kill_after: float | None = None) -> float | None:
+def run(command: list[str], out: Path, kill_after: float | None = None) -> float | None:
     """Starts a run, or goes on with it.
 
     Args:
         command: without the folder.
         out: the folder.
-        environment: of the process.
         kill_after: seconds after there is something to resume.
 
     Returns:
@@ -83,9 +76,7 @@ def run(command: list[str], out: Path, environment: dict[str, str], kill_after: 
     log = out.parent / f"{out.name}.txt"
     with log.open("a") as file:
         resume = ["--resume"] if begun.exists() else []
-        process = subprocess.Popen(
-            [*command, "--out", str(out), *resume], stdout=file, stderr=subprocess.STDOUT, env=environment
-        )
+        process = subprocess.Popen([*command, "--out", str(out), *resume], stdout=file, stderr=subprocess.STDOUT)
         while process.poll() is None and not begun.exists():
             time.sleep(0.005)
         began = time.perf_counter()
@@ -134,21 +125,21 @@ def assert_same(one: object, other: object) -> None:
 
 
 @pytest.mark.parametrize("name", ["statistics", "gate training", "comparison"])
-def test_killed_runs_go_on_to_the_same_results(commands, environment, tmp_path, name, request):
+def test_killed_runs_go_on_to_the_same_results(commands, tmp_path, name, request):
     wanted = request.config.getoption("kills")
     if wanted is None and name != "statistics":
         pytest.skip("takes minutes; runs with --kills 20")
     names = list(commands)
     kills = KILLS if wanted is None else sum(names[kill % len(names)] == name for kill in range(wanted))
     moments = random.Random(name)
-    seconds = run(commands[name], tmp_path / "whole", environment)
+    seconds = run(commands[name], tmp_path / "whole")
     whole = contents(tmp_path / "whole")
     seen = runs = 0
     while seen < kills:
         runs += 1
         out, before, took = tmp_path / str(runs), seen, None
         while took is None:  # it may be killed again and again
-            took = run(commands[name], out, environment, moments.uniform(0, seconds) if seen < kills else None)
+            took = run(commands[name], out, moments.uniform(0, seconds) if seen < kills else None)
             contents(out)
             seen += took is None
         if seen == before:

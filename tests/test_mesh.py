@@ -38,8 +38,7 @@ def inputs(tmp_path_factory):
 
 
 def start(inputs: Path, out: Path, devices: int, *options: str, **environment: object) -> subprocess.Popen:
-    # What is compiled runs for a moment only.
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count={devices}"
     variables = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | {name: str(v) for name, v in environment.items()}
     out.mkdir(exist_ok=True)
     with (out / f"log-{environment.get('JAX_PROCESS_ID', 0)}.txt").open("a") as log:
@@ -86,12 +85,14 @@ def assert_same(one: Path, other: Path) -> None:
         assert first == pytest.approx(second, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_eight_devices_give_what_one_gives(runs):
     one, eight = runs
     assert_same(one, eight)
     assert [json.loads((out / "results.json").read_text())["devices"] for out in runs] == [1, 8]
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_device_gives_though_one_was_killed(inputs, runs, tmp_path):
     first, second = start_two(inputs, tmp_path)
     deadline = time.monotonic() + 300

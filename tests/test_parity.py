@@ -23,7 +23,9 @@ def forward(model, pixels, mask=None):
     return outputs.logits, outputs.boxes
 
 
-variants = pytest.mark.parametrize("variant", ["r50", "r50_dc5", "r101", "r101_dc5"], scope="module")
+pytestmark = pytest.mark.usefixtures("optimised")
+others = [pytest.param(variant, marks=pytest.mark.slow) for variant in ("r50_dc5", "r101", "r101_dc5")]
+variants = pytest.mark.parametrize("variant", ["r50", *others], scope="module")
 only_r50 = pytest.mark.parametrize("variant", ["r50"], scope="module")
 
 
@@ -50,6 +52,7 @@ def assert_golden(outputs, golden, kind):
 
 
 @only_r50
+@pytest.mark.slow
 def test_full_size(model, golden):
     pixels = preprocess(pixels_of(IMAGES[0]), model.config)
     np.testing.assert_array_equal(pixels.shape[:2], golden["full_size"].reshape(-1))
@@ -57,6 +60,7 @@ def test_full_size(model, golden):
 
 
 @only_r50
+@pytest.mark.slow
 def test_bfloat16(checkpoint, model):
     """Every product is of numbers as coarse as rounded parameters, so the error is a small multiple of theirs."""
     pixels = small_images(model.config)[0][None]

@@ -21,6 +21,7 @@ def stored() -> nbformat.NotebookNode:
     return nbformat.read(PATH, as_version=4)
 
 
+@pytest.mark.slow
 def test_it_runs(stored):
     notebook = nbformat.from_dict(stored)
     for cell in notebook.cells:
