@@ -36,7 +36,8 @@ def test_its_accuracy_and_its_zeros(report):
     numbers = score(dataset.ground_truth(), measured.results, dataset.image_ids()).numbers
     assert numbers["AP"] >= 0.50
     # Another machine's rounding reorders a few detections of equal score.
-    assert numbers == pytest.approx(report["numbers"], abs=2e-3)
+    expected = {name: value if value >= 0 else np.nan for name, value in report["numbers"].items()}
+    assert numbers == pytest.approx(expected, abs=2e-3, nan_ok=True)
     zeros = {name: counts.zeros for name, counts in measured.counts.items()}
     assert zeros == pytest.approx(report["zeros"], abs=1e-4)
     assert sum(zeros.values()) / len(zeros) >= 0.93
