@@ -13,7 +13,7 @@ from detr_jax.calibration.permutation import permute_neurons
 from detr_jax.data.image_list import ImageLike
 from detr_jax.detection import detect
 from detr_jax.errors import InputError
-from detr_jax.evaluation.inspection import FFNActivity, activity
+from detr_jax.evaluation.inspection import FFNActivity, FFNExecution, activity, execution_report
 from detr_jax.kernels import IMPLEMENTATIONS, Execution
 from detr_jax.methods import at_threshold, executed
 from detr_jax.models import DETR, DetrConfig, DetrOutputs, ImageTokens, Selectors
@@ -21,9 +21,6 @@ from detr_jax.models.detr.postprocess import ImageDetections
 from detr_jax.models.parameters import fingerprint
 from detr_jax.plan.checks import check_fit
 from detr_jax.plan.plan import Plan, load_plan
-
-DEFAULT_BLOCK_SIZE = 8
-"""Neurons that are computed together where an implementation is named without more: a group of MGS."""
 
 
 @jax.tree_util.register_dataclass
@@ -131,6 +128,23 @@ class SparseDETR:
         found = _inspect(self.detector, self.plan.selectors, pixel_values, pixel_mask)
         return {name: found[name] for name in self.config.ffn_names}
 
+    def execution_report(self, image_size: tuple[int, int], batch_size: int = 1) -> dict[str, FFNExecution]:
+        """How each FFN is computed on this device, without computing it: what ran, and why nothing faster did.
+
+        Args:
+            image_size: height and width of the images in pixels.
+            batch_size: images per batch.
+
+        Returns:
+            By name of the FFN; see `detr_jax.evaluation.inspection.execution_report`.
+
+        >>> import detr_jax
+        >>> model = detr_jax.load_sparse("detr-tiny").with_implementation("xla")
+        >>> print(model.execution_report((128, 128))["encoder.0"])
+        xla, images, blocks of 8 neurons
+        """
+        return execution_report(self.detector, self.plan.selectors, image_size, batch_size)
+
     def draw_activity(self, image: ImageLike, path: Path | str, threshold: float = 0.7) -> None:
         """Writes a figure of where on an image neurons fire, and where the plan computes them.
 
@@ -188,24 +202,26 @@ class SparseDETR:
         return SparseDETR(self.detector, dataclasses.replace(self.plan, selectors=selectors, measured={}))
 
     def with_implementation(self, implementation: str | Execution) -> "SparseDETR":
-        """The same, computed in another way.
+        """The same, computed in another way. Unless that is the plan's own, `plan.measured` is emptied: it is not true
+        any more.
 
         Args:
             implementation: "masked" computes everything and ignores what is not kept; "auto" leaves out what no token
-                of an image needs, by what is the fastest on this device; or the name of one of
-                `detr_jax.kernels.IMPLEMENTATIONS`, or an `Execution`, which also says how large tiles and blocks are.
+                of an image needs, by the fastest implementation for this device; or the name of one of
+                `detr_jax.kernels.IMPLEMENTATIONS`, or an `Execution`, which also has the sizes of tiles and blocks.
 
         Raises:
             ValueError: if there is none of that name, or it cannot compute what the selectors keep.
 
         >>> import detr_jax
         >>> model = detr_jax.load_sparse("detr-tiny").with_implementation("auto")
-        >>> model.plan.selectors["encoder.0"].execution.block_size
-        8
+        >>> model.plan.selectors["encoder.0"].execution
+        Execution(tile_size=None, block_size=None, exact=False, ordered=False, implementation=None)
         """
-        return self.with_plan(
-            dataclasses.replace(self.plan, selectors=executed(self.plan.selectors, _execution(implementation)))
-        )
+        selectors = executed(self.plan.selectors, _execution(implementation))
+        if jax.tree.structure(selectors) == jax.tree.structure(dict(self.plan.selectors)):
+            return self
+        return self.with_plan(dataclasses.replace(self.plan, selectors=selectors, measured={}))
 
 
 @jax.jit
@@ -225,4 +241,4 @@ def _execution(implementation: str | Execution) -> Execution | None:
     if implementation not in ("auto", *IMPLEMENTATIONS):
         known = ", ".join(("masked", "auto", *IMPLEMENTATIONS))
         raise InputError(f"there is no implementation {implementation!r} of the sparse FFN; there are {known}")
-    return Execution(block_size=DEFAULT_BLOCK_SIZE, implementation=None if implementation == "auto" else implementation)
+    return Execution(implementation=None if implementation == "auto" else implementation)

@@ -1,5 +1,6 @@
 """The FFN operation. Knows arrays, not detectors."""
 
+from detr_jax.kernels.backend import FFNWeights
 from detr_jax.kernels.block_masks import (
     BlockLists,
     any_per_tile,
@@ -8,14 +9,15 @@ from detr_jax.kernels.block_masks import (
     pad_tokens,
     repeat_per_tile,
 )
-from detr_jax.kernels.dispatch import IMPLEMENTATIONS, UnavailableError
+from detr_jax.kernels.dispatch import IMPLEMENTATIONS, Dispatch, UnavailableError
 from detr_jax.kernels.operation import Execution, block_sparse_ffn, sparse_ffn
-from detr_jax.kernels.reference import FFNWeights, expand_groups, ffn, hidden_activations
+from detr_jax.kernels.reference import expand_groups, ffn, hidden_activations
 from detr_jax.kernels.token_sorting import signature_order
 
 __all__ = [
     "IMPLEMENTATIONS",
     "BlockLists",
+    "Dispatch",
     "Execution",
     "FFNWeights",
     "UnavailableError",

@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Shaped
 
 
 class BlockLists(NamedTuple):
@@ -14,11 +14,11 @@ class BlockLists(NamedTuple):
         counts: (..., tiles) int32, how many those are.
     """
 
-    indices: jax.Array
-    counts: jax.Array
+    indices: Int[Array, "*batch tiles B"]
+    counts: Int[Array, "*batch tiles"]
 
 
-def mask_to_indices(needed: jax.Array) -> BlockLists:
+def mask_to_indices(needed: Bool[Array, "*batch tiles B"]) -> BlockLists:
     """A map as lists: (..., tiles, B) bool -> lists whose rows are permutations of the B blocks, needed ones ascending.
 
     All entries are valid blocks, also those behind the needed ones, so that nothing reads out of range.
@@ -27,7 +27,7 @@ def mask_to_indices(needed: jax.Array) -> BlockLists:
     return BlockLists(order.astype(jnp.int32), needed.sum(-1, dtype=jnp.int32))
 
 
-def indices_to_mask(lists: BlockLists, blocks: int) -> jax.Array:
+def indices_to_mask(lists: BlockLists, blocks: int) -> Bool[Array, "*batch tiles B"]:
     """Lists as a map: a block is needed however often and in whatever order it is listed.
 
     Args:
@@ -41,12 +41,12 @@ def indices_to_mask(lists: BlockLists, blocks: int) -> jax.Array:
     inside = (lists.indices >= 0) & (lists.indices < blocks)
     named = jnp.where(listed & inside, lists.indices, blocks)
     flat = named.reshape(-1, named.shape[-1])
-    tile = jnp.arange(len(flat))[:, None]
-    needed = jnp.zeros((len(flat), blocks), bool).at[tile, flat].set(True, mode="drop")
+    tile = jnp.arange(flat.shape[0])[:, None]
+    needed = jnp.zeros((flat.shape[0], blocks), bool).at[tile, flat].set(True, mode="drop")
     return needed.reshape(*named.shape[:-1], blocks)
 
 
-def any_per_tile(active: jax.Array, tile_size: int, blocks: int) -> jax.Array:
+def any_per_tile(active: Bool[Array, "*batch tokens G"], tile_size: int, blocks: int) -> Bool[Array, "*batch tiles B"]:
     """What tiles need when their tokens need groups: the union over the tokens of a tile and the groups of a block.
 
     Args:
@@ -64,15 +64,18 @@ def any_per_tile(active: jax.Array, tile_size: int, blocks: int) -> jax.Array:
     if groups % blocks:
         raise ValueError(f"{groups} groups of neurons cannot be united into {blocks} blocks of equal size")
     padded = pad_tokens(active, tile_size)
-    return padded.reshape(*batch, -1, tile_size, blocks, groups // blocks).any((-3, -1))
+    tiles = padded.shape[-2] // tile_size
+    return padded.reshape(*batch, tiles, tile_size, blocks, groups // blocks).any((-3, -1))
 
 
-def repeat_per_tile(decisions: jax.Array, tokens: int, tile_size: int | None) -> jax.Array:
+def repeat_per_tile(
+    decisions: Shaped[Array, "*batch tiles n"], tokens: int, tile_size: int | None
+) -> Shaped[Array, "*batch tokens n"]:
     """(..., tiles, n) -> (..., tokens, n), what each token's tile has; a tile size of None is one tile for all."""
     return jnp.repeat(decisions, tile_size or tokens, axis=-2)[..., :tokens, :]
 
 
-def pad_tokens(array: jax.Array, tile_size: int) -> jax.Array:
+def pad_tokens(array: Shaped[Array, "*batch tokens n"], tile_size: int) -> Shaped[Array, "*batch padded n"]:
     """Appends zeros to (..., tokens, n) until tiles of `tile_size` tokens fill it."""
     padding = [(0, 0)] * array.ndim
     padding[-2] = (0, -array.shape[-2] % tile_size)

@@ -1,128 +1,125 @@
-"""Which implementation computes a sparse FFN, and when it is worth it on a device."""
+"""Which back end computes a sparse FFN on a device, in blocks of which size, and when the dense FFN is faster."""
 
-import importlib
+import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from detr_jax.errors import InputError
-from detr_jax.kernels import reference
-from detr_jax.kernels.block_masks import BlockLists, indices_to_mask
-from detr_jax.kernels.reference import FFNWeights
+from detr_jax.kernels import mosaic_gpu, mosaic_tpu, reference, xla
+from detr_jax.kernels.backend import Backend, FFNShape
 
-IMPLEMENTATIONS = ("reference", "xla", "mosaic_tpu", "mosaic_gpu")
-PREFERRED = {"cpu": ("xla",), "gpu": ("mosaic_gpu", "xla"), "tpu": ("mosaic_tpu", "xla")}
-"""What is tried on a kind of device, in this order."""
-BREAK_EVEN = {"xla": 0.75, "mosaic_tpu": 0.7, "mosaic_gpu": 0.6}
-"""Density of tiles and blocks above which the dense FFN is taken on devices that nobody has tuned."""
-
-Run = Callable[[jax.Array, FFNWeights, BlockLists, jax.Array | None], jax.Array]
-"""x (tiles, tile tokens, d), weights, lists with B entries a row, active (tiles, tile tokens, G) or None -> like x."""
-
-
-@dataclass(frozen=True)
-class FFNShape:
-    """What an implementation has to know to say whether it can compute something.
-
-    Attributes:
-        dtype: of the inputs and weights.
-        tile_size: tokens per tile.
-        d_model: d.
-        features: F.
-        blocks: B.
-        groups: G of the exact mode, else None.
-        tokens: of all images together.
-    """
-
-    dtype: jnp.dtype
-    tile_size: int
-    d_model: int
-    features: int
-    blocks: int
-    groups: int | None
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Choice:
-    """An implementation, and the density above which the dense FFN is computed instead; None for never."""
-
-    name: str
-    run: Run
-    break_even: float | None
+BACKENDS = (reference.BACKEND, xla.BACKEND, mosaic_tpu.BACKEND, mosaic_gpu.BACKEND)
+IMPLEMENTATIONS = tuple(backend.name for backend in BACKENDS)
+LARGEST_UNION = 64
+"""Neurons of the largest block into which groups are united because a back end takes no smaller ones: the union of more
+groups is hardly ever sparse."""
 
 
 class UnavailableError(InputError):
-    """An implementation that is asked for does not exist or cannot compute something here."""
+    """An implementation that is asked for does not exist or cannot compute an FFN here."""
 
 
-def choose(ffn_shape: FFNShape, name: str | None = None) -> Choice:
-    """The implementation for the default device, or the one that is asked for.
+@dataclass(frozen=True)
+class Dispatch:
+    """How a sparse FFN is computed on the default device.
+
+    Attributes:
+        backend: the back end.
+        block_size: neurons per block.
+        break_even: density above which the dense FFN is computed instead; None for never.
+        refused: the name of each back end that would be preferred on this device, and why it cannot compute this.
+    """
+
+    backend: Backend
+    block_size: int
+    break_even: float | None
+    refused: tuple[tuple[str, str], ...] = ()
+
+
+def choose(shape: FFNShape, implementation: str | None = None, group_size: int | None = None) -> Dispatch:
+    """The back end for the default device, or the one that is asked for.
+
+    Args:
+        shape: of the FFN.
+        implementation: name of a back end; None for the first that can compute it.
+        group_size: neurons per group of what is decided, where the size of blocks is free: then it is the smallest
+            multiple that a back end takes, and that of `shape` is ignored.
 
     Raises:
         UnavailableError: if there is none of that name, or it cannot compute this here; it says why.
     """
-    if name is not None:
-        if name not in IMPLEMENTATIONS:
-            raise UnavailableError(
-                f"there is no implementation {name!r} of the sparse FFN; there are {', '.join(IMPLEMENTATIONS)}"
-            )
-        if reason := unsupported_reason(ffn_shape, name):
-            raise UnavailableError(f"the implementation {name} cannot compute this: {reason}")
-        return Choice(name, _run_of(name), None)
-    name = next(n for n in PREFERRED.get(jax.default_backend(), ("xla",)) if not unsupported_reason(ffn_shape, n))
-    return Choice(name, _run_of(name), break_even(name, jax.devices()[0].device_kind, ffn_shape))
+    refused = []
+    for backend in candidates(implementation):
+        block_size, reason = _block_size(backend, shape, group_size)
+        if reason is None:
+            here = dataclasses.replace(shape, block_size=block_size)
+            density = None if implementation else break_even(backend, jax.devices()[0].device_kind, here)
+            return Dispatch(backend, block_size, density, tuple(refused))
+        refused.append((backend.name, reason))
+    ((name, reason),) = refused  # without a name, the last candidate computes everything
+    raise UnavailableError(f"the implementation {name} cannot compute this: {reason}")
 
 
-def unsupported_reason(ffn_shape: FFNShape, name: str) -> str | None:
-    """Why an implementation cannot compute something on the default device; None if it can."""
-    if name in ("reference", "xla"):
-        return None
-    return importlib.import_module(f"detr_jax.kernels.{name}").unsupported_reason(ffn_shape)
+def candidates(implementation: str | None) -> tuple[Backend, ...]:
+    """Back ends to try on the default device, the preferred one first: all that suit it, or the one of that name.
+
+    Raises:
+        UnavailableError: if there is none of that name.
+    """
+    if implementation is None:
+        device = jax.default_backend()
+        return (*(backend for backend in BACKENDS if device in backend.platforms), xla.BACKEND)
+    if implementation not in IMPLEMENTATIONS:
+        known = ", ".join(IMPLEMENTATIONS)
+        raise UnavailableError(f"there is no implementation {implementation!r} of the sparse FFN; there are {known}")
+    return (BACKENDS[IMPLEMENTATIONS.index(implementation)],)
 
 
-def break_even(name: str, device_kind: str, ffn_shape: FFNShape) -> float:
+def _block_size(backend: Backend, shape: FFNShape, group_size: int | None) -> tuple[int, str | None]:
+    """Neurons per block, and why the back end cannot compute them; the reason is about whole groups where none does."""
+    sizes = [group_size or shape.block_size]
+    if group_size:
+        multiples = range(2 * group_size, max(LARGEST_UNION, group_size) + 1, group_size)
+        sizes += [size for size in multiples if shape.hidden % size == 0]
+    reasons = [backend.unsupported_reason(dataclasses.replace(shape, block_size=size)) for size in sizes]
+    return next(((size, None) for size, why in zip(sizes, reasons, strict=True) if why is None), (sizes[0], reasons[0]))
+
+
+def break_even(backend: Backend, device_kind: str, shape: FFNShape) -> float:
     """Density above which the dense FFN is faster: measured on this kind of device, or else a guess.
 
-    Of what was measured that counts which is nearest in the size of tiles, where all tokens of an image may be a tile,
-    and then in the number of tokens.
+    The measurement counts that is nearest in the type, then in the size of tiles (all tokens of an image may be one),
+    the size of blocks, the number of tokens, and the sizes of the FFN. A measurement that lacks one of these is near.
     """
 
-    def distance(entry: dict) -> tuple[float, float]:
-        return tuple(abs(math.log(entry[key] / max(getattr(ffn_shape, key), 1))) for key in ("tile_size", "tokens"))
+    def apart(entry: dict, key: str) -> float:
+        measured, own = entry.get(key), getattr(shape, key)
+        if measured is None or not isinstance(own, int):  # a symbol of `jax.export`
+            return 0.0
+        return abs(math.log(measured / max(own, 1)))
 
-    measured = tuning(device_kind).get("break_even", {}).get(name)
-    return min(measured, key=distance)["density"] if measured else BREAK_EVEN[name]
+    def distance(entry: dict) -> tuple[float, ...]:
+        sizes = ("tile_size", "block_size", "tokens", "d_model", "hidden")
+        other_type = float(entry.get("dtype", shape.dtype.name) != shape.dtype.name)
+        return (other_type, *(apart(entry, size) for size in sizes))
+
+    measured = tuning(device_kind).get("break_even", {}).get(backend.name)
+    return min(measured, key=distance)["density"] if measured else backend.break_even
 
 
 @cache
 def tuning(device_kind: str) -> dict:
-    """What `scripts/benchmarks/sparse_kernels.py` measured on a kind of device; empty if nobody ran it there."""
+    """Measurements of `scripts/benchmarks/sparse_kernels.py` on a kind of device; empty if nobody ran it there."""
     path = tuning_path(device_kind)
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def tuning_path(device_kind: str) -> Path:
-    """The file with the figures of a kind of device."""
+    """The file with the measurements of a kind of device."""
     return Path(__file__).parent / "tuning" / (re.sub(r"[^a-z0-9]+", "-", device_kind.lower()).strip("-") + ".json")
-
-
-def _run_of(name: str) -> Run:
-    if name == "reference":
-        return _reference
-    return importlib.import_module(f"detr_jax.kernels.{name}").block_sparse_ffn
-
-
-def _reference(x: jax.Array, weights: FFNWeights, lists: BlockLists, active: jax.Array | None) -> jax.Array:
-    tiles, tile_size, d = x.shape
-    needed = indices_to_mask(lists, lists.indices.shape[-1])
-    one_image = None if active is None else active.reshape(tiles * tile_size, -1)
-    flat = reference.block_sparse_ffn(x.reshape(-1, d), weights, needed, tile_size, one_image)
-    return flat.reshape(x.shape)

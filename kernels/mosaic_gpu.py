@@ -8,20 +8,23 @@ second product stay in registers until the list is done.
 Neurons are on rows of both matrices, and 8 rows are one row of tiles of the 128-byte swizzle: a block of as few as 8
 neurons can be copied on its own, and blocks copied below each other are an operand of the matrix unit.
 
-No warpgroup is set aside for copying. Sums for 64 tokens need more registers than each of three warpgroups gets, and
-with JAX 0.12 ptxas ignores requests to share registers out differently: such a kernel spilled.
+No warpgroup is set aside for copying: sums for 64 tokens need more registers than each of three warpgroups gets unless
+registers are shared out with `set_max_registers`.
 """
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from detr_jax.kernels.backend import Backend, FFNShape, FFNWeights
 from detr_jax.kernels.block_masks import BlockLists, pad_tokens
-from detr_jax.kernels.dispatch import FFNShape
-from detr_jax.kernels.reference import FFNWeights, expand_groups
+from detr_jax.kernels.reference import expand_groups
+
+if TYPE_CHECKING:
+    from jax.experimental.pallas import mosaic_gpu as plgpu
 
 CHUNK = 64
 """Neurons whose activations are computed at once."""
@@ -33,33 +36,30 @@ STAGES = 2
 """Chunks in shared memory at once: one in use, the next on its way."""
 MAX_FEATURES = 256
 """Model features whose sums for 64 tokens fit the registers of a warpgroup."""
-SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-"""Layout of operands of the matrix unit in shared memory: tiles of 8 rows of 128 bytes, which is 64 bfloat16."""
 
 
-def unsupported_reason(ffn_shape: FFNShape) -> str | None:
-    """Why this cannot compute something on the default device; None if it can."""
+def unsupported_reason(shape: FFNShape) -> str | None:
+    """Why this cannot compute an FFN on the default device; None if it can."""
     if jax.default_backend() != "gpu":
         return f"it runs on Hopper GPUs, not on {jax.default_backend()}"
     capability = getattr(jax.devices()[0], "compute_capability", "unknown")
     if capability != "9.0":
         return f"it runs on Hopper GPUs, of compute capability 9.0, not {capability}"
-    return unsupported(ffn_shape)
+    return unsupported(shape)
 
 
-def unsupported(ffn_shape: FFNShape) -> str | None:
-    """Why this cannot compute something on any Hopper GPU; None if it can."""
-    if ffn_shape.dtype != jnp.bfloat16:
-        return f"it computes in bfloat16, not in {ffn_shape.dtype}"
-    if ffn_shape.d_model % 64:
-        return f"{ffn_shape.d_model} features are not a multiple of 64"
-    if ffn_shape.d_model > MAX_FEATURES:
-        return f"sums of {ffn_shape.d_model} features do not fit its registers, up to {MAX_FEATURES} do"
-    if ffn_shape.features % CHUNK:
-        return f"{ffn_shape.features} hidden neurons are not whole chunks of {CHUNK}"
-    block_size = ffn_shape.features // ffn_shape.blocks
-    if block_size % CHUNK and block_size not in (8, 16, 32):
-        return f"blocks of {block_size} neurons are neither 8, 16 or 32 nor a multiple of {CHUNK}"
+def unsupported(shape: FFNShape) -> str | None:
+    """Why this cannot compute an FFN on any Hopper GPU; None if it can."""
+    if shape.dtype != jnp.bfloat16:
+        return f"it computes in bfloat16, not in {shape.dtype}"
+    if shape.d_model % 64:
+        return f"{shape.d_model} features are not a multiple of 64"
+    if shape.d_model > MAX_FEATURES:
+        return f"sums of {shape.d_model} features do not fit its registers, up to {MAX_FEATURES} do"
+    if shape.hidden % CHUNK:
+        return f"{shape.hidden} hidden neurons are not whole chunks of {CHUNK}"
+    if shape.block_size % CHUNK and shape.block_size not in (8, 16, 32):
+        return f"blocks of {shape.block_size} neurons are neither 8, 16 or 32 nor a multiple of {CHUNK}"
     return None
 
 
@@ -76,7 +76,7 @@ def block_sparse_ffn(
     Args:
         x: (tiles, tile tokens, d) bfloat16.
         weights: of the FFN.
-        lists: `indices` (tiles, B), rows that are permutations of the blocks; see `blocks.mask_to_indices`.
+        lists: `indices` (tiles, B), rows that are permutations of the blocks; see `mask_to_indices`.
         active: (tiles, tile tokens, G) bool, groups that each token gets of its tile's blocks; None for all of them.
             Unlike the hidden activations it passes through global memory.
         interpret: for tests on other devices; the newest JAX only.
@@ -103,6 +103,10 @@ def dense_ffn(x: jax.Array, weights: FFNWeights, *, interpret: "bool | plgpu.Int
 
 def _call(x, weights, lists, active, interpret):
     """One launch; without lists for all neurons, without active for all tokens."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu  # half a second: not where it does not run
+
+    # Layout of operands of the matrix unit in shared memory: tiles of 8 rows of 128 bytes, which is 64 bfloat16.
+    swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
     tiles, tile_size, d = x.shape
     tokens = ROWS if tile_size <= ROWS else TOKENS
     # The parts of a tile share its list.
@@ -125,12 +129,12 @@ def _call(x, weights, lists, active, interpret):
         num_threads=groups,
         thread_name="group",
         scratch_types=[
-            plgpu.SMEM((groups, ROWS, d), x.dtype, transforms=SWIZZLED),  # tokens, in the end their outputs
+            plgpu.SMEM((groups, ROWS, d), x.dtype, transforms=swizzled),  # tokens, in the end their outputs
             plgpu.SMEM((groups, d), x.dtype),  # b_out
-            plgpu.SMEM((groups, ROWS, CHUNK), x.dtype, transforms=SWIZZLED),  # hidden activations, before them the mask
-            plgpu.SMEM((STAGES, CHUNK, d), x.dtype, transforms=SWIZZLED),  # rows of w_in
+            plgpu.SMEM((groups, ROWS, CHUNK), x.dtype, transforms=swizzled),  # hidden activations, before them the mask
+            plgpu.SMEM((STAGES, CHUNK, d), x.dtype, transforms=swizzled),  # rows of w_in
             plgpu.SMEM((STAGES, CHUNK), x.dtype),  # b_in
-            plgpu.SMEM((STAGES, CHUNK, d), x.dtype, transforms=SWIZZLED),  # rows of w_out
+            plgpu.SMEM((STAGES, CHUNK, d), x.dtype, transforms=swizzled),  # rows of w_out
             # What has arrived: tokens and b_out, w_in and b_in, w_out.
             plgpu.Barrier(num_arrivals=2, num_barriers=groups),
             plgpu.Barrier(num_arrivals=copies + 1, num_barriers=STAGES),
@@ -157,6 +161,8 @@ def _in_order_of_lists(active, lists, features):
 
 
 def _kernel(block_size, features, sparse, exact, x, w_in, b_in, w_out, b_out, *refs):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
     (indices, counts), refs = (refs[:2], refs[2:]) if sparse else ((None, None), refs)
     mask, refs = (refs[0], refs[1:]) if exact else (None, refs)
     out, x_rows, out_bias, hidden, chunk_in, chunk_bias, chunk_out, *barriers = refs
@@ -258,10 +264,17 @@ def _kernel(block_size, features, sparse, exact, x, w_in, b_in, w_out, b_out, *r
 
 def along_rows(row, shape):
     """The same numbers for every row of an accumulator, in float32."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
     row = plgpu.layout_cast(row, plgpu.Layout.WGMMA.reduce(0)).astype(jnp.float32)
     return jax.lax.broadcast_in_dim(row, shape, [1])
 
 
 def transposed(ref):
     """A matrix in shared memory seen as its transpose: a method since JAX 0.11, a function before."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
     return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
+
+
+BACKEND = Backend("mosaic_gpu", ("gpu",), block_sparse_ffn, unsupported_reason, break_even=0.6)

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from detr_jax.kernels.backend import Backend, FFNShape, FFNWeights
 from detr_jax.kernels.block_masks import BlockLists
-from detr_jax.kernels.dispatch import FFNShape
-from detr_jax.kernels.reference import FFNWeights, expand_groups
+from detr_jax.kernels.reference import expand_groups
 
 CHUNK = 128
 """Neurons whose activations are computed at once: the width of the matrix unit."""
@@ -28,26 +28,23 @@ VECTOR_MEMORY = 12 << 20
 LANES = 128
 
 
-def unsupported_reason(ffn_shape: FFNShape) -> str | None:
-    """Why this cannot compute something on the default device; None if it can."""
+def unsupported_reason(shape: FFNShape) -> str | None:
+    """Why this cannot compute an FFN on the default device; None if it can."""
     if jax.default_backend() != "tpu":
         return f"it runs on TPUs, not on {jax.default_backend()}"
-    return unsupported(ffn_shape)
+    return unsupported(shape)
 
 
-def unsupported(ffn_shape: FFNShape) -> str | None:
-    """Why this cannot compute something on any TPU; None if it can."""
-    if ffn_shape.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"it computes in float32 or bfloat16, not in {ffn_shape.dtype}"
-    rows = _rows(ffn_shape.dtype)
-    if ffn_shape.features // ffn_shape.blocks % rows:
-        return (
-            f"blocks of {ffn_shape.features // ffn_shape.blocks} neurons are not whole registers of {rows} rows, as "
-            f"{ffn_shape.dtype} needs"
-        )
-    if ffn_shape.d_model % LANES:
-        return f"{ffn_shape.d_model} features are not a multiple of {LANES}"
-    size = ffn_shape.features * (2 * ffn_shape.d_model * ffn_shape.dtype.itemsize + LANES * 4)
+def unsupported(shape: FFNShape) -> str | None:
+    """Why this cannot compute an FFN on any TPU; None if it can."""
+    if shape.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"it computes in float32 or bfloat16, not in {shape.dtype}"
+    rows = _rows(shape.dtype)
+    if shape.block_size % rows:
+        return f"blocks of {shape.block_size} neurons are not whole registers of {rows} rows, as {shape.dtype} needs"
+    if shape.d_model % LANES:
+        return f"{shape.d_model} features are not a multiple of {LANES}"
+    size = shape.hidden * (2 * shape.d_model * shape.dtype.itemsize + LANES * 4)
     if size > VECTOR_MEMORY:
         return f"its weights take {size / 2**20:.0f} MiB of vector memory, more than {VECTOR_MEMORY >> 20}"
     return None
@@ -71,7 +68,7 @@ def block_sparse_ffn(
     Args:
         x: (tiles, tile tokens, d).
         weights: of the FFN.
-        lists: `indices` (tiles, B), rows that are permutations of the blocks; see `blocks.mask_to_indices`.
+        lists: `indices` (tiles, B), rows that are permutations of the blocks; see `mask_to_indices`.
         active: (tiles, tile tokens, G) bool, groups that each token gets of its tile's blocks; None for all of them.
         interpret: for tests on other devices.
 
@@ -128,7 +125,7 @@ def _call(block_size, exact, interpret, indices, counts, x, *operands):
             out_specs=pl.BlockSpec((1, tokens, d), lambda i, *_: (i, 0, 0)),
             scratch_shapes=scratch,
         ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=interpret,
         name="block_sparse_ffn",
     )(indices, counts, x, *operands)
@@ -166,3 +163,6 @@ def _kernel(block_size, exact, indices, counts, x, *refs):
     total[...] = jnp.broadcast_to(b_out[...].astype(jnp.float32), total.shape)
     jax.lax.fori_loop(0, pl.cdiv(count, per_chunk), add_chunk, 0)
     out[0] = total[...].astype(out.dtype)
+
+
+BACKEND = Backend("mosaic_tpu", ("tpu",), block_sparse_ffn, unsupported_reason, break_even=0.7)

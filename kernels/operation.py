@@ -1,4 +1,4 @@
-"""One operation over all implementations: an FFN of which every tile of tokens computes the blocks that it needs."""
+"""The sparse FFN over all implementations: every tile of tokens computes the blocks of neurons that it needs."""
 
 import math
 from collections.abc import Callable
@@ -7,9 +7,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Shaped
 
 from detr_jax.errors import InputError
 from detr_jax.kernels import reference
+from detr_jax.kernels.backend import FFNShape, FFNWeights
 from detr_jax.kernels.block_masks import (
     BlockLists,
     any_per_tile,
@@ -18,8 +20,7 @@ from detr_jax.kernels.block_masks import (
     pad_tokens,
     repeat_per_tile,
 )
-from detr_jax.kernels.dispatch import Choice, FFNShape, choose
-from detr_jax.kernels.reference import FFNWeights
+from detr_jax.kernels.dispatch import Dispatch, choose
 from detr_jax.kernels.token_sorting import signature_order
 
 
@@ -29,44 +30,64 @@ class Execution:
 
     Attributes:
         tile_size: tokens that share their blocks; None for all tokens of an image.
-        block_size: neurons of a block.
+        block_size: neurons of a block; None for a group of the selector's, or the smallest number of groups that the
+            implementation takes.
         exact: whether a token gets only its own groups of the blocks that its tile computes. Otherwise it gets the
             whole blocks, which is closer to the dense FFN and costs nothing.
         ordered: whether tokens that need the same groups are brought together into tiles, and back afterwards.
-        implementation: name of one, see `dispatch.IMPLEMENTATIONS`; None for what pays on the device.
+        implementation: name of one, see `dispatch.IMPLEMENTATIONS`; None for the fastest on the device.
     """
 
     tile_size: int | None = None
-    block_size: int = 64
+    block_size: int | None = None
     exact: bool = False
     ordered: bool = False
     implementation: str | None = None
 
+    def dispatch(self, x: jax.Array | jax.ShapeDtypeStruct, hidden: int, groups: int) -> Dispatch:
+        """How `sparse_ffn` computes an FFN on the default device.
+
+        Args:
+            x: (..., tokens, d), or its shape.
+            hidden: F, neurons of the FFN.
+            groups: G, about which is decided.
+
+        Raises:
+            InputError: if blocks of that size do not divide the neurons, or `UnavailableError`, see `choose`.
+        """
+        size = hidden // groups if self.block_size is None else self.block_size
+        if size < 1 or hidden % size:
+            raise InputError(f"{hidden} hidden neurons cannot be divided into blocks of {size}")
+        shape = FFNShape(x.dtype, self.tile_size or x.shape[-2], x.shape[-1], hidden, size, math.prod(x.shape[:-1]))
+        return choose(shape, self.implementation, size if self.block_size is None else None)
+
 
 def sparse_ffn(
-    x: jax.Array, weights: FFNWeights, active: jax.Array, execution: Execution, shared_by: int | None = 1
-) -> jax.Array:
-    """The FFN with the groups that its tokens need; jit it with what decides about `active`.
+    x: Float[Array, "batch tokens d"],
+    weights: FFNWeights,
+    active: Bool[Array, "batch decisions G"],
+    execution: Execution,
+    shared_by: int | None = 1,
+) -> Float[Array, "batch tokens d"]:
+    """The FFN with the groups that its tokens need; jit it together with the decision about `active`.
 
     Args:
         x: (batch, tokens, d).
         weights: of the FFN.
         active: (batch, decisions, G) bool, the groups of F / G consecutive neurons that are needed; padding should
             need nothing.
-        execution: how.
+        execution: tiles, blocks and implementation.
         shared_by: consecutive tokens that a decision is about; None for all of an image.
 
     Returns:
         (batch, tokens, d).
 
     Raises:
-        ValueError: if blocks of that size do not divide the neurons or consist of whole groups, or as
+        ValueError: if blocks of that size do not divide the neurons or consist of whole groups, or see
             `block_sparse_ffn`.
     """
-    features = weights.w_in.shape[0]
-    if execution.block_size < 1 or features % execution.block_size:
-        raise InputError(f"{features} hidden neurons cannot be divided into blocks of {execution.block_size}")
-    tokens = x.shape[-2]
+    features, tokens = weights.w_in.shape[0], x.shape[-2]
+    block_size = execution.dispatch(x, features, active.shape[-1]).block_size
     shared_by, tile_size = shared_by or tokens, execution.tile_size or tokens
     at_once = shared_by == tile_size and not (execution.exact or execution.ordered)
     if not at_once and shared_by != 1:
@@ -74,7 +95,7 @@ def sparse_ffn(
     if execution.ordered:
         order = signature_order(active, active.any(-1))[..., None]
         x, active = (jnp.take_along_axis(array, order, axis=1) for array in (x, active))
-    needed = any_per_tile(active, 1 if at_once else tile_size, features // execution.block_size)
+    needed = any_per_tile(active, 1 if at_once else tile_size, features // block_size)
     outputs = block_sparse_ffn(
         x,
         weights,
@@ -89,19 +110,19 @@ def sparse_ffn(
 
 
 def block_sparse_ffn(
-    x: jax.Array,
+    x: Float[Array, "*batch tokens d"],
     weights: FFNWeights,
-    needed: jax.Array | BlockLists,
+    needed: Shaped[Array, "*batch tiles B"] | BlockLists,
     tile_size: int,
     *,
     blocks: int | None = None,
-    active: jax.Array | None = None,
+    active: Bool[Array, "*batch tokens G"] | None = None,
     implementation: str | None = None,
-) -> jax.Array:
+) -> Float[Array, "*batch tokens d"]:
     """The FFN of which every tile of consecutive tokens computes, for all of its tokens, the blocks that it needs.
 
-    Same values as `reference.block_sparse_ffn`, whose gradients it has too. Maps over a batch with `jax.vmap` as it
-    does with leading axes, and runs inside `jax.shard_map(..., check_vma=False)` over tokens or images.
+    Same values as `reference.block_sparse_ffn`, whose derivatives it has too. Maps over a batch with `jax.vmap` as it
+    does with leading axes, and runs inside `jax.shard_map` over tokens or images.
 
     Args:
         x: (..., tokens, d) float32 or bfloat16.
@@ -110,7 +131,7 @@ def block_sparse_ffn(
         tile_size: tokens per tile; the last tile may be shorter.
         blocks: B, where `needed` is lists.
         active: (..., tokens, G) bool, with G a multiple of B: the exact mode, see `reference.block_sparse_ffn`.
-        implementation: name of one; None for what pays on the device, which above the device's break-even density is
+        implementation: name of one; None for the fastest on the device, which above the device's break-even density is
             the dense FFN, decided on the device.
 
     Returns:
@@ -124,15 +145,14 @@ def block_sparse_ffn(
             raise ValueError("lists of blocks do not say how many blocks there are: name `blocks`")
         needed = indices_to_mask(needed, blocks)
     _check(x, weights, needed, tile_size, active)
-    batch, (tokens, d), blocks = x.shape[:-2], x.shape[-2:], needed.shape[-1]
-    ffn_shape = FFNShape(
-        *(x.dtype, tile_size, d, weights.w_in.shape[0], blocks),
-        groups=None if active is None else active.shape[-1],
-        tokens=math.prod(x.shape[:-1]),
-    )
-    run = partial(_differentiable, choose(ffn_shape, implementation), tile_size)
+    if 0 in x.shape:
+        return jnp.zeros_like(x)
+    batch, tokens, d = *(x.shape[:-2],), *x.shape[-2:]
+    hidden = weights.w_in.shape[0]
+    shape = FFNShape(x.dtype, tile_size, d, hidden, hidden // needed.shape[-1], math.prod(x.shape[:-1]))
     flat = partial(jax.tree.map, lambda array: array.reshape(-1, *array.shape[len(batch) :]))
-    return run(flat(x), weights, flat(needed), flat(active)).reshape(*batch, tokens, d)
+    outputs = _differentiable(choose(shape, implementation), tile_size, flat(x), weights, flat(needed), flat(active))
+    return outputs.reshape(*batch, tokens, d)
 
 
 def _check(x, weights, needed, tile_size, active):
@@ -160,33 +180,29 @@ def _check(x, weights, needed, tile_size, active):
         )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _differentiable(choice, tile_size, x, weights, needed, active):
-    return _mapped(choice, tile_size)(x, weights, needed, active)
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _differentiable(dispatch, tile_size, x, weights, needed, active):
+    return _mapped(dispatch, tile_size)(x, weights, needed, active)
 
 
-def _forward(choice, tile_size, *arrays):
-    return _differentiable(choice, tile_size, *arrays), arrays
+@_differentiable.defjvp
+def _tangents(dispatch, tile_size, primals, tangents):
+    """Derivatives are the definition's, forward and backward; backward, hidden activations are computed again."""
+    x, weights, needed, active = primals
 
-
-def _backward(choice, tile_size, arrays, gradient):
-    x, weights, needed, active = arrays
-
+    @jax.checkpoint
     def definition(x, weights):
-        return reference.block_sparse_ffn(x, weights, needed, tile_size, active)
+        return reference.block_sparse_ffn(x, weights, needed, tile_size, active).astype(x.dtype)
 
-    return *jax.vjp(definition, x, weights)[1](gradient), None, None
-
-
-_differentiable.defvjp(_forward, _backward)
+    return _differentiable(dispatch, tile_size, *primals), jax.jvp(definition, (x, weights), tangents[:2])[1]
 
 
-def _mapped(choice: Choice, tile_size: int) -> Callable[..., jax.Array]:
+def _mapped(dispatch: Dispatch, tile_size: int) -> Callable[..., jax.Array]:
     """The computation with a rule for `jax.vmap`, which would turn a switch into all of its branches."""
 
     @jax.custom_batching.custom_vmap
     def run(*arrays):
-        return _compute(choice, tile_size, *arrays)
+        return _compute(dispatch, tile_size, *arrays)
 
     @run.def_vmap
     def map_over(size, mapped, x, weights, needed, active):
@@ -202,7 +218,7 @@ def _mapped(choice: Choice, tile_size: int) -> Callable[..., jax.Array]:
     return run
 
 
-def _compute(choice, tile_size, x, weights, needed, active):
+def _compute(dispatch, tile_size, x, weights, needed, active):
     """x (batch, tokens, d), needed (batch, tiles, B), active (batch, tokens, G) or None."""
     batch, tokens, d = x.shape
 
@@ -211,16 +227,16 @@ def _compute(choice, tile_size, x, weights, needed, active):
 
     def sparse():
         lists = mask_to_indices(needed.reshape(-1, needed.shape[-1]))
-        outputs = choice.run(tiles(x), weights, lists, None if active is None else tiles(active))
-        return outputs.reshape(batch, -1, d)[:, :tokens]
+        outputs = dispatch.backend.run(tiles(x), weights, lists, None if active is None else tiles(active))
+        return outputs.reshape(batch, -1, d)[:, :tokens].astype(x.dtype)
 
     def masked():
-        return reference.block_sparse_ffn(x, weights, needed, tile_size, active)
+        return reference.block_sparse_ffn(x, weights, needed, tile_size, active).astype(x.dtype)
 
     def dense():
-        return reference.ffn(x, *weights, active)
+        return reference.ffn(x, *weights, active).astype(x.dtype)
 
-    if choice.break_even is None:
+    if dispatch.break_even is None:
         return sparse()
-    branch = jnp.where(needed.all(), 2, jnp.where(needed.mean() > choice.break_even, 1, 0))
+    branch = jnp.where(needed.all(), 2, jnp.where(needed.mean() > dispatch.break_even, 1, 0))
     return jax.lax.switch(branch, (sparse, masked, dense))

@@ -6,31 +6,17 @@ Notation (d model features, F hidden neurons, g neurons in a group, G = F / g gr
     y = (h * active) W_out + b_out   W_out (F, d), neurons on rows
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Shaped
 
-from detr_jax.kernels.block_masks import repeat_per_tile
-
-
-class FFNWeights(NamedTuple):
-    """An FFN as arrays: relu(x W_in^T + b_in) W_out + b_out.
-
-    Attributes:
-        w_in: (F, d), neurons on rows.
-        b_in: (F,).
-        w_out: (F, d), neurons on rows.
-        b_out: (d,).
-    """
-
-    w_in: jax.Array
-    b_in: jax.Array
-    w_out: jax.Array
-    b_out: jax.Array
+from detr_jax.kernels.backend import Backend, FFNWeights
+from detr_jax.kernels.block_masks import BlockLists, indices_to_mask, repeat_per_tile
 
 
-def hidden_activations(x: jax.Array, w_in: jax.Array, b_in: jax.Array) -> jax.Array:
+def hidden_activations(
+    x: Float[Array, "*batch d"], w_in: Float[Array, "F d"], b_in: Float[Array, " F"]
+) -> Float[Array, "*batch F"]:
     """h = relu(x W_in^T + b_in).
 
     Args:
@@ -44,7 +30,7 @@ def hidden_activations(x: jax.Array, w_in: jax.Array, b_in: jax.Array) -> jax.Ar
     return jax.nn.relu(x @ w_in.T + b_in)
 
 
-def expand_groups(active: jax.Array, neurons: int) -> jax.Array:
+def expand_groups(active: Shaped[Array, "*batch G"], neurons: int) -> Shaped[Array, "*batch F"]:
     """Repeats a decision per group to one per neuron: (..., G) -> (..., F), groups of F / G consecutive neurons.
 
     Raises:
@@ -57,13 +43,13 @@ def expand_groups(active: jax.Array, neurons: int) -> jax.Array:
 
 
 def ffn(
-    x: jax.Array,
-    w_in: jax.Array,
-    b_in: jax.Array,
-    w_out: jax.Array,
-    b_out: jax.Array,
-    active: jax.Array | None = None,
-) -> jax.Array:
+    x: Float[Array, "*batch d"],
+    w_in: Float[Array, "F d"],
+    b_in: Float[Array, " F"],
+    w_out: Float[Array, "F d"],
+    b_out: Float[Array, " d"],
+    active: Bool[Array, "*batch G"] | None = None,
+) -> Float[Array, "*batch d"]:
     """The FFN with inactive groups left out.
 
     Args:
@@ -84,8 +70,12 @@ def ffn(
 
 
 def block_sparse_ffn(
-    x: jax.Array, weights: FFNWeights, needed: jax.Array, tile_size: int, active: jax.Array | None = None
-) -> jax.Array:
+    x: Float[Array, "*batch tokens d"],
+    weights: FFNWeights,
+    needed: Bool[Array, "*batch tiles B"],
+    tile_size: int,
+    active: Bool[Array, "*batch tokens G"] | None = None,
+) -> Float[Array, "*batch tokens d"]:
     """The FFN where every tile of consecutive tokens computes, for all of its tokens, the blocks that it needs.
 
     Args:
@@ -103,3 +93,14 @@ def block_sparse_ffn(
     if active is not None:
         per_token = expand_groups(per_token, active.shape[-1]) & active
     return ffn(x, *weights, per_token)
+
+
+def _run(x: jax.Array, weights: FFNWeights, lists: BlockLists, active: jax.Array | None) -> jax.Array:
+    """The definition as a back end, see `backend.KernelFn`."""
+    tiles, tile_size, d = x.shape
+    needed = indices_to_mask(lists, lists.indices.shape[-1])
+    per_token = None if active is None else active.reshape(tiles * tile_size, -1)
+    return block_sparse_ffn(x.reshape(-1, d), weights, needed, tile_size, per_token).reshape(x.shape)
+
+
+BACKEND = Backend("reference", platforms=(), run=_run, unsupported_reason=lambda shape: None, break_even=0.0)

@@ -2,13 +2,16 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
 
 SIGNATURE_BITS = 31
 # What half of the tokens need, every large tile needs in any order; what few need can be kept to few tiles.
 SIGNATURE_SHARE = 0.2
 
 
-def signature_order(active: jax.Array, tokens: jax.Array) -> jax.Array:
+def signature_order(
+    active: Bool[Array, "images tokens G"], tokens: Bool[Array, "images tokens"]
+) -> Int[Array, "images tokens"]:
     """An order of each image's tokens in which those come together that need the same groups; jittable.
 
     A token's signature says which of `SIGNATURE_BITS` groups it needs, those needed by closest to `SIGNATURE_SHARE` of

@@ -15,8 +15,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from detr_jax.kernels.backend import Backend, FFNWeights
 from detr_jax.kernels.block_masks import BlockLists, indices_to_mask, mask_to_indices
-from detr_jax.kernels.reference import FFNWeights, expand_groups, ffn
+from detr_jax.kernels.reference import expand_groups, ffn
 
 SHARES = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 """Capacities, as shares of all blocks. A tile that needs more is computed without a gather."""
@@ -39,14 +40,14 @@ def block_sparse_ffn(
     Args:
         x: (tiles, tile tokens, d).
         weights: of the FFN.
-        lists: `indices` (tiles, B), rows that are permutations of the blocks; see `blocks.mask_to_indices`.
+        lists: `indices` (tiles, B), rows that are permutations of the blocks; see `mask_to_indices`.
         active: (tiles, tile tokens, G) bool, groups that each token gets of its tile's blocks; None for all of them.
 
     Returns:
         (tiles, tile tokens, d).
     """
     small = x.shape[1] <= SMALL * len(weights.w_in) / lists.indices.shape[-1]
-    return (_block_by_block if small and len(x) > 1 else _tile_by_tile)(x, weights, lists, active)
+    return (_block_by_block if small and x.shape[0] != 1 else _tile_by_tile)(x, weights, lists, active)
 
 
 def _tile_by_tile(x, weights, lists, active):
@@ -55,6 +56,11 @@ def _tile_by_tile(x, weights, lists, active):
     branches = [partial(_nothing, weights), *(partial(_gathered, weights, capacity) for capacity in sizes)]
     branches += [partial(_masked, weights), partial(_all, weights)]
     least = jnp.array((0, *sizes, blocks - 1))  # of each branch the most blocks that it can compute
+
+    def of_type(branch, *tile):
+        return branch(*tile).astype(x.dtype)
+
+    branches = [partial(of_type, branch) for branch in branches]
 
     def compute(tile):
         return jax.lax.switch(jnp.searchsorted(least, tile[2]), branches, *tile)
@@ -99,9 +105,10 @@ def _all(weights, x, indices, count, active):
 def _block_by_block(x, weights, lists, active):
     tiles, tile_size, _ = x.shape
     blocks = lists.indices.shape[-1]
-    together = min(max(GATHERED_TOKENS // tile_size, 1), tiles)
+    together = max(GATHERED_TOKENS // tile_size, 1)
+    if isinstance(tiles, int):  # not a symbol of `jax.export`
+        together = min(together, tiles)
     needing = mask_to_indices(indices_to_mask(lists, blocks).T)  # of each block, the tiles
-    indices = jnp.pad(needing.indices, ((0, 0), (0, -tiles % together)))
     steps = -(-needing.counts // together)
     ends = jnp.cumsum(steps)
     by_block = [array.reshape(blocks, -1, *array.shape[1:]) for array in weights[:3]]
@@ -110,8 +117,9 @@ def _block_by_block(x, weights, lists, active):
     def add(step, total):
         block = jnp.searchsorted(ends, step, side="right")
         first = (step - (ends[block] - steps[block])) * together
-        listed = jax.lax.dynamic_slice(indices, (block, first), (1, together))[0]
-        kept = jnp.broadcast_to((first + jnp.arange(together) < needing.counts[block])[:, None], (together, tile_size))
+        places = first + jnp.arange(together)
+        listed = needing.indices.at[block, places].get(mode="clip")
+        kept = jnp.broadcast_to((places < needing.counts[block])[:, None], (together, tile_size))
         kept = kept[..., None]
         if active is not None:
             kept &= active.reshape(tiles, tile_size, blocks, -1)[listed, :, block]
@@ -120,3 +128,6 @@ def _block_by_block(x, weights, lists, active):
 
     total = jnp.broadcast_to(weights.b_out.astype(jnp.float32), x.shape)
     return jax.lax.fori_loop(0, ends[-1], add, total).astype(x.dtype)
+
+
+BACKEND = Backend("xla", ("cpu",), block_sparse_ffn, unsupported_reason=lambda shape: None, break_even=0.75)

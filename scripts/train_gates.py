@@ -292,7 +292,7 @@ def main(arguments: Arguments) -> None:
     measured = {
         "data": validation.name,
         "images": len(validation),
-        "implementation": arguments.computation.title,
+        "implementation": arguments.computation.implementation,
         "device": provenance["device"],
         "dense_AP": dense_run.ap,
         **{key: results[best_title][key] for key in ("numbers", "AP_interval", "mean_group_sparsity", "ffns")},

@@ -1,5 +1,6 @@
 """What scripts/benchmarks/sparse_kernels.py is made of: its inputs, its clocks and its end."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from deadline import OVERRUN
 from ffn_baselines import check, defined_ffn, random_weights, sparse_ffn
 from kernel_report import break_even
 from random_gates import RandomGate, random_inputs
+from sparse_kernels import merged
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.9])
@@ -77,10 +79,19 @@ def test_break_even_is_below_the_first_density_that_is_slower():
         return {"tile_size": tile_size, "tokens": 9, "density": density, "faster_than_dense": {"xla": faster}}
 
     rows = [row(4, 0.2, 3.0), row(4, 0.5, 1.1), row(4, 0.7, 0.9), row(4, 0.9, 1.2), row(2, 0.2, 0.5)]
-    assert break_even(rows, "xla") == [
-        {"tile_size": 2, "tokens": 9, "density": 0.0},
-        {"tile_size": 4, "tokens": 9, "density": 0.5},
+    assert break_even(rows, "xla", {"block_size": 8}) == [
+        {"tile_size": 2, "tokens": 9, "block_size": 8, "density": 0.0},
+        {"tile_size": 4, "tokens": 9, "block_size": 8, "density": 0.5},
     ]
+
+
+def test_break_even_densities_of_other_ffns_stay_in_the_file(tmp_path):
+    path = tmp_path / "cpu.json"
+    wide, narrow = {"block_size": 64}, {"block_size": 8}
+    assert merged({"xla": [wide | {"density": 0.5}]}, path, wide) == {"xla": [wide | {"density": 0.5}]}
+    path.write_text(json.dumps({"break_even": {"xla": [wide | {"density": 0.5}, narrow | {"density": 0.1}]}}))
+    again = merged({"xla": [narrow | {"density": 0.2}]}, path, narrow)
+    assert again == {"xla": [wide | {"density": 0.5}, narrow | {"density": 0.2}]}
 
 
 class Profiler:

@@ -1,17 +1,20 @@
 """A detector whose groups are really left out gives what the masked reference gives."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import TINY_CONFIG, tiny_detector, tiny_ffn
 
-from detr_jax import fingerprint
+from detr_jax import fingerprint, load_sparse
 from detr_jax.commands.execution_options import ExecutionOptions
-from detr_jax.kernels import Execution
-from detr_jax.methods import Executed, InputMagnitude, Oracle, Thresholded
+from detr_jax.kernels import Execution, xla
+from detr_jax.methods import Executed, InputMagnitude, Oracle, PartitionedSelector, PooledGate, Thresholded
 from detr_jax.models.ffn import forward
 from detr_jax.plan import Plan, load_plan, save_plan
+from detr_jax.plan.checks import check_fit
 
 
 def test_the_exact_mode_is_the_masked_reference():
@@ -39,15 +42,60 @@ def test_a_detector_gives_the_same_outputs():
     dense = model(images, mask)
     computations = (
         *(ExecutionOptions(), ExecutionOptions("auto")),
-        *(ExecutionOptions("xla", 4, 4, exact=True), ExecutionOptions("xla", 4, 4, exact=True, ordered=True)),
+        ExecutionOptions("xla", 4, 4, per_token_mask=True),
+        ExecutionOptions("xla", 4, 4, per_token_mask=True, sort_tokens=True),
     )
     for computation in computations:
         sparse = model(images, mask, selectors=computation.of(selectors))
         np.testing.assert_allclose(sparse.logits, dense.logits, atol=1e-4)
-    assert ExecutionOptions("xla", 8, 16).title == "xla, tiles of 8 tokens, blocks of 16"
-    assert ExecutionOptions("xla", exact=True, ordered=True).title == "xla, images, blocks of 8, exact, ordered"
-    (selector,) = ExecutionOptions("xla", 2, 4, ordered=True).of({"encoder.0": Oracle(4)}).values()
+
+
+def test_options():
+    (selector,) = ExecutionOptions("xla", 2, 4, sort_tokens=True).of({"encoder.0": Oracle(4)}).values()
     assert selector.execution == Execution(2, 4, ordered=True, implementation="xla")
+    own = {"encoder.0": Executed(Oracle(4), Execution(8, 8))}
+    assert ExecutionOptions().of(own) == own
+    assert ExecutionOptions("masked").of(own) == {"encoder.0": Oracle(4)}
+    for implementation in ("plan", "masked"):
+        with pytest.raises(ValueError, match=f"--tile-size.* need an --implementation .*, not {implementation}"):
+            ExecutionOptions(implementation, tile_size=8).of(own)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("implementation", ["masked", "auto", "xla", "reference"])
+def test_plans_run_in_every_type(dtype, implementation):
+    """The check of a plan and the call, in the type that the detector computes in."""
+    model = tiny_detector(dtype=dtype)
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.random((1, 32, 40, 3)), jnp.float32)
+    pooled = PooledGate(*(jnp.float32(rng.standard_normal(shape)) for shape in ((16, 2), 2, (2, 4), 4)))
+    selectors = {
+        "encoder.0": Oracle(4),
+        "decoder.0": PartitionedSelector(Thresholded(pooled, jnp.float32(0)), always=8, gated=16),
+    }
+    plan = Plan("oracle", fingerprint(model), selectors, {}, {}, {}, {})
+    sparse = load_sparse(model, plan, implementation=implementation)
+    masked = load_sparse(model, plan)
+    error = np.abs(np.asarray(sparse(images).logits - masked(images).logits)).max()
+    assert error <= (1e-4 if dtype == jnp.float32 else 0.3)
+
+
+def test_a_plan_is_checked_for_the_type_of_the_detector(monkeypatch):
+    """What the Hopper kernel takes depends on the type."""
+    asked = []
+
+    def reason(shape):
+        asked.append(shape.dtype)
+        return None if shape.dtype == jnp.bfloat16 else "not in this type"
+
+    backend = dataclasses.replace(xla.BACKEND, unsupported_reason=reason)
+    monkeypatch.setattr("detr_jax.kernels.dispatch.BACKENDS", (backend,))
+    monkeypatch.setattr("detr_jax.kernels.dispatch.IMPLEMENTATIONS", ("xla",))
+    selectors = {"encoder.0": Executed(Oracle(8), Execution(implementation="xla"))}
+    check_fit(selectors, {}, tiny_detector(dtype=jnp.bfloat16), "the plan")
+    assert set(asked) == {jnp.dtype("bfloat16")}
+    with pytest.raises(ValueError, match=r"cannot be computed on this device: .*not in this type"):
+        check_fit(selectors, {}, tiny_detector(), "the plan")
 
 
 def test_what_only_the_masked_reference_can():

@@ -6,16 +6,19 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from kernel_cases import close, random_case
 
 from detr_jax import kernels
-from detr_jax.kernels import BlockLists, Execution
-from detr_jax.kernels.dispatch import BREAK_EVEN, FFNShape, break_even, choose, tuning, tuning_path
+from detr_jax.kernels import BlockLists, Execution, mosaic_gpu, xla
+from detr_jax.kernels.backend import FFNShape
+from detr_jax.kernels.dispatch import break_even, choose, tuning, tuning_path
 from detr_jax.kernels.reference import block_sparse_ffn as definition
 from detr_jax.kernels.xla import capacities
 
@@ -177,11 +180,51 @@ def test_a_batch_does_not_become_all_branches_of_a_switch():
     assert "stablehlo.case" in text or "stablehlo.if" in text
 
 
+@pytest.mark.parametrize("implementation", [*HERE, None])
+def test_an_empty_batch_gives_an_empty_result(implementation):
+    x, weights, needed = random_case(18, batch=(0,))
+    run = partial(kernels.block_sparse_ffn, tile_size=16, implementation=implementation)
+    assert run(x, weights, needed).shape == (0, 37, 24)
+    active = jnp.zeros((0, 37, 12), bool)
+    assert kernels.sparse_ffn(x, weights, active, Execution(implementation=implementation)).shape == (0, 37, 24)
+
+
+@pytest.mark.parametrize("implementation", [*HERE, None])
+@pytest.mark.parametrize("tile", [37, 16, 2], ids="tiles of {}".format)
+def test_forward_mode_is_that_of_the_definition(implementation, tile):
+    x, weights, needed = random_case(19, tile=tile)
+    tangents = random_case(20, tile=tile)[:2]
+
+    def along(run):
+        return jax.jvp(lambda x, weights: run(x, weights, needed, tile), (x, weights), tangents)
+
+    ours = along(jax.jit(partial(kernels.block_sparse_ffn, implementation=implementation), static_argnums=3))
+    jax.tree.map(close, ours, along(definition))
+
+
+@pytest.mark.parametrize("implementation", [*HERE, None])
+@pytest.mark.parametrize("tile", [37, 16, 2], ids="tiles of {}".format)
+def test_the_number_of_images_may_be_a_symbol(implementation, tile):
+    x, weights, needed = random_case(21, batch=(3,), tile=tile)
+    (images,) = jax.export.symbolic_shape("images")
+    shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), (x, weights, needed))
+    shapes = (
+        shapes[0].update(shape=(images, *x.shape[1:])),
+        shapes[1],
+        shapes[2].update(shape=(images, *needed.shape[1:])),
+    )
+    run = jax.jit(partial(kernels.block_sparse_ffn, tile_size=tile, implementation=implementation))
+    exported = jax.export.export(run)(*shapes)
+    for some in (slice(3), slice(1)):
+        close(exported.call(x[some], weights, needed[some]), definition(x[some], weights, needed[some], tile))
+
+
 MESH = """
 import sys
 sys.path.insert(0, "tests")
 from functools import partial
 import jax
+import jax.export
 from kernel_cases import close, random_case
 from detr_jax import kernels
 from detr_jax.kernels.reference import block_sparse_ffn as definition
@@ -271,16 +314,62 @@ def test_bad_arguments_are_named():
             call()
 
 
-def ffn_shape(tile_size=16, tokens=1050):
-    return FFNShape(jnp.dtype("float32"), tile_size, 256, 2048, 32, None, tokens)
+def ffn_shape(tile_size=16, tokens=1050, block_size=64, dtype="float32", d_model=256, hidden=2048):
+    return FFNShape(jnp.dtype(dtype), tile_size, d_model, hidden, block_size, tokens)
 
 
 def test_the_choice_depends_on_the_device():
-    assert choose(ffn_shape()).name == "xla"
-    assert choose(ffn_shape()).break_even == break_even("xla", "cpu", ffn_shape())
+    chosen = choose(ffn_shape())
+    assert chosen.backend.name == "xla"
+    assert chosen.break_even == break_even(chosen.backend, "cpu", ffn_shape())
     assert choose(ffn_shape(), "xla").break_even is None  # forced
     assert tuning_path("NVIDIA H200").name == "nvidia-h200.json"
-    assert 0 < break_even("xla", "a device that nobody tuned", ffn_shape()) < 1
+    assert 0 < break_even(chosen.backend, "a device that nobody tuned", ffn_shape()) < 1
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "group_size", "expected"),
+    [
+        *((("tpu", "float32", 8, ("mosaic_tpu", 8)), ("tpu", "bfloat16", 8, ("mosaic_tpu", 16)))),
+        *((("tpu", "bfloat16", 32, ("mosaic_tpu", 32)), ("tpu", "float32", 1, ("mosaic_tpu", 8)))),
+        *((("gpu", "bfloat16", 8, ("mosaic_gpu", 8)), ("gpu", "bfloat16", 1, ("mosaic_gpu", 8)))),
+        *((("gpu", "bfloat16", 24, ("xla", 24)), ("gpu", "bfloat16", 64, ("mosaic_gpu", 64)))),
+        *((("gpu", "float32", 16, ("xla", 16)), ("cpu", "float32", 8, ("xla", 8)))),
+    ],
+)
+def test_blocks_are_whole_groups_that_the_back_end_takes(device, dtype, group_size, expected, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: device)
+    of_device = SimpleNamespace(device_kind="untuned", compute_capability="9.0")
+    monkeypatch.setattr(jax, "devices", lambda: [of_device])
+    hidden = 2048 if group_size != 24 else 1536
+    chosen = choose(ffn_shape(dtype=dtype, hidden=hidden), group_size=group_size)
+    assert (chosen.backend.name, chosen.block_size) == expected
+    if chosen.backend.name == "xla" and device == "gpu":
+        ((name, reason),) = chosen.refused
+        assert name == "mosaic_gpu" and ("not in float32" in reason or "blocks of 24 neurons" in reason)
+    else:
+        assert chosen.refused == ()
+
+
+def test_the_size_of_blocks_is_that_of_the_groups():
+    x, weights, _ = random_case(16, batch=(1,))
+    active = jnp.asarray(np.random.default_rng(16).random((1, 37, 6)) < 0.3)
+    for implementation in ("xla", None):
+        execution = Execution(implementation=implementation)
+        assert execution.dispatch(x, 96, 6).block_size == 16
+        needed = kernels.any_per_tile(active, 37, 6)
+        close(kernels.sparse_ffn(x, weights, active, execution), definition(x, weights, needed, 37))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("implementation", [*HERE, None])
+def test_outputs_have_the_type_of_the_inputs(dtype, implementation):
+    """Every branch of every switch, whatever the type of the weights."""
+    x, weights, needed = random_case(17, dtype=dtype)
+    weights = weights._replace(b_out=weights.b_out.astype(jnp.float32))
+    ours = kernels.block_sparse_ffn(x, weights, needed, 16, implementation=implementation)
+    assert ours.dtype == dtype
+    close(ours, definition(x, weights, needed, 16), jnp.bfloat16)
 
 
 def test_break_even_is_of_the_nearest_size_that_was_measured(tmp_path, monkeypatch):
@@ -297,6 +386,20 @@ def test_break_even_is_of_the_nearest_size_that_was_measured(tmp_path, monkeypat
         *((1, 1, 0.25), (64, 1050, 0.25), (100, 5000, 0.25), (64, 8400, 0.5), (128, 10**6, 0.5)),
         *((1050, 1050, 1.0), (1050, 33600, 1.0), (300, 300, 1.0)),
     ):
-        assert break_even("xla", "tuned", ffn_shape(tile_size, tokens)) == expected
-    assert break_even("mosaic_gpu", "tuned", ffn_shape()) == BREAK_EVEN["mosaic_gpu"]
+        assert break_even(xla.BACKEND, "tuned", ffn_shape(tile_size, tokens)) == expected
+    assert break_even(mosaic_gpu.BACKEND, "tuned", ffn_shape()) == mosaic_gpu.BACKEND.break_even
+    tuning.cache_clear()
+
+
+def test_break_even_densities_are_of_one_ffn(tmp_path, monkeypatch):
+    """Blocks, sizes and type count, too."""
+    sizes = {"tile_size": 64, "tokens": 1050, "block_size": 64, "d_model": 256, "hidden": 2048, "dtype": "float32"}
+    others = [{}, {"block_size": 8}, {"d_model": 128}, {"hidden": 1024}, {"dtype": "bfloat16"}]
+    measured = [sizes | other | {"density": i / 10} for i, other in enumerate(others)]
+    path = tmp_path / "tuned.json"
+    path.write_text(json.dumps({"break_even": {"xla": measured}}))
+    monkeypatch.setattr("detr_jax.kernels.dispatch.tuning_path", lambda kind: path)
+    tuning.cache_clear()
+    for i, other in enumerate(others):
+        assert break_even(xla.BACKEND, "tuned", ffn_shape(**{"tile_size": 64} | other)) == i / 10
     tuning.cache_clear()

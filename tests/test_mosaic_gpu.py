@@ -14,7 +14,8 @@ from kernel_cases import close, random_case
 from random_gates import RandomGate
 
 from detr_jax.kernels import BlockLists, FFNWeights, ffn, mask_to_indices
-from detr_jax.kernels.dispatch import FFNShape, choose
+from detr_jax.kernels.backend import FFNShape
+from detr_jax.kernels.dispatch import choose
 from detr_jax.kernels.mosaic_gpu import block_sparse_ffn, dense_ffn, unsupported, unsupported_reason
 from detr_jax.kernels.operation import block_sparse_ffn as operation
 from detr_jax.kernels.reference import block_sparse_ffn as definition
@@ -107,13 +108,12 @@ def test_lists_in_any_order_with_repetitions(monkeypatch):
 
 
 def test_what_it_cannot_compute_has_a_reason():
-    def ffn_shape(dtype="bfloat16", d=256, features=2048, blocks=32, groups=None):
-        return FFNShape(jnp.dtype(dtype), 64, d, features, blocks, groups, 1050)
+    def ffn_shape(dtype="bfloat16", d=256, features=2048, blocks=32):
+        return FFNShape(jnp.dtype(dtype), 64, d, features, features // blocks, 1050)
 
     for blocks in (256, 128, 64, 32, 16, 1):
         assert unsupported(ffn_shape(blocks=blocks)) is None
     assert "not in float32" in unsupported(ffn_shape("float32"))
-    assert unsupported(ffn_shape(groups=256)) is None
     assert "200 features are not a multiple of 64" in unsupported(ffn_shape(d=200))
     assert "512 features do not fit its registers" in unsupported(ffn_shape(d=512))
     assert "2080 hidden neurons are not whole chunks" in unsupported(ffn_shape(features=2080, blocks=260))
@@ -128,7 +128,7 @@ def test_what_it_cannot_compute_has_a_reason():
 def test_it_runs_on_hopper_only(capability, reason, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
-    answer = unsupported_reason(FFNShape(jnp.dtype("bfloat16"), 64, 256, 2048, 32, None, 1050))
+    answer = unsupported_reason(FFNShape(jnp.dtype("bfloat16"), 64, 256, 2048, 64, 1050))
     assert answer is None if reason is None else reason in answer
 
 

@@ -11,7 +11,8 @@ from jax.experimental.pallas import tpu as pltpu
 from kernel_cases import close, random_case
 
 from detr_jax.kernels import BlockLists, FFNWeights, mask_to_indices
-from detr_jax.kernels.dispatch import FFNShape, choose
+from detr_jax.kernels.backend import FFNShape
+from detr_jax.kernels.dispatch import choose
 from detr_jax.kernels.mosaic_tpu import TOKENS, block_sparse_ffn, unsupported
 from detr_jax.kernels.operation import block_sparse_ffn as operation
 from detr_jax.kernels.reference import block_sparse_ffn as definition
@@ -88,7 +89,7 @@ def test_more_tiles_than_scalar_memory_holds(monkeypatch):
 
 def test_what_it_cannot_compute_has_a_reason():
     def ffn_shape(dtype="float32", d=256, features=2048, blocks=32):
-        return FFNShape(jnp.dtype(dtype), 64, d, features, blocks, None, 1050)
+        return FFNShape(jnp.dtype(dtype), 64, d, features, features // blocks, 1050)
 
     assert unsupported(ffn_shape()) is None
     assert "float16" in unsupported(ffn_shape("float16"))

@@ -1,6 +1,7 @@
 """A detector with a plan: called like the dense one, looked into, changed."""
 
 import dataclasses
+import json
 
 import huggingface_hub
 import jax
@@ -15,6 +16,7 @@ from tiny import TINY_CONFIG, tiny_detector
 
 import detr_jax
 from detr_jax.calibration.permutation import permute_neurons
+from detr_jax.evaluation.inspection import describe
 from detr_jax.kernels import Execution
 from detr_jax.methods import (
     LinearGate,
@@ -27,6 +29,7 @@ from detr_jax.methods import (
     low_rank_factors,
 )
 
+CAPABILITY = "of compute capability 9.0, not unknown"
 NAMES = TINY_CONFIG.ffn_names
 RNG = np.random.default_rng(0)
 IMAGES = [RNG.integers(0, 256, (*size, 3), np.uint8) for size in ((32, 40), (50, 32), (32, 40))]
@@ -162,7 +165,33 @@ def test_implementations_by_name(sparse, name):
     if name == "masked":
         assert jax.tree.structure(selector) == jax.tree.structure(sparse.plan.selectors["encoder.0"])
     else:
-        assert selector.execution == Execution(block_size=8, implementation=None if name == "auto" else name)
+        assert selector.execution == Execution(implementation=None if name == "auto" else name)
+
+
+def test_what_was_measured_belongs_to_an_implementation(sparse):
+    assert sparse.with_implementation("masked").plan.measured == {"AP": 0.5}  # as it was
+    other = sparse.with_implementation("xla")
+    assert other.plan.measured == {} and other.plan.training == sparse.plan.training
+    own = dataclasses.replace(other.plan, measured={"AP": 0.4})
+    assert other.with_plan(own).with_implementation("xla").plan.measured == {"AP": 0.4}
+
+
+def test_the_report_says_how_ffns_are_computed(sparse, pixels, monkeypatch):
+    masked = sparse.execution_report((32, 40))
+    assert tuple(masked) == NAMES and {str(execution) for execution in masked.values()} == {"masked"}
+    parts = {"encoder.0": PartitionedSelector(Thresholded(Lots(4), jnp.float32(-0.5)), always=8, gated=16)}
+    some = sparse.with_plan(dataclasses.replace(sparse.plan, selectors=parts)).with_implementation("xla")
+    report = some.execution_report((32, 40))
+    assert str(report["encoder.0"]) == "xla, images, blocks of 4 neurons, 24 neurons at most"
+    assert report["decoder.0"].implementation == "dense"
+    json.dumps({name: dataclasses.asdict(execution) for name, execution in report.items()})
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    auto = sparse.with_implementation("auto").execution_report((32, 40))
+    assert auto["encoder.0"].refused == (("mosaic_gpu", f"it runs on Hopper GPUs, {CAPABILITY}"),)
+    text = describe(auto)
+    assert text.startswith("encoder.0, decoder.0: xla, images, blocks of 4 neurons") and "; not mosaic_gpu: " in text
+    monkeypatch.undo()
+    assert some.inspect(*pixels)["encoder.0"].execution == report["encoder.0"]
 
 
 def test_exact_execution_is_the_masked_reference(sparse, pixels):

@@ -89,7 +89,7 @@ def warn_of_other_classes(labels: tuple[str, ...], categories: list[dict]) -> No
 
 def main(arguments: Arguments) -> None:
     refuse_existing(arguments.out, arguments.overwrite)
-    if arguments.plan is None and arguments.computation.implementation != "masked":
+    if arguments.plan is None and arguments.computation != ExecutionOptions():
         raise InputError(
             f"--implementation {arguments.computation.implementation} needs a --plan: dense FFNs leave nothing out"
         )
@@ -120,7 +120,7 @@ def main(arguments: Arguments) -> None:
         "numbers": scores.numbers,
         "AP_interval": interval,
         "category_AP": scores.category_ap,
-        "implementation": arguments.computation.title if selectors else "dense",
+        "implementation": arguments.computation.implementation if selectors else "dense",
         "seconds": seconds,
     }
     if sample is not None:

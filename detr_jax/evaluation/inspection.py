@@ -1,5 +1,6 @@
 """What happens in the FFNs of a sparse detector for some images, as arrays."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import jax
@@ -7,8 +8,40 @@ import jax.numpy as jnp
 
 from detr_jax.evaluation.counts import neurons_computed
 from detr_jax.kernels import any_per_tile, repeat_per_tile, signature_order
-from detr_jax.kernels.dispatch import FFNShape, choose
-from detr_jax.models import FFNTrace
+from detr_jax.models import DETR, FFNTrace, Selectors
+
+
+@dataclass(frozen=True)
+class FFNExecution:
+    """How an FFN is computed on a device.
+
+    Attributes:
+        implementation: name of one of `detr_jax.kernels.IMPLEMENTATIONS`; "masked" for the masked reference, "dense"
+            where nothing is decided while it runs.
+        tile_size: tokens that share their blocks; None for all tokens of an image.
+        block_size: neurons per block; None where there are no blocks.
+        break_even: share of blocks above which everything is computed, because that is faster; None for never.
+        refused: the name of each implementation that would be faster on this device, and why it cannot compute this.
+        neurons: neurons that may be computed; None for all.
+    """
+
+    implementation: str
+    tile_size: int | None = None
+    block_size: int | None = None
+    break_even: float | None = None
+    refused: tuple[tuple[str, str], ...] = ()
+    neurons: int | None = None
+
+    def __str__(self) -> str:
+        parts = [self.implementation]
+        if self.block_size is not None:
+            tiles = "images" if self.tile_size is None else f"tiles of {self.tile_size} tokens"
+            parts += [tiles, f"blocks of {self.block_size} neurons"]
+        if self.neurons is not None:
+            parts.append(f"{self.neurons} neurons at most")
+        if self.break_even is not None and self.break_even < 1:
+            parts.append(f"dense above a density of {self.break_even:g}")
+        return "; ".join((", ".join(parts), *(f"not {name}: {reason}" for name, reason in self.refused)))
 
 
 @jax.tree_util.register_dataclass
@@ -24,6 +57,7 @@ class FFNActivity:
         executed: () share of the hidden neurons that is computed in the end, for all tokens and padding: 1 for the
             masked reference; else whatever a tile needs, or everything where that is faster on this device.
         grid: rows and columns of the tokens; None for object queries.
+        execution: how it was computed.
     """
 
     hidden: jax.Array
@@ -32,6 +66,7 @@ class FFNActivity:
     tokens: jax.Array
     executed: jax.Array
     grid: tuple[int, int] | None = field(metadata={"static": True})
+    execution: FFNExecution = field(metadata={"static": True})
 
     @property
     def fires(self) -> jax.Array:
@@ -68,7 +103,56 @@ def activity(trace: FFNTrace, grid: tuple[int, int] | None) -> FFNActivity:
         tokens=trace.tokens,
         executed=executed_share(trace),
         grid=grid,
+        execution=ffn_execution(trace),
     )
+
+
+def ffn_execution(trace: FFNTrace) -> FFNExecution:
+    """How the FFN of a trace is computed on the default device; a trace of shapes alone will do."""
+    selection, execution = trace.selection, trace.selection.execution
+    if execution is None:
+        return FFNExecution("masked" if jax.tree.leaves(selection) or selection.sections else "dense")
+    always, gated = selection.sections or (0, trace.hidden.shape[-1])
+    if not gated:
+        return FFNExecution("dense", neurons=always)
+    chosen = execution.dispatch(trace.inputs, gated, selection.active.shape[-1])
+    return FFNExecution(
+        chosen.backend.name,
+        execution.tile_size,
+        chosen.block_size,
+        chosen.break_even,
+        chosen.refused,
+        neurons=None if selection.sections is None else always + gated,
+    )
+
+
+def execution_report(
+    detector: DETR, selectors: Selectors, image_size: tuple[int, int], batch_size: int = 1
+) -> dict[str, FFNExecution]:
+    """How each FFN of a detector is computed on the default device. Traces the detector, computes nothing.
+
+    Args:
+        detector: the detector.
+        selectors: selector of each sparse FFN by name.
+        image_size: height and width of the images in pixels.
+        batch_size: images per batch.
+
+    Returns:
+        By name of the FFN, in the order in which they run. `dataclasses.asdict` makes each JSON, `describe` a text.
+    """
+    images = jax.ShapeDtypeStruct((batch_size, *image_size, 3), jnp.float32)
+    traces = jax.eval_shape(
+        lambda *held: held[0](held[2], selectors=held[1], trace=True).traces, detector, selectors, images
+    )
+    return {name: ffn_execution(traces[name]) for name in detector.ffn_weights()}
+
+
+def describe(report: Mapping[str, FFNExecution]) -> str:
+    """A line for each way in which FFNs are computed, with their names."""
+    names: dict[FFNExecution, list[str]] = {}
+    for name, execution in report.items():
+        names.setdefault(execution, []).append(name)
+    return "\n".join(f"{', '.join(some)}: {execution}" for execution, some in names.items())
 
 
 def executed_share(trace: FFNTrace) -> jax.Array:
@@ -80,17 +164,11 @@ def executed_share(trace: FFNTrace) -> jax.Array:
     always, gated = selection.sections or (0, features)
     if not gated:
         return jnp.float32(always / features)
+    chosen = execution.dispatch(trace.inputs, gated, selection.active.shape[-1])
     active = repeat_per_tile(selection.active, tokens, selection.tile_size)
     if execution.ordered:
         active = jnp.take_along_axis(active, signature_order(active, active.any(-1))[..., None], axis=1)
-    tile_size, blocks = execution.tile_size or tokens, gated // execution.block_size
-    needed = any_per_tile(active, tile_size, blocks).mean()
-    ffn_shape = FFNShape(
-        *(trace.inputs.dtype, tile_size, trace.inputs.shape[-1], gated, blocks),
-        groups=active.shape[-1] if execution.exact else None,
-        tokens=trace.tokens.size,
-    )
-    break_even = choose(ffn_shape, execution.implementation).break_even
-    if break_even is not None:
-        needed = jnp.where(needed > break_even, 1.0, needed)
+    needed = any_per_tile(active, execution.tile_size or tokens, gated // chosen.block_size).mean()
+    if chosen.break_even is not None:
+        needed = jnp.where(needed > chosen.break_even, 1.0, needed)
     return (always + gated * needed) / features

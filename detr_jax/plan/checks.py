@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from detr_jax.errors import InputError
@@ -52,7 +51,7 @@ def _check_numbers(name: str, selector: Selector, source: str) -> None:
 
 def _check_shapes(name: str, selector: Selector, weights: FFNWeights, source: str) -> None:
     tokens = jax.ShapeDtypeStruct((1, 2), bool)
-    x = jax.ShapeDtypeStruct((*tokens.shape, weights.w_in.shape[1]), jnp.float32)
+    x = jax.ShapeDtypeStruct((*tokens.shape, weights.w_in.shape[1]), weights.w_in.dtype)  # as the detector computes
     try:
         kept, _ = jax.eval_shape(partial(_run, selector), weights, x, tokens)
         if any(which is not None and which.shape[:-1] != tokens.shape for which in kept):

@@ -22,7 +22,8 @@ from ffn_baselines import (
 from random_gates import RandomGate, random_inputs
 
 from detr_jax.kernels import ffn
-from detr_jax.kernels.dispatch import IMPLEMENTATIONS, PREFERRED, FFNShape, unsupported_reason
+from detr_jax.kernels.backend import FFNShape
+from detr_jax.kernels.dispatch import BACKENDS, choose
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,9 @@ class Measurer:
         kernel = jax.random.normal(jax.random.key(1), (d_model, self.blocks)) / np.sqrt(d_model)
         self.kernel = kernel.astype(dtype)
         # No implementation refuses a size of tiles or a number of tokens.
-        ffn_shape = FFNShape(self.dtype, 64, d_model, features, self.blocks, groups=None, tokens=1)
-        self.refusals = {name: unsupported_reason(ffn_shape, name) for name in IMPLEMENTATIONS}
-        preferred = PREFERRED.get(jax.default_backend(), ("xla",))
-        self.implementation = next(name for name in preferred if self.refusals[name] is None)
+        shape = FFNShape(self.dtype, 64, d_model, features, block_size, tokens=1)
+        self.refusals = {backend.name: backend.unsupported_reason(shape) for backend in BACKENDS}
+        self.implementation = choose(shape).backend.name
         self._dense = {"dense": jax.jit(lambda x, weights: ffn(x, *weights))}
         if self.refusals["mosaic_gpu"] is None:
             self._dense[FUSED] = jax.jit(fused_dense)

@@ -5,14 +5,14 @@ from typing import Any
 from detr_jax.viz.tables import table
 
 
-def break_even(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+def break_even(rows: list[dict[str, Any]], name: str, ffn: dict[str, Any]) -> list[dict[str, Any]]:
     """For each size of tiles and number of tokens, the highest density that was measured up to which an implementation
-    is nowhere slower than dense."""
+    is nowhere slower than dense; as `dispatch.break_even` reads it, with the facts of the FFN that all rows share."""
     by_size: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for row in rows:
         by_size.setdefault((row["tile_size"], row["tokens"]), []).append(row)
     return [
-        {"tile_size": tile_size, "tokens": tokens, "density": _break_even(some, name)}
+        {"tile_size": tile_size, "tokens": tokens, **ffn, "density": _break_even(some, name)}
         for (tile_size, tokens), some in sorted(by_size.items())
     ]
 

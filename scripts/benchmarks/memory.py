@@ -4,13 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 
 import detr_jax
 from detr_jax.commands import cli
 from detr_jax.data.dataset import Dataset
 from detr_jax.data.scenes import ScenesDataset
-from detr_jax.errors import InputError
+from detr_jax.errors import InputError, MissingDependencyError
 from detr_jax.evaluation.runs import coco_results, predictions
 from detr_jax.files import refuse_existing, write_json
 from detr_jax.models import DETR, Selectors
@@ -46,7 +45,15 @@ class Arguments:
 
 
 def resident() -> int:
-    """Bytes of physical memory of this process and of those that load images for it."""
+    """Bytes of physical memory of this process and of those that load images for it.
+
+    Raises:
+        MissingDependencyError: if psutil is not installed.
+    """
+    try:
+        import psutil
+    except ImportError as error:
+        raise MissingDependencyError("measuring memory needs psutil: pip install psutil") from error
     process = psutil.Process()
     return sum(each.memory_info().rss for each in (process, *process.children(recursive=True)))
 
@@ -71,6 +78,7 @@ def growth(found: dict[int, int], settled: int) -> float:
 
 def main(arguments: Arguments) -> None:
     refuse_existing(arguments.out, arguments.overwrite)
+    resident()  # fails at once where it cannot be measured
     if arguments.every % arguments.batch_size or arguments.images % arguments.every:
         raise InputError(
             f"--batch-size {arguments.batch_size} has to divide --every {arguments.every}, and that "

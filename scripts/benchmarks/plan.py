@@ -46,7 +46,7 @@ class Arguments:
     coco: Path | None = None
     """Folder with val2017/ and annotations/; without it, scenes are generated."""
     images: int = 16
-    """Images of a batch."""
+    """Images of the batch; of a data set with several sizes the first batch holds fewer."""
     tile_sizes: tuple[int, ...] = (0, 16)
     """Tokens per tile; 0 is one set of blocks for each image."""
     block_sizes: tuple[int, ...] = (8, 32)
@@ -132,7 +132,8 @@ def main(arguments: Arguments) -> None:
         for name, selector in tqdm(selectors.items(), desc="benchmarking", unit="FFN")
         for row in measure(weights[name], traces[name], selector, arguments)
     ]
-    write_json(arguments.out, {"rows": rows, "data": dataset.name, **cli.provenance(arguments)})
+    images, (rows_of_tokens, columns) = int(batch.valid.sum()), batch.grid
+    write_json(arguments.out, {"rows": rows, "data": dataset.name, "images": images, **cli.provenance(arguments)})
     header = ("FFN", "tokens", "tile", "order", "block", "groups", "tiles x blocks", "dense ms", "sparse ms", "faster")
     lines = [
         (
@@ -148,7 +149,8 @@ def main(arguments: Arguments) -> None:
         for row in rows
     ]
     print(
-        f"\nFFNs of {arguments.model} on {arguments.images} images, {jax.devices()[0].device_kind}, selector included"
+        f"\nFFNs of {arguments.model} on the first batch: {images} images of {rows_of_tokens}x{columns} tokens, "
+        f"{jax.devices()[0].device_kind}, selector included"
     )
     print(table(header, lines))
     for (tile_size, block_size, order), some in _by_setting(rows).items():

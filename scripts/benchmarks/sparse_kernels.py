@@ -1,6 +1,7 @@
 """Times every implementation of the sparse FFN beside the dense one, after checking that they compute the same."""
 
 import dataclasses
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -162,6 +163,13 @@ def measure(arguments: Arguments, measurer: Measurer, deadline: Deadline, found:
                 progress.update()
 
 
+def merged(found: dict[str, list[dict]], path: Path, ffn: dict[str, Any]) -> dict[str, list[dict]]:
+    """Break-even densities together with those that a file has of other FFNs, blocks and types."""
+    before = json.loads(path.read_text(encoding="utf-8"))["break_even"] if path.is_file() else {}
+    others = {name: [e for e in entries if ffn != {key: e.get(key) for key in ffn}] for name, entries in before.items()}
+    return others | {name: others.get(name, []) + entries for name, entries in found.items()}
+
+
 def main(arguments: Arguments) -> None:
     refuse_existing(arguments.out, arguments.overwrite)
     arguments = resolved(arguments)
@@ -175,11 +183,12 @@ def main(arguments: Arguments) -> None:
     )
     for name, reason in measurer.refusals.items():
         print(f"{name}: {reason or 'can run here'}")
+    ffn = {key: getattr(arguments, key) for key in ("block_size", "d_model", "hidden", "dtype")}
     found: dict[str, Any] = {"errors": {}, "ceilings": None, "rows": [], "left_out": []}
 
     def tell() -> dict[str, Any]:
         name = measurer.implementation
-        results = found | {"break_even": {name: break_even(found["rows"], name)}} | cli.provenance(arguments)
+        results = found | {"break_even": {name: break_even(found["rows"], name, ffn)}} | cli.provenance(arguments)
         write_json(arguments.out, results)
         print(report(results), flush=True)
         return results
@@ -197,7 +206,7 @@ def main(arguments: Arguments) -> None:
     if arguments.write_tuning:
         path = tuning_path(jax.devices()[0].device_kind)
         provenance = cli.provenance(arguments) | {"arguments": cli.settings(arguments)}
-        write_json(path, {"break_even": results["break_even"], "measured": provenance})
+        write_json(path, {"break_even": merged(results["break_even"], path, ffn), "measured": provenance})
         print(f"break-even densities are in {path}")
 
 

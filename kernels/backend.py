@@ -1,0 +1,71 @@
+"""The interface between the sparse FFN and the back ends that compute it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from detr_jax.kernels.block_masks import BlockLists
+
+
+class FFNWeights(NamedTuple):
+    """An FFN as arrays: relu(x W_in^T + b_in) W_out + b_out.
+
+    Attributes:
+        w_in: (F, d), neurons on rows.
+        b_in: (F,).
+        w_out: (F, d), neurons on rows.
+        b_out: (d,).
+    """
+
+    w_in: Float[Array, "F d"]
+    b_in: Float[Array, " F"]
+    w_out: Float[Array, "F d"]
+    b_out: Float[Array, " d"]
+
+
+@dataclass(frozen=True)
+class FFNShape:
+    """The static facts about a sparse FFN by which a back end is chosen.
+
+    Attributes:
+        dtype: of the inputs and weights.
+        tile_size: tokens per tile.
+        d_model: d.
+        hidden: F.
+        block_size: neurons per block.
+        tokens: of all images together; may be a symbol of `jax.export`, and then so may `tile_size`.
+    """
+
+    dtype: jnp.dtype
+    tile_size: int
+    d_model: int
+    hidden: int
+    block_size: int
+    tokens: int
+
+
+KernelFn = Callable[[jax.Array, FFNWeights, BlockLists, jax.Array | None], jax.Array]
+"""x (tiles, tile tokens, d), weights, lists with B entries a row, active (tiles, tile tokens, G) or None -> like x."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute the sparse FFN. Each file of a back end has one, called `BACKEND`.
+
+    Attributes:
+        name: of the implementation.
+        platforms: kinds of devices on which it is preferred to the back ends that run everywhere.
+        run: computes the FFN of tiles that each compute their own blocks.
+        unsupported_reason: why it cannot compute an FFN on the default device; None if it can.
+        break_even: density of tiles and blocks above which the dense FFN is taken on devices that nobody has tuned.
+    """
+
+    name: str
+    platforms: tuple[str, ...]
+    run: KernelFn
+    unsupported_reason: Callable[[FFNShape], str | None]
+    break_even: float
