@@ -78,7 +78,7 @@ def _lock(folder: Path) -> None:
         earlier.close()  # a run of this process that has ended
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _LOCKS[folder.resolve()] = (folder / "run.lock").open("w")
+        lock = _LOCKS[folder.resolve()] = (folder / "run.lock").open("w", encoding="utf-8")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ExistingFileError(f"another process runs in {folder}; wait for its end or choose another --out") from None

@@ -382,7 +382,7 @@ def main(arguments: Arguments) -> None:
     markdown = comparison_markdown(results)
     print(f"\n{markdown}")
     with replacing(arguments.out / "comparison.md") as temporary:
-        temporary.write_text(markdown)
+        temporary.write_text(markdown, encoding="utf-8")
     plot_comparison(results, arguments.out)
     save_best(bench, best, results, arguments.out / "plan.safetensors")
     write_json(arguments.out / RESULTS, results)

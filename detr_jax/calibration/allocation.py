@@ -156,7 +156,7 @@ def cost_table(path: Path, names: Sequence[str], densities: np.ndarray) -> np.nd
         ValueError: if an FFN is missing, or its densities do not reach from the sparsest to 1, or costs are no numbers.
     """
     try:
-        table = json.loads(path.read_text())
+        table = json.loads(path.read_text(encoding="utf-8"))
         rows = {name: sorted((float(d), float(cost)) for d, cost in row.items()) for name, row in table.items()}
     except (json.JSONDecodeError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{path} is no table of costs {{FFN: {{density: cost}}}}: {error}") from error

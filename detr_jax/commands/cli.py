@@ -51,7 +51,7 @@ def run(command: Callable[[Arguments], None], arguments: type[Arguments], *, man
             if many_processes:
                 join_cluster()
                 if not is_first_process():
-                    nowhere = stack.enter_context(Path(os.devnull).open("w"))
+                    nowhere = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
                     stack.enter_context(contextlib.redirect_stdout(nowhere))
                     stack.enter_context(contextlib.redirect_stderr(nowhere))
             stack.enter_context(warnings.catch_warnings())

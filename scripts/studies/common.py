@@ -93,7 +93,7 @@ class Rows:
 
     def __init__(self, path: Path):
         self._path = path
-        self.by_key: dict[str, dict] = json.loads(path.read_text()) if path.exists() else {}
+        self.by_key: dict[str, dict] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def __contains__(self, key: str) -> bool:
         return key in self.by_key

@@ -329,7 +329,7 @@ def main(arguments: Arguments) -> None:
     text = study_markdown(images, basics, sets, tiles, effects)
     print(text)
     with replacing(arguments.out / "tables.md") as temporary:
-        temporary.write_text(text + "\n")
+        temporary.write_text(text + "\n", encoding="utf-8")
     title = f"{arguments.ffns.stem}: {images['calibration']} images to calibrate on, {images['test']} to test on"
     save_figure(plot_errors(title, effects), arguments.out / "errors.png")
     save_figure(plot_tiles(title, tiles), arguments.out / "tiles.png")

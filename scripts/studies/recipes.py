@@ -277,7 +277,7 @@ def main(arguments: Arguments) -> None:
     text = f"Least at a loss of at most {LOST:g} points:\n\n{best}\n\nAll points:\n\n{points_table(points)}\n"
     print(f"\n{text}")
     with replacing(arguments.out / "recipes.md") as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
     figure = plot_recipes(f"{arguments.model}, {splits.validation.name}", points)
     save_figure(figure, arguments.out / "recipes.png")
     write_json(arguments.out / RESULTS, results)

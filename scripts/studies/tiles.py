@@ -193,7 +193,7 @@ def main(arguments: Arguments) -> None:
     text = study_markdown(study.images, where, compared, sections, arguments.need_share)
     print(text)
     with replacing(arguments.out / "tables.md") as temporary:
-        temporary.write_text(text + "\n")
+        temporary.write_text(text + "\n", encoding="utf-8")
     title = f"{study.title}: {study.images['fit']} images to fit, {study.images['test']} to measure"
     save_figure(plot_where(title, where, arguments.need_share), arguments.out / "where.png", dpi=110)
     save_figure(plot_neuron_orders(title, compared, arguments.need_share), arguments.out / "orders.png", dpi=110)

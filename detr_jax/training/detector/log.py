@@ -17,7 +17,9 @@ def read_log(path: Path) -> list[dict]:
     """The entries in order of their steps; a last line that a kill cut short is left out."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [
+        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
+    ]
 
 
 class TrainingLog:
@@ -52,7 +54,7 @@ class TrainingLog:
         entry |= {name: float(np.mean([each[name] for each in self._losses])) for name in losses}
         entry["minutes"] = self._earlier + (time.perf_counter() - self._clock) / 60
         self._losses.clear()
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
         return entry
 
@@ -60,7 +62,7 @@ class TrainingLog:
         """Drops entries past `step`; returns the minutes that the rest took."""
         kept = [entry for entry in read_log(self.path) if entry["step"] <= step]
         with replacing(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
         return kept[-1]["minutes"] if kept else 0.0
 
 
