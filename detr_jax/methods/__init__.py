@@ -1,53 +1,99 @@
-"""Every method's answer to one question: which part of an FFN is computed for which token."""
+"""Methods of deciding which part of an FFN is computed for which token; see `detr_jax.methods.base`."""
 
-from detr_jax.methods.base import Score, Thresholded, Traits, at_threshold
-from detr_jax.methods.derived import Pooled, ShareOfLargest, Standardised
+from detr_jax.methods.base import (
+    METHODS,
+    FitMaterial,
+    Method,
+    Score,
+    Thresholded,
+    TrainedMethod,
+    Traits,
+    at_threshold,
+    log_odds,
+    named,
+    register,
+    storable,
+)
+from detr_jax.methods.corematching import CoreMatching
+from detr_jax.methods.d2dmoe import D2DMoE, ShareOfLargest
+from detr_jax.methods.dejavu import DejaVu, LowRankGate
 from detr_jax.methods.executed import Executed, executed
-from detr_jax.methods.gates import Gate, LinearGate, LowRankGate, log_odds
-from detr_jax.methods.magnitude import HiddenMagnitude, InputMagnitude
+from detr_jax.methods.mgs import MGS, PAPER_THRESHOLD, LinearGate, MGSContribution
 from detr_jax.methods.oracle import Oracle
-from detr_jax.methods.partitioned import PartitionedSelector
-from detr_jax.methods.pooled_gate import ContributionGate, PooledGate
-from detr_jax.methods.pooled_statistics import PooledStatistics, fit_pooled_statistics
-from detr_jax.methods.random import Lots
-from detr_jax.methods.rsparse import LowRankCompensation, low_rank_factors
-from detr_jax.methods.sibs import Sibs, find_indicators
-from detr_jax.methods.sketch import Sketch, sketch
-from detr_jax.methods.static import Fixed, Importance, by_contribution, by_firing
-from detr_jax.methods.topk import TopK
+from detr_jax.methods.pooled_statistics import PooledStatistics
+from detr_jax.methods.random import Random
+from detr_jax.methods.rsparse import MGSRSparse, RSparse
+from detr_jax.methods.sibs import SIBS, IndicatorSelector, find_indicators
+from detr_jax.methods.sketch import ContributionSketch, Sketch, sketch
+from detr_jax.methods.spark import Spark, Standardised
+from detr_jax.methods.static import (
+    Fixed,
+    Importance,
+    StaticContribution,
+    StaticFiring,
+    StaticReconstructed,
+    by_activity,
+    by_contribution,
+)
+from detr_jax.methods.teal import HiddenMagnitude, InputMagnitude, TEALHidden, TEALInput
+from detr_jax.methods.topk import LazyNeuron, TopK
+from detr_jax.methods.wina import WINAHidden, WINAInput
+from detr_jax.methods.wrappers import LowRankCompensation, PartitionedSelector, Pooled, low_rank_factors
 
 __all__ = [
-    "ContributionGate",
+    "METHODS",
+    "MGS",
+    "PAPER_THRESHOLD",
+    "SIBS",
+    "ContributionSketch",
+    "CoreMatching",
+    "D2DMoE",
+    "DejaVu",
     "Executed",
+    "FitMaterial",
     "Fixed",
-    "Gate",
     "HiddenMagnitude",
     "Importance",
+    "IndicatorSelector",
     "InputMagnitude",
+    "LazyNeuron",
     "LinearGate",
-    "Lots",
     "LowRankCompensation",
     "LowRankGate",
+    "MGSContribution",
+    "MGSRSparse",
+    "Method",
     "Oracle",
     "PartitionedSelector",
     "Pooled",
-    "PooledGate",
     "PooledStatistics",
+    "RSparse",
+    "Random",
     "Score",
     "ShareOfLargest",
-    "Sibs",
     "Sketch",
+    "Spark",
     "Standardised",
+    "StaticContribution",
+    "StaticFiring",
+    "StaticReconstructed",
+    "TEALHidden",
+    "TEALInput",
     "Thresholded",
     "TopK",
+    "TrainedMethod",
     "Traits",
+    "WINAHidden",
+    "WINAInput",
     "at_threshold",
+    "by_activity",
     "by_contribution",
-    "by_firing",
     "executed",
     "find_indicators",
-    "fit_pooled_statistics",
     "log_odds",
     "low_rank_factors",
+    "named",
+    "register",
     "sketch",
+    "storable",
 ]

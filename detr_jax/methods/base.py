@@ -1,16 +1,48 @@
-"""Selectors that give every group, neuron or channel a score and keep what reaches a threshold."""
+"""Scores, selectors and methods, and the registry of methods.
+
+A method is one frozen dataclass in one file, with its options as fields and a `@register` above it. `METHODS` feeds the
+comparison, `--method`, the common tests and the table in docs/methods.md; classes with a `@storable` above them may be
+in plan files. A method that is trained derives from `TrainedMethod`; any other one from `Method`.
+
+    method = METHODS["mgs"](group_size=8)                     # or named("mgs")
+    gate = method.init((features, d_model), key)              # trained methods only
+    loss = method.loss(gate, weights, trace)
+    score = method.fit(FitMaterial(weights, gate=gate))       # what `method.requires` names must not be None
+    selector = method.finish(Thresholded(score, threshold), weights)
+    selectors = method.at_densities(material, threshold_of, (0.5, 0.1))
+"""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from detr_jax.errors import InputError
-from detr_jax.models import FFNWeights, Selection, Selector
+from detr_jax.kernels import Execution
+from detr_jax.models import FFNTrace, FFNWeights, LowRankFactors, OutputLayer, Selection, Selector
 from detr_jax.pytrees import pytree
+
+if TYPE_CHECKING:
+    from detr_jax.calibration.activations import ActivationStatistics
+    from detr_jax.calibration.moments import Moments
+
+Class = TypeVar("Class", bound=type)
+
+STORABLE: dict[str, type] = {cls.__name__: cls for cls in (Execution, LowRankFactors, OutputLayer)}
+"""Classes that plan files may hold, by the names they have there."""
+
+
+def storable(cls: Class) -> Class:
+    """Registers a dataclass as a pytree that plan files may hold.
+
+    Its fields are arrays or storable; those with the metadata `static=True` are None, booleans, integers or strings.
+    """
+    STORABLE[cls.__name__] = cls
+    return pytree(cls)
 
 
 class Traits(NamedTuple):
@@ -52,10 +84,10 @@ class SharedScore(Score, Protocol):
         """The score of some groups, (k,) indices, as of an FFN that has no others."""
 
 
-@pytree
+@storable
 @dataclass(frozen=True)
 class Thresholded:
-    """The selector "score >= threshold". Calibration sets the threshold, see `sparsity.calibration`.
+    """The selector "score >= threshold". Calibration sets the threshold, see `detr_jax.calibration`.
 
     Attributes:
         score: of the method.
@@ -118,3 +150,139 @@ def ordered_bits(numbers: jax.Array) -> jax.Array:
 def group_sums(per_neuron: jax.Array, groups: int) -> jax.Array:
     """(..., F) -> (..., G), the sum over each group of consecutive neurons."""
     return per_neuron.reshape(*per_neuron.shape[:-1], groups, -1).sum(-1)
+
+
+def log_odds(probability: float) -> float:
+    """The log-odds of a probability, the unit of gates' scores; 0 and 1 are minus and plus infinity.
+
+    Raises:
+        InputError: if it is no probability.
+    """
+    if not 0 <= probability <= 1:
+        raise InputError(f"a threshold must be a probability, not {probability}")
+    with np.errstate(divide="ignore"):
+        return float(np.log(probability) - np.log1p(-np.float64(probability)))
+
+
+@dataclass(frozen=True)
+class FitMaterial:
+    """Data that the selector of one FFN is fitted from; None where `Method.requires` does not name it.
+
+    Attributes:
+        weights: of the FFN.
+        activations: statistics of its hidden units on training images.
+        input_moments: moments of its inputs on training images.
+        hidden_moments: moments of its hidden activations on training images.
+        gate: trained with `TrainedMethod.init` and `loss`.
+    """
+
+    weights: FFNWeights
+    activations: "ActivationStatistics | None" = None
+    input_moments: "Moments | None" = None
+    hidden_moments: "Moments | None" = None
+    gate: Score | None = None
+
+
+class Method:
+    """A method of deciding what an FFN computes: a frozen dataclass whose fields are its options.
+
+    Attributes:
+        name: in `METHODS`, `--method` and results.
+        paper: its source.
+        decides: what one decision is about: a neuron, a group, an input channel, or a group for all tokens of an image.
+        saves: which of the two matrix products become smaller.
+        dynamic: whether decisions depend on the input.
+        requires: fields of `FitMaterial` that `fit` reads beside the weights.
+        tuned_by: how a budget is met: "threshold" by the threshold of the score that `fit` returns, "density" by
+            `at_densities` alone, "nothing" where `fit` returns a selector that has no such setting.
+        note: a few words for tables.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    decides: ClassVar[Literal["neuron", "group", "channel", "image"]] = "group"
+    saves: ClassVar[Literal["both", "first", "second"]] = "both"
+    dynamic: ClassVar[bool] = True
+    requires: ClassVar[frozenset[str]] = frozenset()
+    tuned_by: ClassVar[Literal["threshold", "density", "nothing"]] = "threshold"
+    note: ClassVar[str] = ""
+
+    def fit(self, material: FitMaterial) -> Score | Selector:
+        """The score of one FFN; its selector where `tuned_by` is "nothing"."""
+        raise NotImplementedError
+
+    def finish(self, selector: Thresholded, weights: FFNWeights) -> Selector:
+        """The selector that is used, from one with its final threshold; that itself unless a method adds to it."""
+        return selector
+
+    def at_densities(
+        self, material: FitMaterial, threshold_of: Callable[[float], float], densities: Sequence[float]
+    ) -> tuple[Selector, ...]:
+        """Selectors of one FFN that differ in numbers only.
+
+        Args:
+            material: of the FFN.
+            threshold_of: the threshold of its score at a density; only called where `tuned_by` is "threshold".
+            densities: from 0 to 1.
+        """
+        score = self.fit(material)
+        selectors = [Thresholded(score, jnp.float32(threshold_of(density))) for density in densities]
+        return tuple(self.finish(selector, material.weights) for selector in selectors)
+
+
+@dataclass(frozen=True)
+class TrainedMethod(Method):
+    """A method with a gate for each FFN, which is trained on the frozen detector."""
+
+    requires: ClassVar[frozenset[str]] = frozenset({"gate"})
+
+    group_size: int = 8
+    """Hidden neurons per gate."""
+    epochs: int = 5
+    """Passes over the training images."""
+    learning_rate: float = 3e-3
+    """Peak learning rate of Adam, which decays to 0 along a cosine."""
+    seed: int = 0
+    """Of the order of the images, and of the first values of gates with two layers."""
+
+    def __post_init__(self):
+        for name in ("group_size", "epochs"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    @property
+    def gates(self) -> "TrainedMethod":
+        """The method that trains the same gates, itself or one that it shares them with."""
+        return self
+
+    def init(self, shape: tuple[int, int], key: jax.Array) -> Score:
+        """A gate that gives every group even odds, for an FFN of `shape` (hidden neurons, d)."""
+        raise NotImplementedError
+
+    def loss(self, gate: Score, weights: FFNWeights, trace: FFNTrace) -> jax.Array:
+        """The loss () of a gate on one batch, averaged over groups and tokens that exist."""
+        raise NotImplementedError
+
+    def fit(self, material: FitMaterial) -> Score:
+        return material.gate
+
+
+METHODS: dict[str, type[Method]] = {}
+"""Every method by its name."""
+
+
+def register(cls: Class) -> Class:
+    """Adds a method to `METHODS`."""
+    METHODS[cls.name] = cls
+    return cls
+
+
+def named(name: str) -> Method:
+    """The method of a name, with default options.
+
+    Raises:
+        InputError: if there is none.
+    """
+    if name not in METHODS:
+        raise InputError(f"there is no method {name!r}; there are {', '.join(METHODS)}")
+    return METHODS[name]()

@@ -7,12 +7,11 @@ import jax
 
 from detr_jax.errors import InputError
 from detr_jax.kernels import Execution
-from detr_jax.methods.base import Traits
+from detr_jax.methods.base import Traits, storable
 from detr_jax.models import FFNWeights, Selection, Selector, Selectors
-from detr_jax.pytrees import pytree
 
 
-@pytree
+@storable
 @dataclass(frozen=True)
 class Executed:
     """Another selector, and how the FFN computes what it selects.

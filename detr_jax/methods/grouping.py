@@ -1,8 +1,10 @@
 """Groups of consecutive hidden neurons."""
 
 import jax
+import jax.numpy as jnp
 
 from detr_jax.errors import InputError
+from detr_jax.models import FFNWeights
 
 
 def group_count(neurons: int, group_size: int) -> int:
@@ -17,7 +19,7 @@ def group_count(neurons: int, group_size: int) -> int:
 
 
 def active_groups(hidden: jax.Array, groups: int) -> jax.Array:
-    """The groups in which a neuron fires: those whose activations have a Euclidean norm above 0.
+    """The active groups: those whose activations have a Euclidean norm above 0.
 
     The label of a group in Sedghi et al. 2025 (arXiv 2510.09380), by a third party's reading of it.
 
@@ -29,3 +31,11 @@ def active_groups(hidden: jax.Array, groups: int) -> jax.Array:
         (..., G) bool.
     """
     return (hidden.reshape(*hidden.shape[:-1], groups, -1) > 0).any(-1)
+
+
+def group_output_norms(weights: FFNWeights, hidden: jax.Array, groups: int) -> jax.Array:
+    """(..., F) activations -> (..., G) norms ||h_g W_out,g|| of what each group adds to the output."""
+    rows = weights.w_out.astype(jnp.float32).reshape(groups, -1, weights.w_out.shape[-1])
+    gram = jnp.einsum("gid,gjd->gij", rows, rows)
+    grouped = hidden.astype(jnp.float32).reshape(*hidden.shape[:-1], groups, -1)
+    return jnp.sqrt(jnp.maximum(jnp.einsum("...gi,gij,...gj->...g", grouped, gram, grouped), 0))

@@ -1,4 +1,4 @@
-"""The bound: exactly the groups that fire."""
+"""The bound: exactly the active groups."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -6,26 +6,32 @@ from typing import ClassVar
 import jax
 
 from detr_jax.kernels import hidden_activations
-from detr_jax.methods.base import Traits
+from detr_jax.methods.base import FitMaterial, Method, Traits, register, storable
 from detr_jax.methods.grouping import active_groups, group_count
 from detr_jax.models import FFNWeights, Selection
-from detr_jax.pytrees import pytree
 
 
-@pytree
+@register
+@storable
 @dataclass(frozen=True)
-class Oracle:
+class Oracle(Method):
     """Keeps the groups with an activation above 0: the output is the dense one.
 
-    A bound and no method: it knows the activations, and what knowing them costs is not counted.
+    A bound: it knows the activations, and what knowing them costs is not counted. Method and selector in one.
 
     Attributes:
         group_size: neurons per group; 1 bounds every method that decides token by token.
     """
 
     traits: ClassVar = Traits("nothing", "group", "both")
+    name: ClassVar = "oracle"
+    paper: ClassVar = "-"
+    tuned_by: ClassVar = "nothing"
 
-    group_size: int = field(metadata={"static": True})
+    group_size: int = field(default=8, metadata={"static": True})
+
+    def fit(self, material: FitMaterial) -> "Oracle":
+        return self
 
     def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> Selection:
         hidden = hidden_activations(x, ffn.w_in, ffn.b_in)

@@ -1,4 +1,4 @@
-"""What groups contribute to many tokens at once, by a linear regression on the pooled inputs; hardly costs anything."""
+"""A score of earlier plan files: contributions of groups to many tokens at once, by regression on pooled inputs."""
 
 from dataclasses import dataclass, field
 
@@ -6,23 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from detr_jax.calibration.moments import CrossMoments
-from detr_jax.methods.base import Traits, group_sums
-from detr_jax.methods.grouping import group_count
+from detr_jax.methods.base import Traits, storable
 from detr_jax.methods.tiles import existing_tiles, existing_tokens, mean_of_tokens
 from detr_jax.models import FFNWeights
-from detr_jax.pytrees import pytree
-
-RIDGE = 0.3
-"""Of features with variance 1."""
 
 
-@pytree
+@storable
 @dataclass(frozen=True)
 class PooledStatistics:
     """About the mean over tokens of h_j ||W_out[j]||, summed over a group, from the mean, deviation and maximum of x.
 
-    Ours; after the pooled gates of Gao et al. 2024, "SeerAttention", without a layer that runs for each token.
+    Searches wrote it into plans of version 3; it gained nothing, see docs/negative-results.md, and is not fitted any more.
 
     Attributes:
         up: (3 d, G) float32.
@@ -69,26 +63,3 @@ def pooled_statistics(x: jax.Array, tokens: jax.Array, window: int | None) -> ja
     largest = existing_tokens(x, tokens, size, -jnp.inf).max(-2)
     largest = jnp.where(existing_tiles(tokens, size)[..., None], largest, 0)
     return jnp.concatenate([mean, jnp.sqrt(jnp.maximum(squares - mean**2, 0)), largest], axis=-1)
-
-
-def fit_pooled_statistics(moments: CrossMoments, group_size: int, window: int | None) -> PooledStatistics:
-    """The regression, by ridge in closed form.
-
-    Args:
-        moments: of pooled statistics (inputs) and of mean contributions of the neurons (outputs), see
-            `training.moments.measure_pooled`.
-        group_size: neurons per group.
-        window: of the moments.
-
-    Raises:
-        ValueError: if the group size does not divide the neurons.
-    """
-    groups = group_count(len(moments.output_sums), group_size)
-    mean, covariance = moments.inputs.mean, moments.inputs.covariance
-    deviations = np.sqrt(np.maximum(np.diag(covariance), 0))
-    scale = np.where(deviations > 1e-6, 1 / np.maximum(deviations, 1e-6), 0)  # what never varies says nothing
-    correlation = covariance * np.outer(scale, scale)
-    targets = group_sums(moments.output_mean, groups)
-    standardised = group_sums(moments.cross_covariance, groups) * scale[:, None]
-    up = np.linalg.solve(correlation + RIDGE * np.eye(len(correlation)), standardised) * scale[:, None]
-    return PooledStatistics(jnp.asarray(up, jnp.float32), jnp.asarray(targets - mean @ up, jnp.float32), window)

@@ -1,30 +1,35 @@
-"""The control: groups drawn by lot."""
+"""The control: random groups."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import jax
 
-from detr_jax.methods.base import Traits
+from detr_jax.methods.base import FitMaterial, Method, Traits, register, storable
 from detr_jax.methods.grouping import group_count
 from detr_jax.models import FFNWeights
-from detr_jax.pytrees import pytree
 
 
-@pytree
+@register
+@storable
 @dataclass(frozen=True)
-class Lots:
-    """Other groups for every token, the same ones in every run.
+class Random(Method):
+    """Other random groups for every token, the same ones in every run. Method and score in one.
 
     Attributes:
         group_size: neurons per group.
-        seed: of the lots.
+        seed: of the groups.
     """
 
     traits: ClassVar = Traits("nothing", "group", "both")
+    name: ClassVar = "random"
+    paper: ClassVar = "-"
 
-    group_size: int = field(metadata={"static": True})
+    group_size: int = field(default=8, metadata={"static": True})
     seed: int = field(default=0, metadata={"static": True})
+
+    def fit(self, material: FitMaterial) -> "Random":
+        return self
 
     def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> jax.Array:
         groups = group_count(ffn.w_in.shape[0], self.group_size)

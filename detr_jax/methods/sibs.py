@@ -8,23 +8,24 @@ At inference these are computed first; what the ones that fire indicate is left 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from detr_jax.calibration.activations import ActivationStatistics
 from detr_jax.errors import InputError
 from detr_jax.kernels import hidden_activations
-from detr_jax.methods.base import Traits
+from detr_jax.methods.base import FitMaterial, Method, Traits, register, storable
 from detr_jax.models import FFNWeights, Selection
-from detr_jax.pytrees import pytree
+
+if TYPE_CHECKING:
+    from detr_jax.calibration.activations import ActivationStatistics
 
 
-@pytree
+@storable
 @dataclass(frozen=True)
-class Sibs:
+class IndicatorSelector:
     """Indicators and what they silence.
 
     Attributes:
@@ -50,7 +51,29 @@ class Sibs:
         return len(self.indicators) * features / 32
 
 
-def find_indicators(statistics: ActivationStatistics, *, tau: float, indicators: int, confidence: float = 1.96) -> Sibs:
+@register
+@dataclass(frozen=True)
+class SIBS(Method):
+    """Static Indicator-Based Sparsification."""
+
+    name: ClassVar = "sibs"
+    paper: ClassVar = "Sedghi et al. 2025, arXiv 2510.09380"
+    decides: ClassVar = "neuron"
+    requires: ClassVar = frozenset({"activations"})
+    tuned_by: ClassVar = "nothing"
+
+    tau: float = 0.99
+    """Least share of an indicator's activations in which an indicated neuron is inactive."""
+    indicators: int = 64
+    """Indicators per FFN, at most."""
+
+    def fit(self, material: FitMaterial) -> IndicatorSelector:
+        return find_indicators(material.activations, tau=self.tau, indicators=self.indicators)
+
+
+def find_indicators(
+    statistics: "ActivationStatistics", *, tau: float, indicators: int, confidence: float = 1.96
+) -> IndicatorSelector:
     """SIBS for one FFN.
 
     Args:
@@ -84,7 +107,7 @@ def find_indicators(statistics: ActivationStatistics, *, tau: float, indicators:
         chosen.append(best)
         known = np.maximum(known, np.where(silent[best][None, :], coactive[:, best][:, None], 0))
     index = np.array(chosen, np.int32)
-    return Sibs(jnp.asarray(index), jnp.asarray(silent[index]), jnp.asarray(fired > 0))
+    return IndicatorSelector(jnp.asarray(index), jnp.asarray(silent[index]), jnp.asarray(fired > 0))
 
 
 def _lower_bound(share: np.ndarray, trials: np.ndarray, deviations: float) -> np.ndarray:

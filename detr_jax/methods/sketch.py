@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from detr_jax.errors import InputError
-from detr_jax.methods.base import Traits, group_sums
+from detr_jax.methods.base import FitMaterial, Method, Traits, group_sums, register, storable
 from detr_jax.methods.grouping import group_count
+from detr_jax.methods.topk import ByRank
+from detr_jax.methods.wrappers import Pooled
 from detr_jax.models import FFNWeights
-from detr_jax.pytrees import pytree
 
 
-@pytree
+@storable
 @dataclass(frozen=True)
 class Sketch:
     """The sum over a group's neurons of about h_j ||W_out[j]||, with W_in as a product of rank r.
@@ -83,3 +84,21 @@ def sketch(ffn: FFNWeights, mean: np.ndarray, covariance: np.ndarray, rank: int,
     bias = np.asarray(ffn.b_in, np.float64) + (w_in - (down @ up).T) @ mean
     norms = np.linalg.norm(np.asarray(ffn.w_out, np.float64), axis=1)
     return Sketch(*(jnp.asarray(array, jnp.float32) for array in (down, up, bias, norms)), group_size)
+
+
+@register
+@dataclass(frozen=True)
+class ContributionSketch(ByRank, Method):
+    """The neurons of highest sketched contribution over an image's tokens."""
+
+    name: ClassVar = "sketch"
+    paper: ClassVar = "ours"
+    decides: ClassVar = "image"
+    requires: ClassVar = frozenset({"input_moments"})
+
+    rank: int = 16
+    """Of the sketch; less where an FFN has fewer channels."""
+
+    def fit(self, material: FitMaterial) -> Pooled:
+        mean, covariance = material.input_moments.mean, material.input_moments.covariance
+        return Pooled(sketch(material.weights, mean, covariance, min(self.rank, len(mean)), 1), odds=False)

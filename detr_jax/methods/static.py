@@ -1,20 +1,23 @@
-"""The control that a dynamic method has to beat: the same groups for every token, an ordinary narrower FFN."""
+"""The control for dynamic methods: the same groups for every token, an ordinary narrower FFN."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from detr_jax.calibration.activations import ActivationStatistics
-from detr_jax.methods.base import Traits, group_sums
+from detr_jax.methods.base import FitMaterial, Method, Traits, group_sums, register, storable
 from detr_jax.methods.grouping import group_count
+from detr_jax.methods.reconstruction import obs_ranking, reconstruct_output
 from detr_jax.models import FFNWeights, OutputLayer, Selection
-from detr_jax.pytrees import pytree
+
+if TYPE_CHECKING:
+    from detr_jax.calibration.activations import ActivationStatistics
 
 
-@pytree
+@storable
 @dataclass(frozen=True)
 class Importance:
     """A fixed score for each group.
@@ -34,7 +37,7 @@ class Importance:
         return 0.0
 
 
-@pytree
+@storable
 @dataclass(frozen=True)
 class Fixed:
     """Groups that are chosen once for all; `PartitionedSelector` does so for neurons that a permutation collected.
@@ -57,17 +60,68 @@ class Fixed:
         return 0.0
 
 
-def by_firing(statistics: ActivationStatistics, group_size: int) -> Importance:
-    """How often the neurons of a group fire, per token."""
+def by_activity(statistics: "ActivationStatistics", group_size: int) -> Importance:
+    """How often the neurons of a group are active, per token."""
     return _of_groups(statistics.fired.sum(0), statistics, group_size)
 
 
-def by_contribution(statistics: ActivationStatistics, ffn: FFNWeights, group_size: int) -> Importance:
+def by_contribution(statistics: "ActivationStatistics", ffn: FFNWeights, group_size: int) -> Importance:
     """The sum over tokens and a group's neurons of h_j ||W_out[j]||, per token."""
     norms = np.linalg.norm(np.asarray(ffn.w_out, np.float64), axis=1)
     return _of_groups(statistics.hidden.sum(0) * norms, statistics, group_size)
 
 
-def _of_groups(per_neuron: np.ndarray, statistics: ActivationStatistics, group_size: int) -> Importance:
+def _of_groups(per_neuron: np.ndarray, statistics: "ActivationStatistics", group_size: int) -> Importance:
     per_token = per_neuron / max(int(statistics.tokens.sum()), 1)
     return Importance(jnp.asarray(group_sums(per_token, group_count(len(per_neuron), group_size)), jnp.float32))
+
+
+@register
+@dataclass(frozen=True)
+class StaticFiring(Method):
+    """The groups whose neurons are active most often."""
+
+    name: ClassVar = "static-firing"
+    paper: ClassVar = "-"
+    dynamic: ClassVar = False
+    requires: ClassVar = frozenset({"activations"})
+
+    group_size: int = 8
+    """Neurons per group."""
+
+    def fit(self, material: FitMaterial) -> Importance:
+        return by_activity(material.activations, self.group_size)
+
+
+@register
+@dataclass(frozen=True)
+class StaticContribution(StaticFiring):
+    """The groups with the largest mean of h_j ||W_out[j]||."""
+
+    name: ClassVar = "static-contribution"
+
+    def fit(self, material: FitMaterial) -> Importance:
+        return by_contribution(material.activations, material.weights, self.group_size)
+
+
+@register
+@dataclass(frozen=True)
+class StaticReconstructed(Method):
+    """Neurons that survive elimination (`obs_ranking`), with an output layer fitted to them."""
+
+    name: ClassVar = "static-reconstructed"
+    paper: ClassVar = "Hassibi and Stork 1992, for whole neurons"
+    decides: ClassVar = "neuron"
+    dynamic: ClassVar = False
+    requires: ClassVar = frozenset({"hidden_moments"})
+    tuned_by: ClassVar = "density"
+    note: ClassVar = "output layer reconstructed"
+
+    def at_densities(
+        self, material: FitMaterial, threshold_of: Callable[[float], float], densities: Sequence[float]
+    ) -> tuple[Fixed, ...]:
+        weights, moments = material.weights, material.hidden_moments
+        survivors = obs_ranking(weights, moments)
+        neurons = np.arange(len(survivors))
+        sets = [np.isin(neurons, survivors[: round(density * len(neurons))]) for density in densities]
+        return tuple(Fixed(jnp.asarray(kept), reconstruct_output(weights, moments, kept)) for kept in sets)

@@ -1,21 +1,21 @@
 """The selector "the k largest": the same number of groups, neurons or channels for every token."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from detr_jax.methods.base import Score, Traits, ordered_bits, selection_of
+from detr_jax.methods.base import FitMaterial, Method, Score, Traits, ordered_bits, register, selection_of, storable
+from detr_jax.methods.teal import HiddenMagnitude
 from detr_jax.models import FFNWeights, Selection
-from detr_jax.pytrees import pytree
 
 
-@pytree
+@storable
 @dataclass(frozen=True)
 class TopK:
     """Keeps the k largest scores of every token; where ties would make them more, the ones that tie are left out.
-
-    Of hidden activations it is Li et al. 2023, "The Lazy Neuron Phenomenon": an accuracy bound, for it needs them all.
 
     Attributes:
         score: of the method.
@@ -44,3 +44,29 @@ class TopK:
     def cost(self, d_model: int, features: int) -> float:
         """Multiply-adds per token of the score; comparisons are not counted."""
         return self.score.cost(d_model, features)
+
+
+class ByRank:
+    """At a density, methods that keep equally many of every token instead of what reaches a threshold."""
+
+    def at_densities(
+        self, material: FitMaterial, threshold_of: Callable[[float], float], densities: Sequence[float]
+    ) -> tuple[TopK, ...]:
+        """See `Method.at_densities`; scores are of single neurons."""
+        score = self.fit(material)
+        return tuple(TopK(score, jnp.int32(round(density * len(material.weights.w_in)))) for density in densities)
+
+
+@register
+@dataclass(frozen=True)
+class LazyNeuron(ByRank, Method):
+    """The k largest hidden activations: an accuracy bound, for it needs them all."""
+
+    name: ClassVar = "topk"
+    paper: ClassVar = 'Li et al. 2023, "The Lazy Neuron Phenomenon", arXiv 2210.06313'
+    decides: ClassVar = "neuron"
+    saves: ClassVar = "second"
+    note: ClassVar = "needs h: an accuracy bound"
+
+    def fit(self, material: FitMaterial) -> HiddenMagnitude:
+        return HiddenMagnitude(weighted=False)

@@ -1,4 +1,4 @@
-"""Magnitudes of hidden activations or of input channels: TEAL and WINA."""
+"""TEAL: thresholds on the magnitudes of hidden activations or of input channels."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -7,18 +7,16 @@ import jax
 import jax.numpy as jnp
 
 from detr_jax.kernels import hidden_activations
-from detr_jax.methods.base import Traits
+from detr_jax.methods.base import FitMaterial, Method, Traits, register, storable
 from detr_jax.models import FFNWeights
-from detr_jax.pytrees import pytree
 
 
-@pytree
+@storable
 @dataclass(frozen=True)
 class HiddenMagnitude:
     """|h_j|, or |h_j| ||W_out[j]||: takes the whole first product and saves the second.
 
-    Liu et al. 2025, "TEAL"; Chen et al. 2025, "WINA", without its rotation. Both take their thresholds from quantiles
-    of what is observed; TEAL's shortcut for symmetric distributions does not hold after a ReLU and is not used.
+    Thresholds are observed quantiles; TEAL's shortcut for symmetric distributions does not hold after a ReLU.
 
     Attributes:
         weighted: by the norms of the output weights (WINA).
@@ -36,12 +34,10 @@ class HiddenMagnitude:
         return float(features) if self.weighted else 0.0
 
 
-@pytree
+@storable
 @dataclass(frozen=True)
 class InputMagnitude:
     """|x_i|, or |x_i| ||W_in[:, i]||: leaves channels out of the first product and saves nothing of the second.
-
-    The same sources.
 
     Attributes:
         weighted: by the norms of the input weights (WINA).
@@ -57,3 +53,31 @@ class InputMagnitude:
 
     def cost(self, d_model: int, features: int) -> float:
         return float(d_model) if self.weighted else 0.0
+
+
+@register
+@dataclass(frozen=True)
+class TEALHidden(Method):
+    """Thresholds on |h_j|."""
+
+    name: ClassVar = "teal-hidden"
+    paper: ClassVar = 'Liu et al. 2025, "TEAL", arXiv 2408.14690'
+    decides: ClassVar = "neuron"
+    saves: ClassVar = "second"
+
+    def fit(self, material: FitMaterial) -> HiddenMagnitude:
+        return HiddenMagnitude(weighted=False)
+
+
+@register
+@dataclass(frozen=True)
+class TEALInput(Method):
+    """Thresholds on |x_i|."""
+
+    name: ClassVar = "teal-input"
+    paper: ClassVar = TEALHidden.paper
+    decides: ClassVar = "channel"
+    saves: ClassVar = "first"
+
+    def fit(self, material: FitMaterial) -> InputMagnitude:
+        return InputMagnitude(weighted=False)

@@ -7,18 +7,22 @@ brain surgeon of Hassibi and Stork 1992, for whole neurons under the squared err
 trained, and at run time it is an ordinary narrower FFN.
 """
 
+from typing import TYPE_CHECKING
+
 import jax.numpy as jnp
 import numpy as np
 from scipy.linalg.blas import dger
 
-from detr_jax.calibration.moments import CrossMoments, Moments
 from detr_jax.models import FFNWeights, OutputLayer
+
+if TYPE_CHECKING:
+    from detr_jax.calibration.moments import CrossMoments, Moments
 
 RIDGE = 1e-3
 """Of the mean variance, added to each: neurons that hardly ever fire are not relied on."""
 
 
-def obs_ranking(weights: FFNWeights, moments: Moments) -> np.ndarray:
+def obs_ranking(weights: FFNWeights, moments: "Moments") -> np.ndarray:
     """(F,) the neurons by how long they are kept, the last one that is left first.
 
     Args:
@@ -49,7 +53,7 @@ def obs_ranking(weights: FFNWeights, moments: Moments) -> np.ndarray:
     return np.concatenate([np.array(order[::-1], int), np.flatnonzero(~varies)])
 
 
-def reconstruct_output(weights: FFNWeights, moments: Moments, kept: np.ndarray) -> OutputLayer:
+def reconstruct_output(weights: FFNWeights, moments: "Moments", kept: np.ndarray) -> OutputLayer:
     """The second layer of an FFN of which some neurons are left.
 
     Args:
@@ -73,7 +77,7 @@ def reconstruct_output(weights: FFNWeights, moments: Moments, kept: np.ndarray) 
     return OutputLayer(jnp.asarray(fitted, jnp.float32), jnp.asarray(bias, jnp.float32))
 
 
-def reconstruct_from_kept(weights: FFNWeights, moments: CrossMoments) -> OutputLayer:
+def reconstruct_from_kept(weights: FFNWeights, moments: "CrossMoments") -> OutputLayer:
     """The second layer of an FFN that computes other neurons for other tokens.
 
     Args:
@@ -116,6 +120,6 @@ def _ridged(covariance: np.ndarray) -> np.ndarray:
     return covariance + max(RIDGE * variance, np.finfo(np.float32).tiny) * np.eye(size)
 
 
-def _check(weights: FFNWeights, moments: Moments) -> None:
+def _check(weights: FFNWeights, moments: "Moments") -> None:
     if np.shape(moments.sums) != (len(weights.w_in),):
         raise ValueError(f"moments of {np.shape(moments.sums)} activations do not fit {len(weights.w_in)} neurons")

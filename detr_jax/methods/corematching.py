@@ -1,0 +1,25 @@
+"""CoreMatching: one set of groups for all tokens of an image."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from detr_jax.methods.base import FitMaterial, TrainedMethod, register
+from detr_jax.methods.mgs import MGS
+from detr_jax.methods.wrappers import Pooled, shared_gates
+
+
+@register
+@dataclass(frozen=True)
+class CoreMatching(MGS):
+    """The groups of highest mean probability over an image's tokens, by the gates of MGS."""
+
+    name: ClassVar = "core"
+    paper: ClassVar = 'Wang et al. 2025, "CoreMatching", arXiv 2505.19235'
+    decides: ClassVar = "image"
+
+    @property
+    def gates(self) -> TrainedMethod:
+        return shared_gates(MGS, self)
+
+    def fit(self, material: FitMaterial) -> Pooled:
+        return Pooled(material.gate, odds=True)

@@ -1,0 +1,45 @@
+"""D2DMoE: a gate that regresses the norm of what each group adds to the output."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from detr_jax.methods.base import FitMaterial, Score, register, storable
+from detr_jax.methods.mgs import MGS, LinearGate, mean_over_tokens, relative_output_norms
+from detr_jax.methods.wrappers import Derived
+from detr_jax.models import FFNTrace, FFNWeights
+
+
+@storable
+@dataclass(frozen=True)
+class ShareOfLargest(Derived):
+    """The predicted output norm of a group as a share of the token's largest; kept from (1 - tau) on.
+
+    Attributes:
+        of: a gate whose softplus is the predicted norm.
+    """
+
+    of: Score
+
+    def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> jax.Array:
+        norms = jax.nn.softplus(self.of(ffn, x, tokens))
+        return norms / jnp.maximum(norms.max(-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+
+
+@register
+@dataclass(frozen=True)
+class D2DMoE(MGS):
+    """Squared error between the softplus of MGS's gate and ||h_g W_out,g||, in units of the mean of active groups."""
+
+    name: ClassVar = "d2dmoe"
+    paper: ClassVar = 'Szatkowski et al. 2024, "D2DMoE", arXiv 2310.04361'
+
+    def loss(self, gate: LinearGate, weights: FFNWeights, trace: FFNTrace) -> jax.Array:
+        scores = gate(weights, trace.inputs, trace.tokens)
+        contributions = relative_output_norms(weights, trace, scores.shape[-1])
+        return mean_over_tokens((jax.nn.softplus(scores) - contributions) ** 2, trace.tokens)
+
+    def fit(self, material: FitMaterial) -> ShareOfLargest:
+        return ShareOfLargest(material.gate)

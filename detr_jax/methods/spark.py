@@ -1,0 +1,44 @@
+"""Spark Transformer's statistical top-k: about equally many groups for every token, without a sort."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+
+from detr_jax.methods.base import FitMaterial, Score, TrainedMethod, register, storable
+from detr_jax.methods.mgs import MGS
+from detr_jax.methods.wrappers import Derived, shared_gates
+from detr_jax.models import FFNWeights
+
+
+@storable
+@dataclass(frozen=True)
+class Standardised(Derived):
+    """A score in standard deviations from the mean of the token's scores.
+
+    For normal scores the threshold is the normal quantile of the density; here it is calibrated.
+
+    Attributes:
+        of: the score that is standardised, a gate's.
+    """
+
+    of: Score
+
+    def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> jax.Array:
+        return jax.nn.standardize(self.of(ffn, x, tokens), axis=-1)
+
+
+@register
+@dataclass(frozen=True)
+class Spark(MGS):
+    """Statistical top-k over the gates of MGS."""
+
+    name: ClassVar = "stat-topk"
+    paper: ClassVar = 'You et al. 2025, "Spark Transformer", arXiv 2506.06644'
+
+    @property
+    def gates(self) -> TrainedMethod:
+        return shared_gates(MGS, self)
+
+    def fit(self, material: FitMaterial) -> Standardised:
+        return Standardised(material.gate)

@@ -1,0 +1,149 @@
+"""Scores and selectors made from others: one decision for many tokens, neurons in sections, low-rank compensation."""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from detr_jax.errors import InputError
+from detr_jax.methods.base import Score, Thresholded, TrainedMethod, Traits, storable
+from detr_jax.methods.tiles import mean_of_tokens
+from detr_jax.models import FFNWeights, LowRankFactors, OutputLayer, Partition, Selection, Selector
+
+
+class Derived:
+    """Base of scores made from another one, `of`, with its traits and cost."""
+
+    of: Score
+
+    @property
+    def traits(self) -> Traits:
+        return self.of.traits
+
+    def cost(self, d_model: int, features: int) -> float:
+        return self.of.cost(d_model, features)
+
+
+def shared_gates(cls: type[TrainedMethod], method: TrainedMethod) -> TrainedMethod:
+    """The method of class `cls` with the options of `method` that both have: it trains the gates of both."""
+    options = {option.name: getattr(method, option.name) for option in dataclasses.fields(cls)}
+    return cls(**options)
+
+
+@storable
+@dataclass(frozen=True)
+class Pooled(Derived):
+    """The mean of a score over all tokens of an image, or of each window of consecutive tokens.
+
+    Attributes:
+        of: the score that is averaged.
+        odds: it is in log-odds; average the probabilities.
+        window: tokens per window; None for whole images.
+    """
+
+    of: Score
+    odds: bool = field(metadata={"static": True})
+    window: int | None = field(default=None, metadata={"static": True})
+
+    @property
+    def traits(self) -> Traits:
+        return self.of.traits._replace(granularity="image", tile_size=self.window)
+
+    def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> jax.Array:
+        scores = self.of(ffn, x, tokens)
+        return mean_of_tokens(jax.nn.sigmoid(scores) if self.odds else scores, tokens, self.window)
+
+    def of_groups(self, groups: np.ndarray) -> "Pooled":
+        """See `SharedScore`; of scores that can be taken apart."""
+        return dataclasses.replace(self, of=self.of.of_groups(groups))
+
+
+@storable
+@dataclass(frozen=True)
+class PartitionedSelector:
+    """Computes the first neurons always, asks a selector about the next ones, and never computes the rest.
+
+    The permutation of the neurons, a part of a plan, brings them into their sections.
+
+    Attributes:
+        gate: selector of the gated neurons, as of an FFN that has no others; None where there are none.
+        always: number of neurons that are always computed.
+        gated: number of neurons that the gate decides about.
+        second: an output layer of the first two sections that makes up for the third; None for the FFN's own.
+    """
+
+    gate: Selector | None
+    always: int = field(metadata={"static": True})
+    gated: int = field(default=0, metadata={"static": True})
+    second: OutputLayer | None = None
+
+    def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> Selection:
+        """Selects.
+
+        Raises:
+            ValueError: if the FFN has fewer neurons than the sections.
+        """
+        sections = Partition(self.always, self.gated)
+        if sections.always + sections.gated > len(ffn.w_in):
+            raise ValueError(f"sections of {self.always} and {self.gated} neurons do not fit an FFN of {len(ffn.w_in)}")
+        _, gated = sections.parts(ffn)
+        selection = Selection() if self.gate is None else self.gate(gated, x, tokens)
+        return dataclasses.replace(selection, sections=sections, second=self.second)
+
+    @property
+    def traits(self) -> Traits:
+        if self.gate is None:
+            return Traits("statistics", "neuron", "both", dynamic=False)
+        return self.gate.traits
+
+    def cost(self, d_model: int, features: int) -> float:
+        """Multiply-adds per token of the decision."""
+        return 0.0 if self.gate is None else self.gate.cost(d_model, self.gated)
+
+
+@storable
+@dataclass(frozen=True)
+class LowRankCompensation:
+    """A selector; what it leaves out goes through factors of low rank.
+
+    Over a score of input channels it is R-Sparse; over a selector of hidden neurons the same idea for both matrices
+    (our reading).
+
+    Attributes:
+        of: the selector.
+        factors: of the FFN's matrices.
+    """
+
+    of: Thresholded
+    factors: LowRankFactors
+
+    @property
+    def traits(self) -> Traits:
+        return self.of.traits
+
+    def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> Selection:
+        selection = self.of(ffn, x, tokens)
+        return dataclasses.replace(selection, factors=self.factors)
+
+    def cost(self, d_model: int, features: int) -> float:
+        matrices = 1 if self.traits.granularity == "channel" else 2
+        rank = self.factors.in_model.shape[0]
+        return self.of.cost(d_model, features) + matrices * rank * (d_model + features)
+
+
+def low_rank_factors(ffn: FFNWeights, rank: int) -> LowRankFactors:
+    """The best factors of rank r of both matrices, by singular value decomposition.
+
+    Raises:
+        InputError: if the rank is below 1 or above the number of channels.
+    """
+    features, d_model = ffn.w_in.shape
+    if not 1 <= rank <= min(features, d_model):
+        raise InputError(f"the rank must be from 1 to {min(features, d_model)}, not {rank}")
+    factors = []
+    for matrix in (ffn.w_in, ffn.w_out):
+        left, values, right = np.linalg.svd(np.asarray(matrix, np.float64), full_matrices=False)
+        factors += [left[:, :rank] * values[:rank], right[:rank]]
+    return LowRankFactors(*(jnp.asarray(factor, jnp.float32) for factor in factors))
