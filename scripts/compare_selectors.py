@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,10 +23,10 @@ import detr_jax
 from detr_jax.calibration.activation_passes import profile_activations
 from detr_jax.calibration.activations import ActivationStatistics
 from detr_jax.calibration.allocation import cost_table, greedy, within_loss
-from detr_jax.calibration.moment_passes import measure_moments, measure_pooled
+from detr_jax.calibration.moment_passes import measure_moments
 from detr_jax.calibration.permutation import coactivation_permutation, kmeans_permutation, permute_neurons
 from detr_jax.calibration.sensitivity import OutputDivergence, SensitivityTable, layer_sensitivity
-from detr_jax.calibration.threshold_passes import calibrate, measure_scores
+from detr_jax.calibration.threshold_passes import calibrate, measure_scores, selectors_at_densities
 from detr_jax.calibration.thresholds import density_threshold, recall_threshold
 from detr_jax.commands import cli
 from detr_jax.data.dataset import Dataset, Subset
@@ -34,13 +34,22 @@ from detr_jax.errors import InputError
 from detr_jax.evaluation.comparison import Comparison, Row, describe, one_at_a_time
 from detr_jax.evaluation.flops import mean_dense_flops
 from detr_jax.files import replacing, write_json
-from detr_jax.methods import Oracle, Thresholded, find_indicators, log_odds
+from detr_jax.methods import (
+    METHODS,
+    MGS,
+    PAPER_THRESHOLD,
+    FitMaterial,
+    Oracle,
+    Thresholded,
+    TrainedMethod,
+    find_indicators,
+    log_odds,
+)
 from detr_jax.methods.grouping import group_count
-from detr_jax.methods.registry import METHODS, Ingredients
 from detr_jax.models import DETR, Selector, Selectors
 from detr_jax.plan import Plan, save_plan
 from detr_jax.run_folder import RESULTS, open_run
-from detr_jax.training.gates import KINDS, MGS, PAPER_THRESHOLD, Gates, GateSpec, GateTraining
+from detr_jax.training.gates import Gates, GateTraining
 
 GRID = (1.0, 0.5, 0.3, 0.2, 0.15, 0.1, 0.08, 0.06, 0.05, 0.04, 0.03, 0.02, 0.01)
 """Densities that allocations choose from, in each FFN."""
@@ -85,7 +94,7 @@ class Arguments:
     )
     tuning_epochs: int = 2
     """More passes for MGS's gates while they are all in effect."""
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: tuple[str, ...] = tuple(name for name, method in METHODS.items() if method.tuned_by != "nothing")
     """Selectors with a threshold to compare."""
     densities: tuple[float, ...] = (0.5, 0.3, 0.2, 0.1, 0.05, 0.03)
     """Mean densities of each."""
@@ -144,7 +153,6 @@ class Workbench:
         sampled = -(-len(sample) // arguments.training.batch_size)
         sample_passes = cached(self.training[:sampled])
         self.inputs, self.hidden = measure_moments(self.ordered, sample_passes)
-        self.pooled = measure_pooled(self.ordered, sample_passes, None)
         calibration = embed(model, splits.calibration, arguments.eval_batch_size, "calibration")
         self.validation = embed(model, splits.validation, arguments.eval_batch_size, "validation")
         self.flops = mean_dense_flops(model, splits.validation.image_sizes())
@@ -167,14 +175,13 @@ class Workbench:
     def train(
         self,
         model: DETR,
-        specs: Mapping[str, GateSpec],
-        training: GateTraining,
+        methods: Sequence[TrainedMethod],
         folder: str,
-        running: Mapping[str, Mapping[str, Thresholded]] | None = None,
+        active_selectors: Mapping[str, Mapping[str, Thresholded]] | None = None,
     ) -> dict[str, Gates]:
-        """Gates of some kinds on the cached training images."""
-        batches = cached(self.training, training.seed)
-        return train(model, batches, specs, training, self.arguments.out / folder, running=running)
+        """Gates of some methods on the cached training images."""
+        batches = cached(self.training, self.arguments.training.seed)
+        return train(model, batches, methods, self.arguments.out / folder, active_selectors)
 
     def row(
         self, section: str, selector: str, setting: str, *, model: DETR, selectors: Callable[[], Selectors]
@@ -211,23 +218,15 @@ class Workbench:
             f"FFN work {row['flops_share']['ffns']:.3f}"
         )
 
-    def ingredients(self, gates: Mapping[str, Gates]) -> dict[str, Ingredients]:
-        """What the methods are made from, for each FFN."""
-        size = self.arguments.training.group_size
-        return {
-            name: Ingredients(
-                *(weights, self.statistics[name], self.inputs[name], self.hidden[name], self.pooled[name]),
-                {kind: of[name] for kind, of in gates.items()},
-                size,
-            )
-            for name, weights in self.weights.items()
-        }
-
-    def sensitivity(self, method: str, ingredients: Mapping[str, Ingredients]) -> SensitivityTable:
+    def sensitivity(self, name: str, gates: Mapping[str, Gates]) -> SensitivityTable:
         """A method at every density of the grid in each FFN."""
-        scores = {name: METHODS[method].score(of) for name, of in ingredients.items()}
-        histograms = measure_scores(self.ordered, self.held_out, scores)
-        settings = {name: METHODS[method].at_densities(of, histograms[name], GRID) for name, of in ingredients.items()}
+        method = self.arguments.training.method(METHODS[name])
+        gate = gates[method.gates.name] if isinstance(method, TrainedMethod) else dict.fromkeys(self.weights)
+        material = {
+            ffn: FitMaterial(weights, self.statistics[ffn], self.inputs[ffn], self.hidden[ffn], gate[ffn], ffn)
+            for ffn, weights in self.weights.items()
+        }
+        settings = selectors_at_densities(self.ordered, self.held_out, method, material, GRID)
         return layer_sensitivity(self.divergence, GRID, settings)
 
     def costs(self, sensitivity: SensitivityTable) -> np.ndarray:
@@ -244,14 +243,14 @@ def compare_bounds(bench: Workbench) -> None:
         bench.row("bounds", "oracle", title, model=bench.ordered, selectors=lambda oracles=oracles: oracles)
 
 
-def compare_methods(bench: Workbench, ingredients: Mapping[str, Ingredients]) -> None:
+def compare_methods(bench: Workbench, gates: Mapping[str, Gates]) -> None:
     """Every selector with a threshold, at every density."""
     arguments = bench.arguments
     settings = {density: f"density {density:g}" for density in arguments.densities}
     for method in tqdm(arguments.methods, desc="comparing", unit="selector"):
         if all(f"methods: {method}, {setting}" in bench.rows for setting in settings.values()):
             continue
-        sensitivity = bench.sensitivity(method, ingredients)
+        sensitivity = bench.sensitivity(method, gates)
         costs = bench.costs(sensitivity)
         for density, setting in settings.items():
             choice = greedy(sensitivity.losses, costs, density)
@@ -262,7 +261,9 @@ def compare_sibs(bench: Workbench) -> None:
     """SIBS, whose sparsity is what its certainty makes of it; it decides about neurons, in any order of them."""
 
     def find(tau: float, indicators: int) -> dict[str, Selector]:
-        return {name: find_indicators(s, tau=tau, indicators=indicators) for name, s in bench.statistics.items()}
+        return {
+            name: find_indicators(s, tau=tau, indicators=indicators, name=name) for name, s in bench.statistics.items()
+        }
 
     row = partial(bench.row, "sibs", "sibs", model=bench.ordered)
     row("no indicators: without neurons that never fire", selectors=partial(find, 1.0, 0))
@@ -280,22 +281,21 @@ def compare_mgs(bench: Workbench, own: Gates, gates: Mapping[str, Gates]) -> dic
     density = arguments.mgs_density
     equal = partial(density_threshold, density=density)
     found = partial(recall_threshold, recall=0.99)
-    for title, model, of in (("own", bench.own, own), (order, bench.ordered, gates["firing"])):
+    for title, model, of in (("own", bench.own, own), (order, bench.ordered, gates["mgs"])):
         row = partial(bench.row, "mgs", f"mgs, {title} order", model=model)
         row(f"threshold {PAPER_THRESHOLD}", selectors=partial(at_paper_threshold, of))
         row("recall 0.99", selectors=partial(calibrate, model, bench.held_out, of, found))
         row(f"density {density:g} in each FFN", selectors=partial(calibrate, model, bench.held_out, of, equal))
 
-    ingredients = bench.ingredients(gates)
-    kinds = {"firing": "mgs", "contribution": "mgs, contribution"}
     shared, densities = {}, {}
-    for kind, method in kinds.items():
+    methods = ("mgs", "mgs-contribution")
+    for method in methods:
         row = partial(bench.row, "mgs", f"{method}, {order} order", model=bench.ordered)
-        sensitivity = bench.sensitivity(method, ingredients)
+        sensitivity = bench.sensitivity(method, gates)
         costs = bench.costs(sensitivity)
         choice = greedy(sensitivity.losses, costs, density)
-        shared[kind] = sensitivity.selectors(choice)
-        densities[kind] = dict(zip(sensitivity.names, sensitivity.densities[list(choice)], strict=True))
+        shared[method] = sensitivity.selectors(choice)
+        densities[method] = dict(zip(sensitivity.names, sensitivity.densities[list(choice)], strict=True))
         row(f"density {density:g} shared greedily", selectors=partial(sensitivity.selectors, choice))
         bound = arguments.mgs_change
         row(
@@ -306,12 +306,13 @@ def compare_mgs(bench: Workbench, own: Gates, gates: Mapping[str, Gates]) -> dic
     training = dataclasses.replace(
         arguments.training, epochs=arguments.tuning_epochs, learning_rate=arguments.training.learning_rate / 3
     )
-    tuned = bench.train(bench.ordered, {kind: KINDS[kind] for kind in kinds}, training, "gates-tuned", running=shared)
-    for kind, method in reversed(kinds.items()):
-        histograms = measure_scores(bench.ordered, bench.held_out, tuned[kind], shared[kind])
+    trained = [training.method(METHODS[method]) for method in methods]
+    tuned = bench.train(bench.ordered, trained, "gates-tuned", shared)
+    for method in reversed(methods):
+        histograms = measure_scores(bench.ordered, bench.held_out, tuned[method], shared[method])
         selectors = {
-            name: Thresholded(gate, jnp.float32(density_threshold(histograms[name], densities[kind][name])))
-            for name, gate in tuned[kind].items()
+            name: Thresholded(gate, jnp.float32(density_threshold(histograms[name], densities[method][name])))
+            for name, gate in tuned[method].items()
         }
         setting = f"density {density:g} shared greedily, trained with the others on"
         bench.row("mgs", f"{method}, {order} order", setting, model=bench.ordered, selectors=lambda s=selectors: s)
@@ -353,17 +354,19 @@ def main(arguments: Arguments) -> None:
         settings = cli.settings(arguments) | {"fingerprint of the detector": fingerprint}
         open_run(arguments.out, settings, OUTPUTS, resume=arguments.resume, overwrite=arguments.overwrite)
         bench = Workbench(arguments, model, splits)
-        own = bench.train(bench.own, {"firing": MGS}, arguments.training, "gates-own")["firing"]
-        gates = bench.train(bench.ordered, KINDS, arguments.training, "gates-ordered")
+        own = bench.train(bench.own, [arguments.training.method(MGS)], "gates-own")["mgs"]
+        wanted = [arguments.training.method(METHODS[n]) for n in ("mgs", "mgs-contribution", *arguments.methods)]
+        trained = dict.fromkeys(method.gates for method in wanted if isinstance(method, TrainedMethod))
+        gates = bench.train(bench.ordered, list(trained), "gates-ordered")
 
         bench.row("dense", "dense", "", model=bench.own, selectors=dict)
         compare_bounds(bench)
         best = compare_mgs(bench, own, gates)
-        compare_layers(bench, gates["firing"])
+        compare_layers(bench, gates["mgs"])
         compare_sibs(bench)
-        compare_methods(bench, bench.ingredients(gates))
+        compare_methods(bench, gates)
         bench.finish_rows()
-        half = at_paper_threshold(gates["firing"])
+        half = at_paper_threshold(gates["mgs"])
         tile_density = measure_tile_density(bench.ordered, bench.validation, half, arguments.training.group_size)
 
     results = {

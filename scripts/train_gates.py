@@ -31,13 +31,13 @@ from detr_jax.evaluation.coco_ap import CocoScores, bootstrap, bootstrap_differe
 from detr_jax.evaluation.runs import measure_dataset
 from detr_jax.files import write_json
 from detr_jax.mesh import is_first_process, mesh_of, replicate
-from detr_jax.methods import Thresholded, log_odds
+from detr_jax.methods import MGS, PAPER_THRESHOLD, Thresholded, log_odds
 from detr_jax.methods.grouping import group_count
 from detr_jax.models import DETR
 from detr_jax.plan import Plan, save_plan
 from detr_jax.run_folder import RESULTS, open_run
 from detr_jax.training.budgets import Budget, GateTuning, MaxDivergence, MeanDensity, Progress, meet, tune_gates
-from detr_jax.training.gates import MGS, PAPER_THRESHOLD, Gates, GateTraining, train_gates
+from detr_jax.training.gates import Gates, GateTraining, train_gates
 from detr_jax.viz.figures import GatedRun, plot_gates, save_figure
 from detr_jax.viz.tables import gate_table, table
 
@@ -145,7 +145,9 @@ def train(model: DETR, dataset: Dataset, arguments: Arguments) -> tuple[Gates, f
             times.append(time.perf_counter())
 
         folder = arguments.out / "checkpoints"
-        gates = train_gates(model, passes, {"mgs": MGS}, arguments.training, folder, report)["mgs"]
+        methods = {"mgs": arguments.training.method(MGS)}
+        steps = arguments.training.checkpoint_steps
+        gates = train_gates(model, passes, methods, folder, report, checkpoint_steps=steps)["mgs"]
     steps = np.diff(times)
     # The median leaves out the steps that compiled a new shape.
     return gates, float(arguments.training.batch_size / np.median(steps)) if len(steps) > 1 else None

@@ -8,14 +8,14 @@ from tiny import tiny_ffn
 
 from detr_jax.calibration.activations import measure
 from detr_jax.calibration.allocation import undominated
-from detr_jax.calibration.moment_passes import measure_kept, measure_pooled
+from detr_jax.calibration.moment_passes import measure_kept
 from detr_jax.calibration.moments import moments_of
 from detr_jax.calibration.permutation import permute
 from detr_jax.calibration.threshold_passes import collect_scores
 from detr_jax.data.batches import CachedBatches
 from detr_jax.evaluation.counts import count_activity
 from detr_jax.kernels import Execution, ffn
-from detr_jax.methods import Pooled, fit_pooled_statistics, sketch
+from detr_jax.methods import Pooled, sketch
 from detr_jax.models.ffn import forward, trace
 from detr_jax.models.standalone import FFNInputs, StandaloneFFNs
 from detr_jax.search.candidates import CANDIDATE_KINDS, DYNAMIC, Material, candidates_of, reconstructed
@@ -31,7 +31,6 @@ def material(window: int | None, block_size: int) -> Material:
     passes = CachedBatches([FFNInputs({"f": X[i : i + 8]}, {"f": TOKENS[i : i + 8]}) for i in range(0, 40, 8)])
     scores = {
         "sketched": Pooled(sketch(WEIGHTS, inputs.mean, inputs.covariance, 6, SIZE), odds=False, window=window),
-        "pooled": fit_pooled_statistics(measure_pooled(ffns_of, passes, window)["f"], SIZE, window),
     }
     decisions = {kind: collect_scores(ffns_of, passes, {"f": score})["f"] for kind, score in scores.items()}
     statistics = measure(WEIGHTS, of, jnp.zeros(TOKENS.shape, int), kinds_count=1, group_size=SIZE)
@@ -48,7 +47,7 @@ def kept_moments(candidate):
 def test_a_plan_computes_what_was_tried(window, block_size):
     found = candidates_of(material(window, block_size), (0.6, 0.25), (0.5, 0.2))
     fixed = ["fixed", "fixed, reconstructed"] * 2
-    assert [c.kind for c in found] == ["dense", *fixed, *["sketched"] * 2, *["pooled"] * 2]
+    assert [c.kind for c in found] == ["dense", *fixed, *["sketched"] * 2]
     found += [reconstructed(c, WEIGHTS, kept_moments(c)) for c in found if c.kind in DYNAMIC]
     assert set(CANDIDATE_KINDS) == {c.kind for c in found}
     dense = np.asarray(ffn(X, *WEIGHTS))

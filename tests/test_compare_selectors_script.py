@@ -11,7 +11,7 @@ from tiny import annotation, tiny_detector, write_coco
 import detr_jax
 from detr_jax.plan import load_plan
 
-METHODS = ["static, contribution", "mgs", "core", "rsparse"]
+METHODS = ["static-contribution", "mgs", "core", "rsparse"]
 SCRIPT = "compare_selectors.py"
 
 

@@ -15,7 +15,7 @@ from detr_jax.data.features import backbone_features
 from detr_jax.evaluation.comparison import Comparison, one_at_a_time
 from detr_jax.evaluation.counts import ActivityCounts
 from detr_jax.evaluation.flops import dense_flops, remaining_share, sparse_flops
-from detr_jax.methods import HiddenMagnitude, InputMagnitude, LinearGate, Lots, Oracle, Thresholded
+from detr_jax.methods import HiddenMagnitude, InputMagnitude, LinearGate, Oracle, Random, Thresholded
 from detr_jax.models import DetrOutputs
 from detr_jax.models.detr.divergence import output_divergence
 
@@ -84,7 +84,7 @@ def test_rows_are_compared_with_the_dense_detector(model, dataset, embedded):
     oracle = measure(dict.fromkeys(TINY_CONFIG.ffn_names, Oracle(4)))
     assert oracle["numbers"]["AP"] == pytest.approx(dense["numbers"]["AP"], abs=1e-9)
     assert oracle["recall"] == 1 and oracle["density"] < 1
-    nothing = Thresholded(Lots(4), jnp.float32(jnp.inf))
+    nothing = Thresholded(Random(4), jnp.float32(jnp.inf))
     empty = measure(dict.fromkeys(TINY_CONFIG.ffn_names, nothing))
     assert empty["density"] == empty["flops_share"]["ffns"] == 0 < empty["flops_share"]["transformer"]
 
@@ -100,7 +100,7 @@ def test_one_at_a_time_then_one_more_at_a_time():
 
 def test_a_frontier_measures_one_ffn_at_a_time(model, embedded):
     change = OutputDivergence(model, embedded)
-    lots = [Thresholded(Lots(4), jnp.float32(-density)) for density in (1, 0.5, 0.2)]
+    lots = [Thresholded(Random(4), jnp.float32(-density)) for density in (1, 0.5, 0.2)]
     settings = dict.fromkeys(TINY_CONFIG.ffn_names, lots)
     sensitivity = layer_sensitivity(change, (1, 0.5, 0.2), settings)
     assert (
@@ -116,7 +116,7 @@ def test_a_frontier_measures_one_ffn_at_a_time(model, embedded):
 
 
 def test_the_ladder_rises_from_neurons_to_tiles(model, embedded):
-    predicted = {name: Thresholded(Lots(4), jnp.float32(-0.1)) for name in TINY_CONFIG.ffn_names}
+    predicted = {name: Thresholded(Random(4), jnp.float32(-0.1)) for name in TINY_CONFIG.ffn_names}
     for steps in measure_tile_density(model, embedded, predicted, 4).values():
         exact = steps["exact"]["raster"]
         assert 0 < steps["neurons"] <= exact[1] <= exact[8] <= exact[16] <= exact[128] <= 1

@@ -16,27 +16,19 @@ from detr_jax.calibration.thresholds import recall_threshold
 from detr_jax.data.batches import CachedBatches, ImageBatches
 from detr_jax.data.coco import CocoDataset
 from detr_jax.data.features import backbone_features
+from detr_jax.errors import InputError
 from detr_jax.evaluation.runs import measure_dataset
-from detr_jax.methods import LinearGate, LowRankGate, Thresholded
+from detr_jax.methods import METHODS, MGS, DejaVu, LinearGate, LowRankGate, RSparse, Thresholded
 from detr_jax.models.ffn import trace
 from detr_jax.models.standalone import FFNInputs, StandaloneFFNs
-from detr_jax.training.gates import (
-    KINDS,
-    MGS,
-    GateSpec,
-    GateTraining,
-    gate_loss,
-    initial_gate,
-    train_gates,
-)
+from detr_jax.training import gates as gate_training
+from detr_jax.training.gates import GateTraining, train_gates
 
-TRAINING = GateTraining(epochs=20, batch_size=2, group_size=4, checkpoint_steps=7, learning_rate=0.05)
-KINDS = {
-    "mgs": MGS,
-    "dejavu": dataclasses.replace(KINDS["balanced"], rank=2),
-    "d2dmoe": KINDS["norm"],
-    "contribution": GateSpec("contribution"),
-}
+TRAINING = GateTraining(epochs=20, batch_size=2, group_size=4, learning_rate=0.05)
+METHOD = TRAINING.method(MGS)
+LABELS = ("mgs", "dejavu", "mgs-contribution", "d2dmoe")
+KINDS = {name: TRAINING.method(METHODS[name]) for name in LABELS}
+train = partial(train_gates, checkpoint_steps=7)
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +59,11 @@ def embedded(model, dataset):
 
 @pytest.fixture(scope="module")
 def gates(model, passes, tmp_path_factory):
-    return train_gates(model, passes, {"mgs": MGS}, TRAINING, tmp_path_factory.mktemp("run"), silent)["mgs"]
+    return train(model, passes, {"mgs": METHOD}, tmp_path_factory.mktemp("run"), silent)["mgs"]
 
 
 def slow_loss(objective, scores, hidden, w_out, tokens):
-    """The docstring of `gate_loss`, token by token and group by group."""
+    """The docstrings of the methods, token by token and group by group."""
     groups = scores.shape[-1]
     size = hidden.shape[-1] // groups
     entries = []
@@ -87,16 +79,16 @@ def slow_loss(objective, scores, hidden, w_out, tokens):
         entropy = np.log1p(np.exp(-score if fires else score))
         losses.append(
             {
-                "firing": entropy,
-                "balanced": entropy * (1 if fires else density + 0.005),
-                "contribution": entropy * (norm / unit if fires else 1),
-                "norm": (np.log1p(np.exp(score)) - norm / unit) ** 2,
+                "mgs": entropy,
+                "dejavu": entropy * (1 if fires else density + 0.005),
+                "mgs-contribution": entropy * (norm / unit if fires else 1),
+                "d2dmoe": (np.log1p(np.exp(score)) - norm / unit) ** 2,
             }[objective]
         )
     return np.mean(losses)
 
 
-@pytest.mark.parametrize("objective", ["firing", "balanced", "contribution", "norm"])
+@pytest.mark.parametrize("objective", LABELS)
 def test_losses_are_those_of_loops_over_tokens_that_exist(objective):
     weights, x, tokens = tiny_ffn()
     rng = np.random.default_rng(0)
@@ -106,65 +98,29 @@ def test_losses_are_those_of_loops_over_tokens_that_exist(objective):
         np.asarray(a, np.float64) for a in (x @ gate.kernel + gate.bias, what.hidden, weights.w_out)
     )
     expected = slow_loss(objective, scores, hidden, w_out, np.asarray(tokens))
-    assert gate_loss(objective, gate, weights, what) == pytest.approx(expected, rel=1e-5)
+    assert KINDS[objective].loss(gate, weights, what) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("objective", ["firing", "balanced", "contribution", "norm"])
+@pytest.mark.parametrize("objective", LABELS)
 def test_losses_and_gradients_are_finite_where_nothing_fires_or_nothing_is_left(objective):
     weights, x, tokens = tiny_ffn()
     gate = LinearGate(jnp.ones((6, 3)), jnp.zeros(3))
     silent_weights = weights._replace(b_in=weights.b_in - 1e3)
     # In the second one only padding fires.
     for what in (trace(silent_weights, x, tokens), trace(weights, x, jnp.zeros_like(tokens))):
-        found = jax.value_and_grad(lambda g, what=what: gate_loss(objective, g, weights, what))(gate)
+        found = jax.value_and_grad(lambda g, what=what: KINDS[objective].loss(g, weights, what))(gate)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
-
-
-@pytest.mark.parametrize("pooled", ["features", "contributions"])
-def test_pooled_gates_learn_the_shares_of_contributions(pooled):
-    weights, x, tokens = tiny_ffn()
-    tokens = tokens.at[2].set(False)  # an image of padding alone has no shares
-    gate = initial_gate(GateSpec("share", rank=2, pooled=pooled), 6, 3, jax.random.key(0))
-    rng = np.random.default_rng(0)
-    gate = jax.tree.map(lambda leaf: jnp.float32(rng.standard_normal(leaf.shape)), gate)
-    what = trace(weights, x, tokens)
-    contributions = np.asarray(what.hidden, np.float64) * np.linalg.norm(weights.w_out, axis=1)
-    losses = []
-    for i in range(2):
-        sums = contributions[i][np.asarray(tokens[i])].sum(0).reshape(3, -1).sum(1)
-        scores = np.asarray(gate(weights, x, tokens), np.float64)[i, 0]
-        losses.append(-(sums / sums.sum() * (scores - np.log(np.exp(scores).sum()))).sum())
-    assert gate_loss("share", gate, weights, what) == pytest.approx(np.mean(losses), rel=1e-4)
-    silent_weights = weights._replace(b_in=weights.b_in - 1e3)
-    for of, kept in ((silent_weights, tokens), (weights, jnp.zeros_like(tokens))):
-        found = jax.value_and_grad(lambda g, w=of, t=kept: gate_loss("share", g, w, trace(w, x, t)))(gate)
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
-
-
-@pytest.mark.parametrize(("objective", "rank", "pooled"), [("share", 2, None), ("share", None, "features")])
-def test_kinds_of_gates_that_contradict_themselves_are_refused(objective, rank, pooled):
-    with pytest.raises(ValueError, match="gates that learn shares are pooled and have a rank"):
-        GateSpec(objective, rank, pooled)
-
-
-def test_training_goes_on_from_given_gates(model, passes, tmp_path):
-    still = dataclasses.replace(TRAINING, epochs=1, learning_rate=0.0)
-    kind = {"contributions": GateSpec("share", rank=2, pooled="contributions")}
-    start = train_gates(model, passes, kind, still, tmp_path / "a", silent)
-    moved = jax.tree.map(lambda leaf: leaf + 1, start)
-    kept = train_gates(model, passes, kind, still, tmp_path / "b", silent, start=moved)
-    jax.tree.map(np.testing.assert_array_equal, kept, moved)
 
 
 def test_gates_give_even_odds_before_they_are_trained():
     weights, x, tokens = tiny_ffn()
     key = jax.random.key(0)
-    one, two = initial_gate(MGS, 6, 3, key), initial_gate(GateSpec(rank=2), 6, 3, key)
+    one, two = METHOD.init((12, 6), key), DejaVu(4, rank=2).init((12, 6), key)
     assert isinstance(one, LinearGate) and isinstance(two, LowRankGate) and two.down.shape == (6, 2)
     for gate in (one, two):
         np.testing.assert_array_equal(gate(weights, x, tokens), np.zeros((*tokens.shape, 3)))
     with pytest.raises(ValueError, match="the rank of a gate must be at least 1, not 0"):
-        initial_gate(GateSpec(rank=0), 6, 3, key)
+        DejaVu(rank=0)
 
 
 def test_gates_exist_for_every_ffn_in_the_order_in_which_they_run(gates):
@@ -175,7 +131,7 @@ def test_gates_exist_for_every_ffn_in_the_order_in_which_they_run(gates):
 def test_the_detector_stays_as_it_is(dataset, tmp_path):
     model = tiny_detector()
     before = detr_jax.fingerprint(model)
-    train_gates(model, ImageBatches(model, dataset, 2, 0), KINDS, TRAINING, tmp_path, silent)
+    train(model, ImageBatches(model, dataset, 2, 0), KINDS, tmp_path, silent)
     assert detr_jax.fingerprint(model) == before
 
 
@@ -213,12 +169,12 @@ def bare():
 
 @pytest.fixture(scope="module")
 def kinds_in_one_run(bare, tmp_path_factory):
-    return train_gates(*bare, KINDS, TRAINING, tmp_path_factory.mktemp("kinds"), silent)
+    return train(*bare, KINDS, tmp_path_factory.mktemp("kinds"), silent)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_that_are_trained_together_are_those_trained_alone(bare, kinds_in_one_run, tmp_path, kind):
-    (alone,) = train_gates(*bare, {kind: KINDS[kind]}, TRAINING, tmp_path, silent).values()
+    (alone,) = train(*bare, {kind: KINDS[kind]}, tmp_path, silent).values()
     together = kinds_in_one_run[kind]
     assert jax.tree.structure(alone) == jax.tree.structure(together)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), together, alone)
@@ -229,14 +185,9 @@ def test_every_kind_learns(bare, kinds_in_one_run):
     assert set(kinds_in_one_run) == set(KINDS)
     for kind, gates in kinds_in_one_run.items():
         for name, weights in ffns_of.weights.items():
-            fresh = initial_gate(KINDS[kind], 6, 4, jax.random.key(0))
+            fresh = KINDS[kind].init((16, 6), jax.random.key(0))
             before, after = (
-                np.mean(
-                    [
-                        gate_loss(KINDS[kind].objective, g, weights, ffns_of.traces(b, {})[name])
-                        for b in passes.batches()
-                    ]
-                )
+                np.mean([KINDS[kind].loss(g, weights, ffns_of.traces(b, {})[name]) for b in passes.batches()])
                 for g in (fresh, gates[name])
             )
             assert after < 0.8 * before
@@ -245,11 +196,11 @@ def test_every_kind_learns(bare, kinds_in_one_run):
 def test_the_loss_that_is_reported_is_the_mean_over_gates(bare, tmp_path):
     ffns_of, passes = bare
     losses = []
-    training = dataclasses.replace(TRAINING, epochs=1)
-    train_gates(ffns_of, passes, KINDS, training, tmp_path, lambda step, loss: losses.append(float(loss)))
+    once = {name: dataclasses.replace(method, epochs=1) for name, method in KINDS.items()}
+    train(ffns_of, passes, once, tmp_path, lambda step, loss: losses.append(float(loss)))
     first = next(passes.batches())
     expected = [
-        gate_loss(kind.objective, initial_gate(kind, 6, 4, jax.random.key(0)), weights, ffns_of.traces(first, {})[name])
+        kind.loss(kind.init((16, 6), jax.random.key(0)), weights, ffns_of.traces(first, {})[name])
         for kind in KINDS.values()
         for name, weights in ffns_of.weights.items()
     ]
@@ -267,7 +218,7 @@ def quiet():
 
 def running_from(thresholds: dict[str, float]) -> dict[str, Thresholded]:
     """Untrained gates, which give every group the score 0, with thresholds of each FFN."""
-    gate = initial_gate(MGS, TINY_CONFIG.d_model, 8, jax.random.key(0))
+    gate = METHOD.init((32, TINY_CONFIG.d_model), jax.random.key(0))
     return {name: Thresholded(gate, jnp.float32(threshold)) for name, threshold in thresholds.items()}
 
 
@@ -277,12 +228,12 @@ def assert_close(one, other):
 
 def test_gates_that_run_are_trained_on_what_the_earlier_ones_leave(quiet, embedded, tmp_path):
     stored = [batch.tokens for batch in embedded]
-    training = dataclasses.replace(TRAINING, epochs=5)
+    training = dataclasses.replace(METHOD, epochs=5)
     closed = running_from({"encoder.0": np.inf, "decoder.0": -np.inf})
     running = {"open": running_from(dict.fromkeys(TINY_CONFIG.ffn_names, -np.inf)), "closed": closed}
-    arguments = (CachedBatches(stored), dict.fromkeys(running, MGS), training)
-    dense = train_gates(quiet, *arguments, tmp_path / "dense", silent)["open"]
-    found = train_gates(quiet, *arguments, tmp_path / "running", silent, running=running)
+    arguments = (CachedBatches(stored), dict.fromkeys(running, training))
+    dense = train(quiet, *arguments, tmp_path / "dense", silent)["open"]
+    found = train(quiet, *arguments, tmp_path / "running", silent, active_selectors=running)
     assert_close(found["open"], dense)
     assert_close(found["closed"]["encoder.0"], dense["encoder.0"])
     assert np.abs(found["closed"]["decoder.0"].kernel - dense["decoder.0"].kernel).max() > 0.05
@@ -290,7 +241,7 @@ def test_gates_that_run_are_trained_on_what_the_earlier_ones_leave(quiet, embedd
     traces = [quiet.traces(batch, closed)["decoder.0"] for batch in stored]
     left = [FFNInputs({"decoder.0": what.inputs}, {"decoder.0": what.tokens}) for what in traces]
     alone = StandaloneFFNs({"decoder.0": quiet.ffn_weights()["decoder.0"]})
-    expected = train_gates(alone, CachedBatches(left), {"mgs": MGS}, training, tmp_path / "alone", silent)["mgs"]
+    expected = train(alone, CachedBatches(left), {"mgs": training}, tmp_path / "alone", silent)["mgs"]
     assert_close(found["closed"]["decoder.0"], expected["decoder.0"])
 
 
@@ -299,7 +250,7 @@ def test_gates_run_as_they_are_while_they_are_trained(quiet, embedded, tmp_path)
     thresholds = {"open": -np.inf, "closed": np.inf, "opening": 0.5}
     running = {kind: running_from({"encoder.0": t, "decoder.0": -np.inf}) for kind, t in thresholds.items()}
     passes = CachedBatches([batch.tokens for batch in embedded])
-    found = train_gates(quiet, passes, dict.fromkeys(running, MGS), TRAINING, tmp_path, silent, running=running)
+    found = train(quiet, passes, dict.fromkeys(running, METHOD), tmp_path, silent, active_selectors=running)
     assert_close(found["opening"]["encoder.0"], found["closed"]["encoder.0"])
     for other in ("open", "closed"):
         assert np.abs(found["opening"]["decoder.0"].kernel - found[other]["decoder.0"].kernel).max() > 0.01
@@ -314,8 +265,8 @@ def test_training_goes_on_from_the_gates_that_run(bare, tmp_path):
             for name in ffns_of.weights
         }
     }
-    training = dataclasses.replace(TRAINING, epochs=1, learning_rate=1e-6)
-    found = train_gates(ffns_of, passes, {"mgs": MGS}, training, tmp_path, silent, running=running)["mgs"]
+    training = dataclasses.replace(METHOD, epochs=1, learning_rate=1e-6)
+    found = train(ffns_of, passes, {"mgs": training}, tmp_path, silent, active_selectors=running)["mgs"]
     for name, gate in found.items():
         assert 0 < np.abs(gate.kernel - running["mgs"][name].score.kernel).max() < 1e-5
 
@@ -342,23 +293,23 @@ def test_a_run_that_is_stopped_and_resumed_gives_the_same_gates(model, passes, g
             raise TimeoutError
 
     with pytest.raises(Stopped):
-        train_gates(model, passes, {"mgs": MGS}, TRAINING, tmp_path, stop_after)
+        train(model, passes, {"mgs": METHOD}, tmp_path, stop_after)
     steps = []
 
     def note(step, loss):
         if np.isfinite(loss):
             steps.append(step)
 
-    resumed = train_gates(model, passes, {"mgs": MGS}, TRAINING, tmp_path, note)["mgs"]
+    resumed = train(model, passes, {"mgs": METHOD}, tmp_path, note)["mgs"]
     assert steps == list(range(goes_on, TRAINING.epochs * len(passes) + 1))
     jax.tree.map(np.testing.assert_array_equal, resumed, gates)
 
 
 def test_a_finished_run_is_not_trained_again(model, passes, tmp_path):
-    arguments = (model, passes, {"mgs": MGS}, TRAINING, tmp_path)
-    first = train_gates(*arguments, silent)
+    arguments = (model, passes, {"mgs": METHOD}, tmp_path)
+    first = train(*arguments, silent)
     steps = []
-    again = train_gates(*arguments, lambda step, loss: steps.append((step, bool(jnp.isnan(loss)))))
+    again = train(*arguments, lambda step, loss: steps.append((step, bool(jnp.isnan(loss)))))
     assert steps == [(TRAINING.epochs * len(passes), True)]
     jax.tree.map(np.testing.assert_array_equal, again, first)
 
@@ -367,3 +318,24 @@ def test_a_finished_run_is_not_trained_again(model, passes, tmp_path):
 def test_counts_must_be_positive(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, not 0"):
         dataclasses.replace(TRAINING, **{name: 0})
+    if hasattr(METHOD, name):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, not 0"):
+            dataclasses.replace(METHOD, **{name: 0})
+
+
+def test_options_of_commands_make_methods_as_far_as_these_have_them():
+    assert TRAINING.method(DejaVu) == DejaVu(group_size=4, epochs=20, learning_rate=0.05, rank=16)
+    assert TRAINING.method(RSparse) == RSparse()
+
+
+def test_methods_that_are_trained_together_share_a_recipe(bare, tmp_path):
+    methods = {"a": MGS(4, epochs=1), "b": MGS(4, epochs=2)}
+    with pytest.raises(InputError, match="must share epochs, learning rate and seed"):
+        train(*bare, methods, tmp_path, silent)
+
+
+def test_training_again_compiles_nothing(bare, tmp_path):
+    train(*bare, {"mgs": MGS(4, epochs=1)}, tmp_path / "a", silent)
+    programs = gate_training._take_step._cache_size()
+    train(*bare, {"mgs": MGS(4, epochs=1)}, tmp_path / "b", silent)
+    assert gate_training._take_step._cache_size() == programs

@@ -1,68 +1,121 @@
-"""The methods by name, on an FFN given as arrays."""
+"""Every registered method, on an FFN given as arrays; and a toy one that registers itself from outside."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny import tiny_ffn
+from toy_method import LargestInput
 
 from detr_jax.calibration.activations import measure
-from detr_jax.calibration.moment_passes import measure_pooled
 from detr_jax.calibration.moments import moments_of
-from detr_jax.calibration.thresholds import score_histogram
+from detr_jax.calibration.threshold_passes import selectors_at_densities
+from detr_jax.calibration.thresholds import density_threshold, score_histogram
 from detr_jax.data.batches import CachedBatches
-from detr_jax.methods import ContributionGate, LinearGate, LowRankGate, PooledGate
-from detr_jax.methods.registry import METHODS, Ingredients
+from detr_jax.errors import InputError
+from detr_jax.methods import METHODS, FitMaterial, Thresholded, TrainedMethod, named
+from detr_jax.methods.base import STORABLE
+from detr_jax.methods.docs import methods_table
 from detr_jax.models.ffn import trace
 from detr_jax.models.standalone import FFNInputs, StandaloneFFNs
+from detr_jax.training.gates import GateTraining
 
 SIZE = 4
+OPTIONS = GateTraining(group_size=SIZE)
+DENSITIES = (1.0, 0.5, 0.25, 0.125)
+WEIGHTS, X, TOKENS = tiny_ffn(features=64, d_model=24)
+TUNED = [name for name, method in METHODS.items() if method.tuned_by != "nothing"]
 
 
-@pytest.fixture(scope="module")
-def ffn():
-    return tiny_ffn(features=64, d_model=24)
+def material_for(method) -> FitMaterial:
+    """Material with what the method requires and nothing else."""
+    what = trace(WEIGHTS, X, TOKENS)
+    statistics = measure(WEIGHTS, what, jnp.zeros(TOKENS.shape, int), kinds_count=1, group_size=SIZE)
+    parts = {
+        "activations": jax.tree.map(np.asarray, statistics),
+        "input_moments": moments_of(X, TOKENS),
+        "hidden_moments": moments_of(what.hidden, TOKENS),
+    }
+    if isinstance(method, TrainedMethod):
+        rng = np.random.default_rng(0)
+        gate = method.init((64, 24), jax.random.key(0))
+        parts["gate"] = jax.tree.map(lambda leaf: jnp.float32(rng.standard_normal(leaf.shape)), gate)
+    return FitMaterial(WEIGHTS, **{name: part for name, part in parts.items() if name in method.requires})
 
 
-@pytest.fixture(scope="module")
-def ingredients(ffn):
-    weights, x, tokens = ffn
-    d, groups = weights.w_in.shape[1], weights.w_in.shape[0] // SIZE
-    keys = jax.random.split(jax.random.key(0), 6)
-    linear = [LinearGate(jax.random.normal(k, (d, groups)), jnp.zeros(groups)) for k in keys[:3]]
-    low_rank = LowRankGate(
-        jax.random.normal(keys[3], (d, 3)), jax.random.normal(keys[4], (3, groups)), jnp.zeros(groups)
-    )
-    gates = dict(zip(("firing", "contribution", "norm"), linear, strict=True)) | {"balanced": low_rank}
-    gates["features"] = PooledGate(keys_of(d, 3), jnp.zeros(3), keys_of(3, groups), jnp.zeros(groups))
-    gates["contributions"] = ContributionGate(keys_of(d, 3), keys_of(3, groups), jnp.zeros(groups))
-    kinds = jnp.zeros(tokens.shape, int)
-    statistics = measure(weights, trace(weights, x, tokens), kinds, kinds_count=1, group_size=SIZE)
-    moments = (moments_of(values, tokens) for values in (x, trace(weights, x, tokens).hidden))
-    passes = CachedBatches([FFNInputs({"f": x}, {"f": tokens})])
-    pooled = measure_pooled(StandaloneFFNs({"f": weights}), passes, None)["f"]
-    return Ingredients(weights, jax.tree.map(np.asarray, statistics), *moments, pooled, gates, SIZE)
-
-
-def keys_of(*shape: int) -> jax.Array:
-    return jax.random.normal(jax.random.key(len(shape) + shape[0]), shape)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_it_keeps_about_the_density_it_is_given(ffn, ingredients, name):
-    weights, x, tokens = ffn
-    what = trace(weights, x, tokens)
-    histogram = jax.device_get(score_histogram(METHODS[name].score(ingredients), weights, what))
-    fires = float((np.asarray(what.hidden) > 0)[np.asarray(tokens)].mean())
-    selectors = METHODS[name].at_densities(ingredients, histogram, (1.0, 0.5, 0.25, 0.125))
+@pytest.mark.parametrize("name", TUNED)
+def test_it_keeps_about_the_density_it_is_given(name):
+    method = OPTIONS.method(METHODS[name])
+    material = material_for(method)
+    what = trace(WEIGHTS, X, TOKENS)
+    histogram = None
+    if method.tuned_by == "threshold":
+        histogram = jax.device_get(score_histogram(method.fit(material), WEIGHTS, what))
+    fires = float((np.asarray(what.hidden) > 0)[np.asarray(TOKENS)].mean())
+    selectors = method.at_densities(material, partial(density_threshold, histogram), DENSITIES)
     assert len({jax.tree.structure(selector) for selector in selectors}) == 1  # one program serves them all
     shares = []
-    for selector, density in zip(selectors, (1.0, 0.5, 0.25, 0.125), strict=True):
-        selection = selector(weights, x, tokens)
-        active = selection.per_token(tokens.shape, len(weights.w_in))
+    for selector, density in zip(selectors, DENSITIES, strict=True):
+        selection = selector(WEIGHTS, X, TOKENS)
+        active = selection.per_token(TOKENS.shape, len(WEIGHTS.w_in))
         kept = active if selection.channels is None else selection.channels
-        shares.append(float(np.asarray(kept)[np.asarray(tokens)].mean()))
+        shares.append(float(np.asarray(kept)[np.asarray(TOKENS)].mean()))
         assert shares[-1] <= density + 1e-6
         expected = min(density, fires) if selector.traits.granularity == "neuron" and density < 1 else density
         assert shares[-1] >= 0.6 * expected
     assert shares == sorted(shares, reverse=True) and shares[0] == 1
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_says_of_itself_what_its_selectors_do(name):
+    method = OPTIONS.method(METHODS[name])
+    if method.tuned_by == "nothing":
+        selector = method.fit(material_for(method))
+    else:
+        (selector,) = selectors_at_densities(
+            StandaloneFFNs({"f": WEIGHTS}),
+            CachedBatches([FFNInputs({"f": X}, {"f": TOKENS})]),
+            method,
+            {"f": material_for(method)},
+            (0.5,),
+        )["f"]
+    traits = selector.traits
+    assert (traits.saves, traits.dynamic) == (method.saves, method.dynamic)
+    if name != "static-reconstructed":  # its sets are of groups of one neuron
+        assert traits.granularity == method.decides
+    needs = {frozenset(): "nothing", frozenset({"gate"}): "training"}.get(method.requires, "statistics")
+    assert traits.needs in (needs, "statistics")  # magnitudes need quantiles, which no material holds
+    assert STORABLE[type(selector).__name__] is type(selector)
+
+
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if issubclass(m, TrainedMethod)])
+def test_gates_that_methods_share_are_the_same(name):
+    method = dataclasses.replace(METHODS[name](), group_size=SIZE, epochs=3, seed=7)
+    shared = method.gates
+    assert shared.gates == shared and (shared.group_size, shared.epochs, shared.seed) == (SIZE, 3, 7)
+    one, other = (of.init((64, 24), jax.random.key(0)) for of in (method, shared))
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    what = trace(WEIGHTS, X, TOKENS)
+    assert method.loss(one, WEIGHTS, what) == shared.loss(other, WEIGHTS, what)
+
+
+def test_methods_are_found_by_name():
+    assert named("mgs") == METHODS["mgs"]() and hash(named("mgs")) == hash(METHODS["mgs"]())
+    with pytest.raises(InputError, match=r"there is no method 'mgz'; there are .*mgs"):
+        named("mgz")
+
+
+def test_the_table_in_the_docs_is_current():
+    page = (Path(__file__).parents[1] / "docs/methods.md").read_text()
+    built_in = [method for method in METHODS.values() if method.__module__.startswith("detr_jax.")]
+    assert methods_table(built_in) in page
+
+
+def test_a_method_from_outside_is_registered():
+    assert METHODS["largest-input"] is LargestInput
+    selector = Thresholded(named("largest-input").fit(FitMaterial(WEIGHTS)), jnp.float32(0))
+    assert selector(WEIGHTS, X, TOKENS).active.shape == (*TOKENS.shape, 16)

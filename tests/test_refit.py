@@ -10,10 +10,10 @@ from tiny import tiny_ffn
 
 from detr_jax.calibration.moment_passes import measure_moments
 from detr_jax.calibration.moments import Moments, moments_of
-from detr_jax.calibration.reconstruction import obs_ranking, reconstruct_output
 from detr_jax.data.batches import CachedBatches
 from detr_jax.kernels import ffn
 from detr_jax.methods import Fixed
+from detr_jax.methods.reconstruction import obs_ranking, reconstruct_output
 from detr_jax.models.ffn import forward, trace
 from detr_jax.models.standalone import FFNInputs, StandaloneFFNs
 

@@ -11,41 +11,34 @@ from tiny import TINY_CONFIG, every_selector, tiny_detector, tiny_ffn
 
 from detr_jax import kernels
 from detr_jax.calibration.activations import ActivationStatistics, measure
-from detr_jax.calibration.moment_passes import measure_pooled
-from detr_jax.data.batches import CachedBatches
 from detr_jax.kernels import Execution, repeat_per_tile
 from detr_jax.methods import (
-    ContributionGate,
     Executed,
     HiddenMagnitude,
     Importance,
+    IndicatorSelector,
     InputMagnitude,
     LinearGate,
-    Lots,
     LowRankCompensation,
     Oracle,
     PartitionedSelector,
     Pooled,
-    PooledGate,
+    Random,
     ShareOfLargest,
-    Sibs,
     Standardised,
     Thresholded,
     TopK,
     Traits,
+    by_activity,
     by_contribution,
-    by_firing,
     find_indicators,
-    fit_pooled_statistics,
     log_odds,
     low_rank_factors,
     sketch,
 )
-from detr_jax.methods.pooled_statistics import RIDGE, pooled_statistics
-from detr_jax.methods.tiles import existing_tiles, mean_of_tokens
+from detr_jax.methods.pooled_statistics import pooled_statistics
 from detr_jax.models import FFNWeights, Partition, Selection
 from detr_jax.models.ffn import forward, trace
-from detr_jax.models.standalone import FFNInputs, StandaloneFFNs
 
 F, D, SIZE = 12, 6, 4
 WEIGHTS, X, TOKENS = tiny_ffn(F, D)
@@ -173,9 +166,9 @@ def test_selectors_of_different_kinds_are_different_structures():
 
 
 def test_lots_are_the_same_in_every_call_and_others_elsewhere():
-    lots = at(Lots(SIZE), -0.5)
+    lots = at(Random(SIZE), -0.5)
     np.testing.assert_array_equal(kept(lots), kept(lots, X + 1))
-    assert (kept(lots) != kept(at(Lots(SIZE, seed=1), -0.5))).any()
+    assert (kept(lots) != kept(at(Random(SIZE, seed=1), -0.5))).any()
     first, *others = kept(lots).reshape(-1, F // SIZE)
     assert any((first != other).any() for other in others)
 
@@ -183,7 +176,7 @@ def test_lots_are_the_same_in_every_call_and_others_elsewhere():
 @pytest.mark.parametrize("density", [0.01, 0.3, 0.9])
 def test_lots_keep_the_density_that_was_asked_for(density):
     weights, x, tokens = tiny_ffn(features=400, images=2, tokens=500)
-    kept_lots = at(Lots(SIZE), -density)(weights, x, tokens).active
+    kept_lots = at(Random(SIZE), -density)(weights, x, tokens).active
     deviation = np.sqrt(density * (1 - density) / kept_lots.size)
     assert kept_lots.mean() == pytest.approx(density, abs=4 * deviation)
 
@@ -205,7 +198,7 @@ def test_importance_is_how_often_or_how_much_a_group_contributes_to_a_token(grou
         for j, h in enumerate(HIDDEN[i, t]):
             fired[j // group_size] += h > 0
             contributed[j // group_size] += h * np.linalg.norm(WEIGHTS.w_out[j])
-    np.testing.assert_allclose(by_firing(statistics, group_size).importance, fired / tokens, rtol=1e-5)
+    np.testing.assert_allclose(by_activity(statistics, group_size).importance, fired / tokens, rtol=1e-5)
     found = by_contribution(statistics, WEIGHTS, group_size).importance
     np.testing.assert_allclose(found, contributed / tokens, rtol=1e-5)
 
@@ -230,7 +223,7 @@ def test_magnitudes_of_input_channels_select_channels(weighted):
     assert selection.active is None
 
 
-@pytest.mark.parametrize("of", [HiddenMagnitude(weighted=False), Lots(1), InputMagnitude(weighted=False)])
+@pytest.mark.parametrize("of", [HiddenMagnitude(weighted=False), Random(1), InputMagnitude(weighted=False)])
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_the_k_largest_and_no_ties_beyond_them(of, k):
     selection = TopK(of, jnp.int32(k))(WEIGHTS, X, TOKENS)
@@ -287,32 +280,6 @@ def test_pooled_scores_are_means_over_the_tokens_of_a_window(window, odds):
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_a_pooled_gate_decides_from_the_mean_features_of_its_window(window):
-    rng = np.random.default_rng(3)
-    down, shift, up, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((D, 2), 2, (2, 5), 5))
-    scores = np.asarray(PooledGate(*map(jnp.asarray, (down, shift, up, bias)), window)(WEIGHTS, X, TOKENS))
-    length = window or X.shape[1]
-    for i, tile in np.ndindex(scores.shape[:2]):
-        members = [t for t in range(tile * length, min((tile + 1) * length, X.shape[1])) if TOKENS[i, t]]
-        features = [np.maximum(X[i, t] @ down + shift, 0) for t in members] or [np.zeros(2)]
-        np.testing.assert_allclose(scores[i, tile], np.mean(features, 0) @ up + bias, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("window", [None, 4])
-def test_a_contribution_gate_adds_up_what_tokens_need(window):
-    rng = np.random.default_rng(3)
-    down, up, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((D, 2), (2, 5), 5))
-    scores = np.asarray(ContributionGate(*map(jnp.asarray, (down, up, bias)), window)(WEIGHTS, X, TOKENS))
-    length = window or X.shape[1]
-    for i, tile in np.ndindex(scores.shape[:2]):
-        members = [t for t in range(tile * length, min((tile + 1) * length, X.shape[1])) if TOKENS[i, t]]
-        if members:
-            needed = [np.log1p(np.exp(np.float64(X[i, t] @ down @ up + bias))) for t in members]
-            np.testing.assert_allclose(scores[i, tile], np.log(np.mean(needed, 0)), rtol=1e-3, atol=1e-4)
-    assert np.isfinite(scores).all()
-
-
-@pytest.mark.parametrize("window", [None, 4])
 def test_pooled_statistics_are_of_the_tokens_of_a_window(window):
     pooled = np.asarray(pooled_statistics(X, TOKENS, window))
     length = window or X.shape[1]
@@ -320,25 +287,6 @@ def test_pooled_statistics_are_of_the_tokens_of_a_window(window):
         members = [t for t in range(tile * length, min((tile + 1) * length, X.shape[1])) if TOKENS[i, t]]
         of = np.asarray(X[i, np.array(members, int)], np.float64) if members else np.zeros((1, D))
         np.testing.assert_allclose(pooled[i, tile], np.concatenate([of.mean(0), of.std(0), of.max(0)]), atol=1e-4)
-
-
-@pytest.mark.parametrize("window", [None, 4])
-def test_pooled_statistics_are_fitted_by_ridge_regression(window):
-    passes = CachedBatches([FFNInputs({"f": X[:2]}, {"f": TOKENS[:2]}), FFNInputs({"f": X[2:]}, {"f": TOKENS[2:]})])
-    moments = measure_pooled(StandaloneFFNs({"f": WEIGHTS}), passes, window)["f"]
-    scores = np.asarray(fit_pooled_statistics(moments, SIZE, window)(WEIGHTS, X, TOKENS))
-    exists = np.asarray(existing_tiles(TOKENS, window or X.shape[1]))
-    features = np.asarray(pooled_statistics(X, TOKENS, window), np.float64)[exists]
-    per_token = HIDDEN * np.linalg.norm(WEIGHTS.w_out, axis=1)
-    wanted = np.asarray(mean_of_tokens(jnp.asarray(per_token), TOKENS, window), np.float64)[exists]
-    wanted = wanted.reshape(len(wanted), -1, SIZE).sum(-1)
-    centred = (features - features.mean(0)) / np.maximum(features.std(0), 1e-6)
-    # Ridge as least squares with further observations.
-    weight = np.sqrt(RIDGE * len(features))
-    rows = np.concatenate([centred, weight * np.eye(features.shape[1])])
-    targets = np.concatenate([wanted - wanted.mean(0), np.zeros((features.shape[1], wanted.shape[1]))])
-    fitted = centred @ np.linalg.lstsq(rows, targets)[0] + wanted.mean(0)
-    np.testing.assert_allclose(scores[exists], fitted, atol=1e-3)
 
 
 def test_a_sketch_of_full_rank_knows_what_neurons_contribute():
@@ -361,17 +309,6 @@ def test_a_sketch_spends_its_rank_on_what_the_inputs_do():
     np.testing.assert_allclose(scores, exact, atol=0.05)
     worse = sketch(WEIGHTS, mean, np.eye(D), 2, 1)(WEIGHTS, x, jnp.ones((1, 30), bool))
     assert np.abs(worse - exact).max() > 0.5
-
-
-def test_a_gate_starts_where_a_sketch_is():
-    of = sketch(WEIGHTS, np.zeros(D), np.eye(D), D, 1)
-    wanted = np.asarray(Pooled(of, odds=False)(WEIGHTS, X, TOKENS))[:, 0]
-    scores = np.asarray(ContributionGate.from_sketch(of)(WEIGHTS, X, TOKENS))[:, 0]
-    for row, guess in zip(wanted, scores, strict=True):
-        large = np.argsort(-row)[:4]  # of small ones softplus makes more than nothing
-        assert set(large) == set(np.argsort(-guess)[:4])
-    with pytest.raises(ValueError, match="not of groups of 4"):
-        ContributionGate.from_sketch(sketch(WEIGHTS, np.zeros(D), np.eye(D), D, SIZE))
 
 
 def test_sketches_that_cannot_be_made_are_refused():
@@ -478,7 +415,7 @@ def test_sibs_computes_indicators_and_skips_what_they_indicate_and_what_never_fi
     alive = np.ones(F, bool)
     alive[[4, 9]] = False
     indicators = [0, 3]
-    sibs = Sibs(jnp.array(indicators), jnp.asarray(silenced), jnp.asarray(alive))
+    sibs = IndicatorSelector(jnp.array(indicators), jnp.asarray(silenced), jnp.asarray(alive))
     expected = np.zeros((*TOKENS.shape, F), bool)
     for i, t in np.ndindex(TOKENS.shape):
         fired = [k for k, neuron in enumerate(indicators) if HIDDEN[i, t, neuron] > 0]
@@ -504,8 +441,8 @@ def test_tau_must_be_a_share(tau):
 
 
 def test_indicators_need_statistics():
-    with pytest.raises(ValueError, match="no neuron ever fired"):
-        find_indicators(statistics_of(np.zeros((10, F), bool)), tau=0.9, indicators=2)
+    with pytest.raises(ValueError, match=r"decoder\.1: no neuron is active in these statistics"):
+        find_indicators(statistics_of(np.zeros((10, F), bool)), tau=0.9, indicators=2, name="decoder.1")
 
 
 @pytest.mark.parametrize("name", ["input magnitude", "linear gate", "hidden magnitude"])
@@ -557,15 +494,13 @@ EXPECTED_TRAITS_AND_COST = {
     "share of largest": (Traits("training", "group", "both"), D * GROUPS),
     "pooled": (Traits("training", "image", "both", tile_size=None), D * GROUPS),
     "pooled windows": (Traits("training", "image", "both", tile_size=4), D * GROUPS),
-    "pooled gate": (Traits("training", "image", "both", tile_size=None), 2 * D),
-    "gate of windows": (Traits("training", "image", "both", tile_size=4), 2 * D + 2 * 3 / 4),
     "pooled statistics": (Traits("statistics", "image", "both", tile_size=None), D),
-    "contribution gate": (Traits("training", "image", "both", tile_size=None), 2 * (D + GROUPS)),
+    "statistics of windows": (Traits("statistics", "image", "both", tile_size=4), D + 3 * D * GROUPS / 4),
     "fixed set": (Traits("statistics", "group", "both", dynamic=False, tile_size=None), 0),
     "sketch": (Traits("statistics", "group", "both"), 3 * (D + F)),
     "fixed": (Traits("statistics", "neuron", "both", dynamic=False), 0),
     "sections": (Traits("training", "group", "both"), 2 * D),
-    "sections for images": (Traits("training", "image", "both", tile_size=None), 2 * D),
+    "sections for images": (Traits("statistics", "image", "both", tile_size=None), D),
     "oracle": (Traits("nothing", "group", "both"), 0),
     "sibs": (Traits("statistics", "neuron", "both"), 2 * F / 32),
     "compensated channels": (Traits("statistics", "channel", "first"), 2 * (D + F)),

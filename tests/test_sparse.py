@@ -20,10 +20,10 @@ from detr_jax.evaluation.inspection import describe
 from detr_jax.kernels import Execution
 from detr_jax.methods import (
     LinearGate,
-    Lots,
     LowRankCompensation,
     Oracle,
     PartitionedSelector,
+    Random,
     Thresholded,
     TopK,
     low_rank_factors,
@@ -284,14 +284,14 @@ def test_inspection(sparse, pixels):
 
 
 def test_what_the_execution_computes(sparse, pixels):
-    # Lots differ from token to token, as gates of random parameters hardly do.
-    lots = dict.fromkeys(NAMES, Thresholded(Lots(4), jnp.float32(-0.2)))
+    # Random groups differ from token to token, as gates of random parameters hardly do.
+    lots = dict.fromkeys(NAMES, Thresholded(Random(4), jnp.float32(-0.2)))
     few = sparse.with_plan(dataclasses.replace(sparse.plan, selectors=lots))
     layer = few.with_implementation(Execution(4, 4, implementation="xla")).inspect(*pixels)["encoder.0"]
     tiles = np.asarray(layer.kept).reshape(2, -1, 4, 8, 4)
     assert 0 < layer.density < layer.executed < 1
     np.testing.assert_allclose(layer.executed, tiles.any((2, 4)).mean(), rtol=1e-6)
-    in_sections = PartitionedSelector(Thresholded(Lots(4), jnp.float32(-0.5)), always=8, gated=16)
+    in_sections = PartitionedSelector(Thresholded(Random(4), jnp.float32(-0.5)), always=8, gated=16)
     parts = sparse.with_plan(dataclasses.replace(sparse.plan, selectors={"encoder.0": in_sections}))
     layer = parts.with_implementation(Execution(4, 4, implementation="xla")).inspect(*pixels)["encoder.0"]
     tiles = np.asarray(layer.kept).reshape(2, -1, 4, 8, 4).any((2, 4))

@@ -116,7 +116,7 @@ def test_every_selector_is_measured(results, name):
         assert sparse["density"] <= dense["density"] and sparse["share"] <= dense["share"], method
     gate = D * FEATURES[name] / 8 / (2 * D * FEATURES[name])
     assert found["mgs"]["0.5"]["share"] == pytest.approx(found["mgs"]["0.5"]["density"] + gate)
-    assert found["teal, hidden"]["0.1"]["share"] == pytest.approx((1 + found["teal, hidden"]["0.1"]["density"]) / 2)
+    assert found["teal-hidden"]["0.1"]["share"] == pytest.approx((1 + found["teal-hidden"]["0.1"]["density"]) / 2)
 
 
 def test_tables_and_figures(results, finished):
@@ -124,8 +124,8 @@ def test_tables_and_figures(results, finished):
     assert "2 images to calibrate and to train gates on, 2 others to test on" in tables
     for title in ("## What a part", "## Density", "## Selectors", "### mean of the FFNs", "### layer0", "### layer2"):
         assert title in tables
-    lines = [line for line in tables.splitlines() if line.startswith("| mgs, contribution ")]
-    effect = results["selectors"]["layer2"]["mgs, contribution"]["0.5"]
+    lines = [line for line in tables.splitlines() if line.startswith("| mgs-contribution ")]
+    effect = results["selectors"]["layer2"]["mgs-contribution"]["0.5"]
     assert len(lines) == 3 and lines[2].endswith(
         f"{effect['error']:.3f} {effect['density']:.2f} {effect['share']:.2f} |"
     )

@@ -13,8 +13,8 @@ from detr_jax.data.coco import CocoDataset
 from detr_jax.data.dataset import Subset
 from detr_jax.data.features import backbone_features
 from detr_jax.evaluation.runs import detect_dataset, measure_dataset
-from detr_jax.methods import LinearGate, Thresholded
-from detr_jax.training.gates import MGS, GateTraining, train_gates
+from detr_jax.methods import MGS, LinearGate, Thresholded
+from detr_jax.training.gates import train_gates
 
 SIZES = [(32, 40)] * 5 + [(40, 32)] * 4
 BATCH = 2
@@ -82,24 +82,24 @@ def test_statistics_compile_for_the_first_batch_of_a_shape_only(one_shape, compi
 def test_gate_training_compiles_in_its_first_pass_only(dataset, compilations, tmp_path):
     model, seen = tiny_detector(), []
     passes = ImageBatches(model, dataset, BATCH, shuffle_seed=0)
-    training = GateTraining(epochs=4, batch_size=BATCH, group_size=4, checkpoint_steps=3)
+    method = MGS(group_size=4, epochs=4)
 
     def note(step: int, loss: jax.Array) -> None:
         float(loss)
         seen.append(compilations.count)
 
     before = compilations.count
-    train_gates(model, passes, {"mgs": MGS}, training, tmp_path, note)
+    train_gates(model, passes, {"mgs": method}, tmp_path, note, checkpoint_steps=3)
     assert before < seen[len(passes) - 1] == seen[-1]
 
 
 def test_bfloat16_trains_the_same_gates_and_detects_the_same(one_shape, tmp_path):
     single, half = tiny_detector(), tiny_detector(dtype=jnp.bfloat16)
-    training = GateTraining(epochs=20, batch_size=BATCH, group_size=4, learning_rate=0.05)
+    method = MGS(group_size=4, epochs=20, learning_rate=0.05)
     found = []
     for model, folder in ((single, "single"), (half, "half")):
         passes = ImageBatches(model, one_shape, BATCH, shuffle_seed=0)
-        found.append(train_gates(model, passes, {"mgs": MGS}, training, tmp_path / folder, lambda *_: None)["mgs"])
+        found.append(train_gates(model, passes, {"mgs": method}, tmp_path / folder, lambda *_: None)["mgs"])
     for name, gate in found[0].items():
         other = found[1][name].kernel
         assert other.dtype == jnp.float32

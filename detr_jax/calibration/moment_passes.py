@@ -1,17 +1,12 @@
 """Passes that measure moments of FFNs, from which selectors and second layers are fitted in closed form."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 
 from detr_jax.calibration.moments import CrossMoments, Moments, cross_moments_of, moments_of
-from detr_jax.calibration.top_p import contributions
 from detr_jax.data.batches import BatchSource
 from detr_jax.kernels import expand_groups
 from detr_jax.mesh import replicate_like, to_host
-from detr_jax.methods.pooled_statistics import pooled_statistics
-from detr_jax.methods.tiles import existing_tiles, mean_of_tokens
 from detr_jax.models import Selectors
 from detr_jax.models.standalone import HasFFNs, sum_by_name
 
@@ -39,37 +34,6 @@ def _measure_moments(ffns_of, batch):
         for what in ("inputs", "hidden")
         for name, trace in traces
     }
-
-
-def measure_pooled(ffns_of: HasFFNs, passes: BatchSource, window: int | None) -> dict[str, CrossMoments]:
-    """What pooled inputs of every FFN say of what its neurons contribute while all run dense.
-
-    Args:
-        carrier: of the FFNs.
-        passes: data; one pass is made.
-        window: consecutive tokens that are pooled; None for all of an image.
-
-    Returns:
-        by name of the FFN the moments of `selectors.pooled_statistics` and of the means over the same tokens of
-        h_j ||W_out[j]||.
-
-    Raises:
-        ValueError: if there are no images.
-    """
-    measured = (to_host(_measure_pooled(ffns_of, batch, window=window)) for batch in passes.batches())
-    return sum_by_name(measured, "measure pooled inputs")
-
-
-@partial(jax.jit, static_argnames="window")
-def _measure_pooled(ffns_of, batch, *, window):
-    weights = ffns_of.ffn_weights()
-
-    def of_ffn(weights, trace):
-        pooled = pooled_statistics(trace.inputs, trace.tokens, window)
-        contributed = mean_of_tokens(contributions(weights, trace), trace.tokens, window)
-        return cross_moments_of(pooled, contributed, existing_tiles(trace.tokens, window or trace.tokens.shape[-1]))
-
-    return {name: of_ffn(weights[name], trace) for name, trace in ffns_of.traces(batch, {}).items()}
 
 
 def measure_kept(ffns_of: HasFFNs, passes: BatchSource, selectors: Selectors) -> dict[str, CrossMoments]:

@@ -1,20 +1,20 @@
 """Calibration passes: what scores are on held-out images, and from that the thresholds."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from detr_jax.calibration.thresholds import ScoreHistogram, score_histogram
+from detr_jax.calibration.thresholds import ScoreHistogram, density_threshold, score_histogram
 from detr_jax.data.batches import BatchSource
 from detr_jax.errors import InputError
 from detr_jax.mesh import replicate_like, to_host
-from detr_jax.methods import Score, Thresholded
+from detr_jax.methods import FitMaterial, Method, Score, Thresholded
 from detr_jax.methods.base import SharedScore
 from detr_jax.methods.tiles import existing_tiles
-from detr_jax.models import Selectors
+from detr_jax.models import Selector, Selectors
 from detr_jax.models.standalone import HasFFNs, sum_by_name
 
 
@@ -117,3 +117,28 @@ def calibrate(
         histogram = measure_scores(ffns_of, passes, scores, chosen, tile_size=tile_size)[name]
         chosen[name] = open_[name].at(threshold_of(histogram))
     return chosen
+
+
+def selectors_at_densities(
+    model: HasFFNs,
+    batches: BatchSource,
+    method: Method,
+    material: Mapping[str, FitMaterial],
+    densities: Sequence[float],
+) -> dict[str, tuple[Selector, ...]]:
+    """The selectors of a method at some densities in each FFN, calibrated on the dense FFNs.
+
+    Args:
+        model: the FFNs.
+        batches: data that nothing was trained on.
+        method: any but those tuned by nothing.
+        material: of each FFN by name.
+        densities: from 0 to 1, the same for all FFNs.
+    """
+    histograms = {}
+    if method.tuned_by == "threshold":
+        histograms = measure_scores(model, batches, {name: method.fit(of_ffn) for name, of_ffn in material.items()})
+    return {
+        name: method.at_densities(of_ffn, partial(density_threshold, histograms.get(name)), densities)
+        for name, of_ffn in material.items()
+    }

@@ -16,13 +16,13 @@ from detr_jax.errors import InputError
 from detr_jax.evaluation.coco_ap import bootstrap, confidence_interval, score
 from detr_jax.evaluation.runs import measure_dataset
 from detr_jax.files import refuse_existing, replacing, write_json
+from detr_jax.methods import MGS
 from detr_jax.models import DETR
 from detr_jax.models.detr.config import config_to_json
 from detr_jax.run_folder import open_run
 from detr_jax.training.detector.card import model_card
 from detr_jax.training.detector.log import TrainingLog, plot_log, read_log
 from detr_jax.training.detector.train import DetectorTraining, train_detector
-from detr_jax.training.gates import PAPER_GROUP_SIZE
 
 MODEL = "detr-tiny"
 EVALUATION_BATCH = 8
@@ -83,7 +83,7 @@ def measure(model: DETR, log: list[dict], training: DetectorTraining) -> dict:
         raise InputError(f"the training's log has no entry for its last step {training.steps}")
     dataset = ScenesDataset("val")
     batches = backbone_features(model, dataset, EVALUATION_BATCH, "validation scenes")
-    measured = measure_dataset(model, batches, selectors={}, group_size=PAPER_GROUP_SIZE)
+    measured = measure_dataset(model, batches, selectors={}, group_size=MGS.group_size)
     scores = score(dataset.ground_truth(), measured.results, dataset.image_ids())
     zeros = {name: counts.zeros for name, counts in measured.counts.items()}
     minutes = log[-1]["minutes"]

@@ -174,6 +174,7 @@ class FitMaterial:
         input_moments: moments of its inputs on training images.
         hidden_moments: moments of its hidden activations on training images.
         gate: trained with `TrainedMethod.init` and `loss`.
+        name: of the FFN, for errors.
     """
 
     weights: FFNWeights
@@ -181,6 +182,7 @@ class FitMaterial:
     input_moments: "Moments | None" = None
     hidden_moments: "Moments | None" = None
     gate: Score | None = None
+    name: str = "the FFN"
 
 
 class Method:

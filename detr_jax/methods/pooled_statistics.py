@@ -16,7 +16,7 @@ from detr_jax.models import FFNWeights
 class PooledStatistics:
     """About the mean over tokens of h_j ||W_out[j]||, summed over a group, from the mean, deviation and maximum of x.
 
-    Searches wrote it into plans of version 3; it gained nothing, see docs/negative-results.md, and is not fitted any more.
+    Plans of version 3 may hold it. It gained nothing (docs/negative-results.md) and is not fitted any more.
 
     Attributes:
         up: (3 d, G) float32.

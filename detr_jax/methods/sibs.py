@@ -68,11 +68,16 @@ class SIBS(Method):
     """Indicators per FFN, at most."""
 
     def fit(self, material: FitMaterial) -> IndicatorSelector:
-        return find_indicators(material.activations, tau=self.tau, indicators=self.indicators)
+        return find_indicators(material.activations, tau=self.tau, indicators=self.indicators, name=material.name)
 
 
 def find_indicators(
-    statistics: "ActivationStatistics", *, tau: float, indicators: int, confidence: float = 1.96
+    statistics: "ActivationStatistics",
+    *,
+    tau: float,
+    indicators: int,
+    confidence: float = 1.96,
+    name: str = "the FFN",
 ) -> IndicatorSelector:
     """SIBS for one FFN.
 
@@ -81,6 +86,7 @@ def find_indicators(
         tau: least share of an indicator's firings in which an indicated neuron is silent.
         indicators: K, their number at most; fewer where no other one would silence anything.
         confidence: of the lower bound, in standard deviations (Wilson's interval for a share).
+        name: of the FFN, for errors.
 
     Raises:
         ValueError: if `tau` is no share, or there are no statistics.
@@ -90,7 +96,7 @@ def find_indicators(
     coactive = np.asarray(statistics.coactive, np.float64)
     fired = np.diag(coactive)
     if not fired.any():
-        raise InputError("no neuron ever fired in these statistics; measure them on images")
+        raise InputError(f"{name}: no neuron is active in these statistics; measure them on other images")
     trials = np.maximum(fired, 1)[:, None]
     silent = _lower_bound(1 - coactive / trials, trials, confidence) >= tau
     silent &= (fired > 0)[:, None] & (fired > 0)[None, :]

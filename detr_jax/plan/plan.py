@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from detr_jax import hub, safetensors_io
-from detr_jax import methods as selectors
 from detr_jax.errors import InputError
-from detr_jax.kernels import Execution
-from detr_jax.models import DETR, LowRankFactors, OutputLayer, Selector
+from detr_jax.methods.base import STORABLE
+from detr_jax.models import DETR, Selector
 from detr_jax.models.parameters import fingerprint
 from detr_jax.plan.checks import check_fit
 from detr_jax.plan.migrations import MIGRATIONS
@@ -30,27 +29,13 @@ FORMAT = Format("detr-jax-plan", 3, "a plan", "scripts/train_gates.py makes one"
 FILENAME = "plan.safetensors"
 """Of a plan in a repository on the hub, or in the folder of a detector."""
 _DESCRIBED = ("method", "fingerprint", "training", "measured", "versions")
-_CLASSES = {
-    cls.__name__: cls
-    for cls in (
-        *(selectors.Thresholded, selectors.TopK, selectors.LowRankCompensation, LowRankFactors, OutputLayer),
-        *(selectors.Executed, Execution),
-        *(selectors.Oracle, selectors.Sibs),
-        *(selectors.Lots, selectors.Importance, selectors.HiddenMagnitude, selectors.InputMagnitude),
-        *(
-            selectors.LinearGate,
-            selectors.LowRankGate,
-            selectors.PooledGate,
-            selectors.ContributionGate,
-            selectors.PooledStatistics,
-            selectors.Sketch,
-        ),
-        *(selectors.Fixed, selectors.PartitionedSelector),
-        *(selectors.Standardised, selectors.ShareOfLargest, selectors.Pooled),
-    )
+_RENAMED = {
+    "Sectioned": "PartitionedSelector",
+    "Compensated": "LowRankCompensation",
+    "SecondLayer": "OutputLayer",
+    "Sibs": "IndicatorSelector",
+    "Lots": "Random",
 }
-
-_RENAMED = {"Sectioned": "PartitionedSelector", "Compensated": "LowRankCompensation", "SecondLayer": "OutputLayer"}
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -190,7 +175,7 @@ def _read(path: Path, model: DETR) -> Plan:
 
 def _take_apart(part: Any, name: str, arrays: dict[str, np.ndarray]) -> Any:
     """A selector as JSON; its arrays are put aside under their names."""
-    if type(part).__name__ in _CLASSES:
+    if type(part).__name__ in STORABLE:
         fields = part._asdict() if hasattr(part, "_asdict") else {f.name: getattr(part, f.name) for f in _fields(part)}
         return {"class": type(part).__name__} | {
             key: _take_apart(value, f"{name}.{key}", arrays) for key, value in fields.items()
@@ -207,7 +192,7 @@ def _put_together(structure: Any, arrays: dict[str, np.ndarray]) -> Any:
         return structure
     if "array" in structure:
         return jnp.asarray(arrays.pop(structure["array"]))
-    if (name := _RENAMED.get(structure["class"], structure["class"])) not in _CLASSES:
+    if (name := _RENAMED.get(structure["class"], structure["class"])) not in STORABLE:
         raise InputError(f"of the class {name!r}, which this detr-jax does not know: update it")
     fields = {key: _put_together(value, arrays) for key, value in structure.items() if key != "class"}
-    return _CLASSES[name](**fields)
+    return STORABLE[name](**fields)

@@ -17,15 +17,15 @@ import numpy as np
 
 from detr_jax.calibration.activations import ActivationStatistics
 from detr_jax.calibration.moments import CrossMoments, Moments
-from detr_jax.calibration.reconstruction import obs_ranking, reconstruct_from_kept, reconstruct_output
 from detr_jax.kernels import Execution, FFNWeights, expand_groups
 from detr_jax.methods import Executed, PartitionedSelector, Thresholded, by_contribution
 from detr_jax.methods.base import SharedScore, Traits
 from detr_jax.methods.grouping import group_count
+from detr_jax.methods.reconstruction import obs_ranking, reconstruct_from_kept, reconstruct_output
 from detr_jax.models import OutputLayer, Selection, Selector
 from detr_jax.pytrees import pytree
 
-DYNAMIC = ("sketched", "pooled")
+DYNAMIC = ("sketched",)
 """Kinds with a score that decides for each image or window."""
 CANDIDATE_KINDS = ("dense", *(kind + how for kind in ("fixed", *DYNAMIC) for how in ("", ", reconstructed")))
 ALWAYS = 0.95

@@ -17,13 +17,13 @@ from detr_jax.data.batches import BatchSource
 from detr_jax.errors import InputError
 from detr_jax.kernels import repeat_per_tile
 from detr_jax.mesh import mesh_of, replicate_like, replicated, to_host
-from detr_jax.methods import Thresholded
+from detr_jax.methods import MGS, MGSContribution, Thresholded
 from detr_jax.methods.tiles import count_tiles, existing_tiles, existing_tokens
 from detr_jax.models import DETR, FFNTrace, FFNWeights, ImageTokens, Selection
 from detr_jax.models.detr.divergence import output_divergence
 from detr_jax.pytrees import pytree
 from detr_jax.training.checkpoints import Checkpoints
-from detr_jax.training.gates import batches_from, gate_loss
+from detr_jax.training.gates import batches_from
 
 _PROPORTIONAL = 10
 """Steps of ascent that the excess of one batch weighs at once, which damps the multipliers' swings about a solution."""
@@ -141,8 +141,8 @@ class GateTuning:
     """How gates are trained to a budget."""
 
     loss: Literal["output-change", "firing", "contribution"] = "output-change"
-    """The change of the detector's outputs, end to end through the frozen detector; or labels, see `gate_loss`, on the
-    inputs that the other gates leave."""
+    """The change of the detector's outputs, end to end through the frozen detector; or the labels of MGS or
+    `MGSContribution`, on the inputs that the other gates leave."""
     epochs: int = 2
     """Passes over the training images."""
     sampled: bool = True
@@ -337,7 +337,8 @@ def _loss_and_densities(
         changes = output_divergence(model.transform(batch), outputs)
         loss = jnp.where(batch.valid, changes, 0).sum() / jnp.maximum(batch.valid.sum(), 1)
     else:
-        losses = [gate_loss(tuning.loss, s.logits, weights[name], traces[name]) for name, s in running.items()]
+        label_loss = {"firing": MGS, "contribution": MGSContribution}[tuning.loss]().loss
+        losses = [label_loss(s.logits, weights[name], traces[name]) for name, s in running.items()]
         loss = jnp.stack(losses).mean()
     return loss, densities
 

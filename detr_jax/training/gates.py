@@ -59,7 +59,6 @@ def train_gates(
     *,
     checkpoint_steps: int = 200,
     active_selectors: Mapping[str, Mapping[str, Thresholded]] | None = None,
-    init: Mapping[str, Gates] | None = None,
 ) -> dict[str, Gates]:
     """Trains gates of some methods for every FFN, or resumes from the latest checkpoint in `folder`.
 
@@ -76,7 +75,6 @@ def train_gates(
         checkpoint_steps: steps between checkpoints.
         active_selectors: gates of each method to start from, with thresholds. They are in effect during the training,
             so that each gate learns on the inputs that the others leave it. None trains on the dense FFNs.
-        init: gates to start from on the dense FFNs, by name of their method; others start from `TrainedMethod.init`.
 
     Returns:
         gates of each method, by name of their FFN.
@@ -90,7 +88,7 @@ def train_gates(
     ((epochs, learning_rate, seed),) = recipes
     total = epochs * len(batches)
     optimiser = adam_with_cosine(learning_rate, total)
-    gates = _initial_gates(model, methods, seed) | dict(init or {})
+    gates = _initial_gates(model, methods, seed)
     if active_selectors is not None:
         gates = {of: {name: active_selectors[of][name].score for name in gates[of]} for of in methods}
     thresholds = {

@@ -21,11 +21,12 @@ from detr_jax.data.loading import Batch, layout_batches, load_batch
 from detr_jax.errors import InputError
 from detr_jax.evaluation.coco_ap import score
 from detr_jax.evaluation.runs import coco_results, predictions
+from detr_jax.methods import MGS
 from detr_jax.models import DETR, FFNTrace, FFNWeights, ImageTokens, Selection, Selectors
 from detr_jax.models.detr.postprocess import postprocess
 from detr_jax.models.ffn import forward
 from detr_jax.search.timing import interleaved_times
-from detr_jax.training.gates import MGS, GateTraining, train_gates
+from detr_jax.training.gates import train_gates
 from detr_jax.viz.tables import table
 
 HOST = ("decoding", "scoring")
@@ -202,9 +203,9 @@ def _step_times(model: DETR, passes: ImageBatches | CachedBatches, group_size: i
         float(loss)  # waits for the step
         times.append(time.perf_counter())
 
-    training = GateTraining(group_size, epochs=1, batch_size=batch_size, checkpoint_steps=len(passes))
+    method = MGS(group_size, epochs=1)
     with tempfile.TemporaryDirectory() as folder:
-        train_gates(model, passes, {"mgs": MGS}, training, Path(folder), report)
+        train_gates(model, passes, {"mgs": method}, Path(folder), report, checkpoint_steps=len(passes))
     return np.diff(times).tolist()
 
 

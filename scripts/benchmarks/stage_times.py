@@ -19,8 +19,8 @@ from detr_jax.commands.execution_options import ExecutionOptions
 from detr_jax.data.registry import open_dataset
 from detr_jax.errors import InputError
 from detr_jax.files import refuse_existing, write_json
+from detr_jax.methods import MGS
 from detr_jax.plan import load_plan
-from detr_jax.training.gates import PAPER_GROUP_SIZE
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def profile(arguments: Arguments) -> None:
     if arguments.run == "evaluation":
         times = evaluation_stages(*common, selectors, arguments.repeats, trace)
     else:
-        times = training_stages(*common, PAPER_GROUP_SIZE, arguments.repeats, trace)
+        times = training_stages(*common, MGS.group_size, arguments.repeats, trace)
 
     batch, height, width = times.shape
     print(f"{arguments.run}, batches of {batch} images of {width}x{height}, {jax.devices()[0].device_kind}\n")

@@ -20,10 +20,10 @@ from detr_jax.errors import InputError
 from detr_jax.evaluation.coco_ap import bootstrap, confidence_interval, score
 from detr_jax.evaluation.runs import measure_dataset
 from detr_jax.files import write_json
-from detr_jax.methods import Thresholded
+from detr_jax.methods import Thresholded, TrainedMethod
 from detr_jax.models import DETR, Selectors
 from detr_jax.models.standalone import HasFFNs
-from detr_jax.training.gates import Gates, GateSpec, GateTraining, train_gates
+from detr_jax.training.gates import Gates, train_gates
 
 
 @dataclass(frozen=True)
@@ -72,20 +72,20 @@ def cached(features: Sequence[BackboneFeatures], shuffle_seed: int | None = None
 def train(
     ffns_of: HasFFNs,
     batches: CachedBatches,
-    specs: Mapping[str, GateSpec],
-    training: GateTraining,
+    methods: Sequence[TrainedMethod],
     folder: Path,
-    start: Mapping[str, Gates] | None = None,
-    running: Mapping[str, Mapping[str, Thresholded]] | None = None,
+    active_selectors: Mapping[str, Mapping[str, Thresholded]] | None = None,
 ) -> dict[str, Gates]:
-    """Trains gates with a progress bar; arguments as in `train_gates`."""
-    with tqdm(total=training.epochs * len(batches), desc=f"training {', '.join(specs)}", unit="step") as bar:
+    """Gates of some methods by their names, with a progress bar; arguments as in `train_gates`."""
+    named = {method.name: method for method in methods}
+    total = methods[0].epochs * len(batches)
+    with tqdm(total=total, desc=f"training {', '.join(named)}", unit="step") as bar:
 
         def report(step: int, loss: jax.Array) -> None:
             bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
             bar.update(step - bar.n)
 
-        return train_gates(ffns_of, batches, specs, training, folder, report, start=start, running=running)
+        return train_gates(ffns_of, batches, named, folder, report, active_selectors=active_selectors)
 
 
 class Rows:

@@ -12,7 +12,7 @@ PAPER = (
     "0.5 mAP 32.9, that is -7.0 points; SIBS about 20 % sparsity before accuracy suffers. No other number here is the "
     "paper's, and none of these can be compared with ours digit by digit."
 )
-STATIC = "static, contribution"
+STATIC = "static-contribution"
 """What a dynamic selector has to be worth more than."""
 LOSSLESS = 0.003
 """Loss of AP up to which a row counts as keeping the accuracy: 0.3 points."""

@@ -18,13 +18,13 @@ from matplotlib.figure import Figure
 from detr_jax.errors import InputError, MissingFileError
 from detr_jax.evaluation.counts import count_activity, total_counts
 from detr_jax.evaluation.flops import remaining_share
-from detr_jax.methods import Fixed, LowRankCompensation, Oracle, Sibs, Thresholded, TopK
+from detr_jax.methods import Fixed, IndicatorSelector, LowRankCompensation, Oracle, Thresholded, TopK
 from detr_jax.models import FFNWeights, Selection
 from detr_jax.models.ffn import forward
 from detr_jax.models.standalone import FFNInputs, HasFFNs, StandaloneFFNs
 from detr_jax.viz.figures import COLOURS, new_figure
 
-MeasuredSelector = Thresholded | TopK | LowRankCompensation | Fixed | Oracle | Sibs
+MeasuredSelector = Thresholded | TopK | LowRankCompensation | Fixed | Oracle | IndicatorSelector
 """Selectors that know what they cost."""
 
 Densities = dict[str, dict[int, float]]
@@ -195,8 +195,8 @@ def study_markdown(
         markdown_table(["", *names], [[t, *(f"{v:.3f}" for v in row.values())] for t, row in basics.items()], left=1),
         "## Sets of neurons that many tokens share",
         "Errors as above. The sketch guesses what neurons contribute from a product of low rank in place of the first "
-        "one, fitted to the covariance of the inputs; the trained gate starts there. The last column is how much "
-        "of the way from the fixed set to the best one of that granularity a row goes, by the mean error.",
+        "one, fitted to the covariance of the inputs. The last column is how much of the way"
+        "  from the fixed set to the best one of that granularity a row goes, by the mean error.",
         *(_sets_table(share, of_share, names) for share, of_share in sets.items()),
         "## Density of exact firing",
         "Share of the pairs of token tile and group in which a neuron fires, by tokens per tile, with the tokens in "
@@ -266,7 +266,7 @@ def plot_errors(title: str, effects: Effects) -> Figure:
     Args:
         title: data and number of images.
         effects: of the selectors; one without error is a vertical line. Methods whose names begin with the same word
-            ("teal, input") share a colour.
+            ("teal-input") share a colour.
     """
     figure, panels = _panels(len(effects), title)
     styles = _styles(list(next(iter(effects.values()))))
@@ -284,7 +284,7 @@ def plot_errors(title: str, effects: Effects) -> Figure:
 def _styles(methods: Sequence[str]) -> dict[str, dict]:
     """Of each method its colour, and line and marker of its variant."""
     colours = [*COLOURS, "black", "gold", "navy", "lime"]
-    families = [re.split(r",| \+", method)[0] for method in methods]
+    families = [re.split("[,-]", method)[0] for method in methods]
     colour = dict(zip(dict.fromkeys(families), itertools.cycle(colours), strict=False))
     variants = [families[:i].count(family) % 4 for i, family in enumerate(families)]
     return {

@@ -1,8 +1,8 @@
 """Studies what sparsity does to FFNs that are given as arrays with samples of their inputs."""
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -28,32 +28,34 @@ from tqdm import tqdm
 
 from detr_jax.calibration.activation_passes import measure_activations
 from detr_jax.calibration.activations import ActivationStatistics, require_active
-from detr_jax.calibration.moment_passes import measure_kept, measure_moments, measure_pooled
+from detr_jax.calibration.moment_passes import measure_kept, measure_moments
 from detr_jax.calibration.permutation import coactivation_permutation, kmeans_permutation, permute
-from detr_jax.calibration.reconstruction import obs_ranking, reconstruct_from_kept, reconstruct_output
-from detr_jax.calibration.threshold_passes import measure_scores
+from detr_jax.calibration.threshold_passes import selectors_at_densities
 from detr_jax.commands import cli
 from detr_jax.data.batches import CachedBatches
 from detr_jax.errors import InputError
 from detr_jax.files import refuse_existing, replacing, write_json
 from detr_jax.methods import (
-    ContributionGate,
+    METHODS,
+    ContributionSketch,
+    FitMaterial,
     Fixed,
     HiddenMagnitude,
+    Method,
     Oracle,
     PartitionedSelector,
     Pooled,
     Score,
     TopK,
+    TrainedMethod,
     by_contribution,
     find_indicators,
-    fit_pooled_statistics,
     sketch,
 )
 from detr_jax.methods.grouping import group_count
-from detr_jax.methods.registry import METHODS, SKETCH_RANK, Ingredients
+from detr_jax.methods.reconstruction import obs_ranking, reconstruct_from_kept, reconstruct_output
 from detr_jax.models.standalone import StandaloneFFNs
-from detr_jax.training.gates import KINDS, Gates, GateSpec, GateTraining
+from detr_jax.training.gates import Gates, GateTraining
 from detr_jax.viz.figures import save_figure
 
 WINDOW = 32
@@ -176,22 +178,18 @@ SHARES = (0.25, 0.125)
 """Of the neurons, for the table of sets that are decided for many tokens at once."""
 
 
-def shared_sets(ffns: StandaloneFFNs, halves: Halves, training: GateTraining) -> dict[str, dict[str, dict[str, float]]]:
+def shared_sets(ffns: StandaloneFFNs, halves: Halves) -> dict[str, dict[str, dict[str, float]]]:
     """By share of the neurons and how they are chosen, of each FFN the error of its output.
 
-    Fixed sets, then for whole images and for windows what pooled inputs choose, what a sketch chooses, both also with
-    a second layer that is fitted to the choices, what a trained gate chooses, and the best.
+    Fixed sets, then for whole images and for windows sets by a sketch, without and with an output layer that is fitted
+    to them, and the best.
     """
     statistics = measure_activations(ffns, halves.calibration, 1)
     inputs, hidden = measure_moments(ffns, halves.calibration)
     sketches = {
-        name: sketch(ffns.weights[name], m.mean, m.covariance, min(SKETCH_RANK, len(m.mean)), 1)
+        name: sketch(ffns.weights[name], m.mean, m.covariance, min(ContributionSketch.rank, len(m.mean)), 1)
         for name, m in inputs.items()
     }
-    kinds = {"contributions": KINDS["contributions"]}
-    start = {"contributions": {name: ContributionGate.from_sketch(s) for name, s in sketches.items()}}
-    tuning = replace(training, group_size=1, learning_rate=training.learning_rate / 6)
-    gates = train_briefly(ffns, halves.calibration, tuning, kinds, start)["contributions"]
     contributions = HiddenMagnitude(weighted=True)
     errors: dict[str, dict[str, dict[str, float]]] = {}
     for share in SHARES:
@@ -221,15 +219,10 @@ def shared_sets(ffns: StandaloneFFNs, halves: Halves, training: GateTraining) ->
         effects = measure_effects(ffns, halves.test.batches(), {name: reconstructed(name) for name in ffns.weights})
         of_share["fixed, reconstructed"] = {name: effect.error for name, effect in effects.items()}
         for title, window in (("per image", None), (f"per {WINDOW} tokens", WINDOW)):
-            of_pooled = measure_pooled(ffns, halves.calibration, window)
             by_sketch = {name: Pooled(of_one, False, window) for name, of_one in sketches.items()}
-            by_inputs = {name: fit_pooled_statistics(moments, 1, window) for name, moments in of_pooled.items()}
             of_share |= {
-                f"pooled inputs, {title}": measure(by_inputs.get),
-                f"pooled inputs, reconstructed, {title}": measure_reconstructed(by_inputs),
                 f"sketch, {title}": measure(by_sketch.get),
                 f"sketch, reconstructed, {title}": measure_reconstructed(by_sketch),
-                f"trained gate, {title}": measure(lambda name, window=window: replace(gates[name], window=window)),
                 f"best, {title}": measure(lambda name, window=window: Pooled(contributions, False, window)),
             }
         errors[f"{share:g}"] = of_share
@@ -239,13 +232,16 @@ def shared_sets(ffns: StandaloneFFNs, halves: Halves, training: GateTraining) ->
 def train_briefly(
     ffns: StandaloneFFNs,
     batches: CachedBatches,
-    training: GateTraining,
-    specs: Mapping[str, GateSpec],
-    start: Mapping[str, Gates] | None = None,
+    methods: Sequence[TrainedMethod],
 ) -> dict[str, Gates]:
-    """Gates of some kinds, without checkpoints that outlast the run."""
+    """Gates of some methods, without checkpoints that outlast the run."""
     with TemporaryDirectory() as folder:
-        return train(ffns, batches, specs, training, Path(folder), start=start)
+        return train(ffns, batches, methods, Path(folder))
+
+
+def methods(training: GateTraining) -> list[Method]:
+    """Every method that can be given a density."""
+    return [training.method(method) for method in METHODS.values() if method.tuned_by != "nothing"]
 
 
 def compare_selectors(
@@ -255,32 +251,28 @@ def compare_selectors(
     size = arguments.training.group_size
     statistics = measure_activations(ffns, halves.calibration, size)
     inputs, hidden = measure_moments(ffns, halves.calibration)
-    pooled = measure_pooled(ffns, halves.calibration, None)
-    ingredients = {
-        name: Ingredients(
-            *(weights, statistics[name], inputs[name], hidden[name], pooled[name]),
-            {kind: of_kind[name] for kind, of_kind in gates.items()},
-            size,
-        )
-        for name, weights in ffns.weights.items()
-    }
+
+    def material(method: Method) -> dict[str, FitMaterial]:
+        gate = gates[method.gates.name] if isinstance(method, TrainedMethod) else dict.fromkeys(ffns.weights)
+        return {
+            name: FitMaterial(weights, statistics[name], inputs[name], hidden[name], gate[name], name)
+            for name, weights in ffns.weights.items()
+        }
 
     def same(selector: MeasuredSelector) -> dict[str, MeasuredSelector]:
         return dict.fromkeys(ffns.weights, selector)
 
     def indicated(tau: float) -> dict[str, MeasuredSelector]:
-        return {n: find_indicators(s, tau=tau, indicators=arguments.indicators) for n, s in statistics.items()}
+        return {n: find_indicators(s, tau=tau, indicators=arguments.indicators, name=n) for n, s in statistics.items()}
 
     settings = {
         "oracle, neurons": {"exact": same(Oracle(1))},
         "oracle, groups": {"exact": same(Oracle(size))},
         "sibs": {f"tau {tau:g}": indicated(tau) for tau in arguments.taus},
     }
-    for title, method in tqdm(METHODS.items(), desc="calibrating selectors", unit="method"):
-        scores = {name: method.score(made_from) for name, made_from in ingredients.items()}
-        histograms = measure_scores(ffns, halves.calibration, scores)
-        found = {n: method.at_densities(i, histograms[n], arguments.densities) for n, i in ingredients.items()}
-        settings[title] = {
+    for method in tqdm(methods(arguments.training), desc="calibrating selectors", unit="method"):
+        found = selectors_at_densities(ffns, halves.calibration, method, material(method), arguments.densities)
+        settings[method.name] = {
             f"{density:g}": {name: selectors[i] for name, selectors in found.items()}
             for i, density in enumerate(arguments.densities)
         }
@@ -322,9 +314,10 @@ def main(arguments: Arguments) -> None:
     basics = fixed_and_chosen(ffns, halves)
     tiles = tile_densities(ffns, statistics, halves, arguments)
     ordered = permuted(ffns, coactivation(statistics, training.group_size))
-    gates = train_briefly(ordered, CachedBatches(calibration, training.seed), training, KINDS)
+    trained = dict.fromkeys(method.gates for method in methods(training) if isinstance(method, TrainedMethod))
+    gates = train_briefly(ordered, CachedBatches(calibration, training.seed), list(trained))
     effects = compare_selectors(ordered, gates, halves, arguments)
-    sets = shared_sets(ffns, halves, training)
+    sets = shared_sets(ffns, halves)
 
     text = study_markdown(images, basics, sets, tiles, effects)
     print(text)

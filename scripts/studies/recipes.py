@@ -24,7 +24,7 @@ from detr_jax.commands import cli
 from detr_jax.data.dataset import Subset
 from detr_jax.files import replacing, write_json
 from detr_jax.kernels import Execution
-from detr_jax.methods import Executed, Thresholded, log_odds
+from detr_jax.methods import MGS, Executed, MGSContribution, Thresholded, TrainedMethod, log_odds
 from detr_jax.models import DETR, Selector
 from detr_jax.run_folder import RESULTS, open_run
 from detr_jax.search.candidates import CANDIDATE_KINDS
@@ -39,8 +39,7 @@ from detr_jax.training.budgets import (
     meet,
     tune_gates,
 )
-from detr_jax.training.gates import KINDS as GATE_KINDS
-from detr_jax.training.gates import Gates, GateSpec, GateTraining
+from detr_jax.training.gates import Gates, GateTraining
 from detr_jax.viz.figures import save_figure
 
 GRID = (1.0, 0.7, 0.5, 0.4, 0.3, 0.25, 0.2, 0.16, 0.12, 0.09, 0.06, 0.04, 0.02)
@@ -161,9 +160,10 @@ class Study:
                 setting = f"by {unit} {search.cost(choice, unit):.2f}"
                 self.point(recipe, setting, self.model, trials, timed, unit)
 
-    def train(self, model: DETR, specs: Mapping[str, GateSpec], folder: str) -> dict[str, Gates]:
+    def train(self, model: DETR, methods: Sequence[type[TrainedMethod]], folder: str) -> dict[str, Gates]:
         """Gates on labels."""
-        return train(model, self._training, specs, self._arguments.training, self._arguments.out / folder)
+        chosen = [self._arguments.training.method(method) for method in methods]
+        return train(model, self._training, chosen, self._arguments.out / folder)
 
     def sensitivity(self, model: DETR, gates: Gates) -> SensitivityTable:
         """Gates at every density of tiles in each FFN, the others dense."""
@@ -242,22 +242,17 @@ def main(arguments: Arguments) -> None:
         settings = cli.settings(arguments) | {"fingerprint of the detector": fingerprint}
         open_run(arguments.out, settings, OUTPUTS, resume=arguments.resume, overwrite=arguments.overwrite)
         study = Study(arguments, own, splits)
-        mgs = study.train(own, {"mgs": GATE_KINDS["firing"]}, "gates-own")["mgs"]
+        mgs = study.train(own, [MGS], "gates-own")["mgs"]
         for threshold in arguments.thresholds:
             gates = {name: Thresholded(gate, jnp.float32(log_odds(threshold))) for name, gate in mgs.items()}
             study.gated("the paper's recipe", f"threshold {threshold:g}", own, gates)
         study.calibrated("+ a threshold for each FFN", own, mgs)
-        kinds = {kind: GATE_KINDS[kind] for kind in ("firing", "contribution", "contributions")}
-        gates = study.train(study.model, kinds, "gates")
-        sensitivity = study.calibrated("+ groups by co-firing", study.model, gates["firing"])
+        gates = study.train(study.model, (MGS, MGSContribution), "gates")
+        sensitivity = study.calibrated("+ groups by co-firing", study.model, gates["mgs"])
         study.tuned("+ trained through the detector", sensitivity)
-        study.calibrated("labels by contribution", study.model, gates["contribution"])
-        sensitivity = study.calibrated("one gate for an image", study.model, gates["contributions"])
-        study.tuned("that, trained through the detector", sensitivity)
+        study.calibrated("labels by contribution", study.model, gates["mgs-contribution"])
         study.searched("an image's sets by a sketch", ("dense", "sketched"))
         study.searched("that, with fitted second layers", ("dense", "sketched, reconstructed"))
-        study.searched("an image's sets by pooled inputs", ("dense", "pooled"))
-        study.searched("those, with fitted second layers", ("dense", "pooled, reconstructed"))
         study.searched("fixed sets", ("dense", "fixed"))
         study.searched("fixed sets with fitted second layers", ("dense", "fixed, reconstructed"))
         study.searched("whatever is best", CANDIDATE_KINDS)
