@@ -4,6 +4,7 @@ import json
 import math
 import warnings
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,26 @@ from detr_jax.data.dataset import Example, digest
 from detr_jax.data.images import is_sideways, read_image
 from detr_jax.errors import InputError, MissingFileError
 
-_KEYS = {
-    "images": ("id", "file_name", "height", "width"),
-    "annotations": ("id", "image_id", "category_id", "bbox", "area", "iscrowd"),
-    "categories": ("id", "name"),
+_Check = tuple[str, Callable[[Any], bool]]
+_ANY: _Check = ("anything", lambda value: True)
+_WHOLE: _Check = ("a whole number from 0", lambda value: type(value) is int and value >= 0)
+_SIDE: _Check = ("a whole number from 1", lambda value: type(value) is int and value >= 1)
+_TEXT: _Check = ("a text", lambda value: isinstance(value, str))
+_FLAG: _Check = ("0 or 1", lambda value: value in (0, 1))
+_NUMBER: _Check = ("a finite number", lambda value: isinstance(value, int | float) and math.isfinite(value))
+_BOX: _Check = (
+    "four finite numbers x, y, width, height",
+    lambda value: isinstance(value, list) and len(value) == 4 and all(map(_NUMBER[1], value)),
+)
+_CONTENT = {
+    "images": {"id": _WHOLE, "file_name": _TEXT, "height": _SIDE, "width": _SIDE},
+    "annotations": {
+        **{"id": _ANY, "image_id": _WHOLE, "category_id": _WHOLE},
+        **{"bbox": _BOX, "area": _NUMBER, "iscrowd": _FLAG},
+    },
+    "categories": {"id": _WHOLE, "name": _TEXT},
 }
-_IDS = {"images": ("id",), "annotations": ("image_id", "category_id"), "categories": ("id",)}
+"""Keys of the entries of each section that are needed, and what their values must be."""
 _BESIDE = "_annotations.coco.json"
 """The annotation file of Roboflow's exports, in the folder of the images."""
 
@@ -176,61 +191,31 @@ def _checked_annotations(path: Path, data: bytes) -> dict[str, list[dict[str, An
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, not an object with {', '.join(_KEYS)}")
+        raise InputError(f"{path} holds a {type(content).__name__}, not an object with {', '.join(_CONTENT)}")
 
     entries: dict[str, list[dict[str, Any]]] = {}
-    for section, keys in _KEYS.items():
+    for section, checks in _CONTENT.items():
         if not isinstance(content.get(section), list):
             raise InputError(f"{path} has no list {section!r}; an empty one says that there are none")
         for position, entry in enumerate(content[section]):
             name = f"{path}: entry {position} of {section!r}"
             if not isinstance(entry, dict):
-                raise InputError(f"{name} is not an object with {', '.join(keys)}, but {entry!r:.50}")
-            if missing := [key for key in keys if key not in entry]:
-                raise InputError(f"{name} has no {missing[0]!r}; needed are {', '.join(keys)}")
-            for key in _IDS[section]:
-                if not _is_whole(entry[key], 0):
-                    raise InputError(f"{name} has the {key} {entry[key]!r}, not a whole number from 0")
-        entries[section] = [{key: entry[key] for key in keys} for entry in content[section]]
+                raise InputError(f"{name} is {entry!r:.50}, not an object with {', '.join(checks)}")
+            for key, (right, is_right) in checks.items():
+                if key not in entry:
+                    raise InputError(f"{name} has no {key!r}; needed are {', '.join(checks)}")
+                if not is_right(entry[key]):
+                    raise InputError(f"{name} (id {entry['id']!r}) has the {key} {entry[key]!r}, not {right}")
+        entries[section] = [{key: entry[key] for key in checks} for entry in content[section]]
 
-    for image in entries["images"]:
-        if not (_is_whole(image["height"], 1) and _is_whole(image["width"], 1)):
-            raise InputError(
-                f"{path}: image {image['id']} has the height {image['height']!r} and width {image['width']!r}, not "
-                "whole numbers from 1"
-            )
-        if not isinstance(image["file_name"], str):
-            raise InputError(f"{path}: image {image['id']} has the file_name {image['file_name']!r}, not a text")
-    for category in entries["categories"]:
-        if not isinstance(category["name"], str):
-            raise InputError(f"{path}: category {category['id']} has the name {category['name']!r}, not a text")
     if not entries["images"]:
         raise InputError(f"{path} has no images")
-    ids = {}
-    for section in ("images", "categories"):
+    for section, reference in (("images", "image_id"), ("categories", "category_id")):
         counts = Counter(entry["id"] for entry in entries[section])
         if twice := [id for id, count in counts.items() if count > 1]:
             raise InputError(f"{path}: two {section} have the id {twice[0]!r}")
-        ids[section] = set(counts)
-    for annotation in entries["annotations"]:
-        name = f"{path}: annotation {annotation['id']!r}"
-        if annotation["image_id"] not in ids["images"]:
-            raise InputError(f"{name} belongs to image {annotation['image_id']!r}, which is not in the file")
-        if annotation["category_id"] not in ids["categories"]:
-            raise InputError(f"{name} is of category {annotation['category_id']!r}, which is not in the file")
-        if not _is_box(annotation["bbox"]):
-            raise InputError(f"{name} has bbox {annotation['bbox']!r}, not four finite numbers x, y, width, height")
-        if not (isinstance(annotation["area"], int | float) and math.isfinite(annotation["area"])):
-            raise InputError(f"{name} has area {annotation['area']!r}, not a finite number")
-        if annotation["iscrowd"] not in (0, 1):
-            raise InputError(f"{name} has iscrowd {annotation['iscrowd']!r}, neither 0 nor 1")
+        for position, annotation in enumerate(entries["annotations"]):
+            if (id := annotation[reference]) not in counts:
+                name = f"{path}: entry {position} of 'annotations' (id {annotation['id']!r})"
+                raise InputError(f"{name} has the {reference} {id!r}, which none of the {section} has")
     return entries
-
-
-def _is_whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_box(value: Any) -> bool:
-    numbers = isinstance(value, list) and all(isinstance(v, int | float) for v in value)
-    return numbers and len(value) == 4 and all(map(math.isfinite, value))

@@ -60,7 +60,37 @@ class Dataset(Protocol):
         ...
 
 
-class Subset:
+class View:
+    """A data set in terms of another one; subclasses override what differs."""
+
+    def __init__(self, dataset: Dataset):
+        self._dataset = dataset
+        self.name, self.fingerprint = dataset.name, dataset.fingerprint
+        self.has_annotations = dataset.has_annotations
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Example:
+        return self._dataset[index]
+
+    def image_sizes(self) -> np.ndarray:
+        return self._dataset.image_sizes()
+
+    def image_ids(self) -> list[int]:
+        return self._dataset.image_ids()
+
+    def image_name(self, index: int) -> str:
+        return self._dataset.image_name(index)
+
+    def categories(self) -> list[dict]:
+        return self._dataset.categories()
+
+    def ground_truth(self) -> dict:
+        return self._dataset.ground_truth()
+
+
+class Subset(View):
     """A range of a data set's images, as a data set.
 
     Args:
@@ -74,10 +104,8 @@ class Subset:
     def __init__(self, dataset: Dataset, start: int, stop: int):
         if not 0 <= start < stop <= len(dataset):
             raise InputError(f"{dataset.name} has {len(dataset)} images; there is no range from {start} to {stop}")
-        self.name = f"{dataset.name}[{start}:{stop}]"
-        self.has_annotations = dataset.has_annotations
-        self.fingerprint = f"{dataset.fingerprint}[{start}:{stop}]"
-        self._dataset = dataset
+        super().__init__(dataset)
+        self.name, self.fingerprint = f"{self.name}[{start}:{stop}]", f"{self.fingerprint}[{start}:{stop}]"
         self._range = range(start, stop)
 
     def __len__(self) -> int:
@@ -94,9 +122,6 @@ class Subset:
 
     def image_name(self, index: int) -> str:
         return self._dataset.image_name(self._range[index])
-
-    def categories(self) -> list[dict]:
-        return self._dataset.categories()
 
     def ground_truth(self) -> dict:
         chosen = set(self.image_ids())
