@@ -1,17 +1,21 @@
 import json
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import device_time
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 from tiny import annotation, tiny_detector, write_coco
 
 import detr_jax
+from detr_jax.evaluation.padding import padding_effect
 from detr_jax.kernels import Execution
-from detr_jax.methods import Executed, Oracle, PartitionedSelector
+from detr_jax.methods import Executed, LinearGate, Oracle, PartitionedSelector, Thresholded, executed
 from detr_jax.plan import Plan, save_plan
 
 ROOT = Path(__file__).parent.parent
@@ -60,7 +64,8 @@ def test_evaluate_on_coco(script, checkpoint, coco, tmp_path, capsys):
     assert "absolute change" in printed.out
     assert "warning" not in printed.err
     report = json.loads(out.read_text())
-    assert (report["dataset"], report["images"], report["padding"]["images"]) == ("val2017", 3, 2)
+    assert (report["data"], report["images"], report["padding"]["images"]) == ("val2017", 3, 2)
+    assert report["implementation"] == "dense" and report["AP_minus_dense"] is None
     assert len(report["numbers"]) == 12
     assert len(report["AP_interval"]) == 2
     assert report["arguments"]["batch_size"] == 2
@@ -74,11 +79,84 @@ def test_evaluate_on_coco(script, checkpoint, coco, tmp_path, capsys):
     assert json.loads(out.read_text())["images"] == 1
 
 
-def test_evaluate_on_scenes_of_which_the_detector_knows_no_class(script, checkpoint, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def plan(checkpoint, tmp_path_factory):
+    """A plan that is computed by the XLA implementation."""
+    model, rng = detr_jax.load(checkpoint), np.random.default_rng(0)
+    gates = {
+        name: Thresholded(LinearGate(jnp.asarray(rng.normal(0, 1, (16, 4)), jnp.float32), jnp.zeros(4)), jnp.float32(0))
+        for name in model.config.ffn_names
+    }
+    selectors = executed(gates, Execution(block_size=8, implementation="xla"))
+    path = tmp_path_factory.mktemp("plan") / "plan.safetensors"
+    save_plan(Plan("mgs", detr_jax.fingerprint(model), selectors, {}, {}, {}, {}), path)
+    return path
+
+
+def test_evaluate_needs_images_in_a_batch(script, checkpoint, coco, tmp_path, capsys):
+    arguments = ("--model", checkpoint, "--coco", coco, "--batch-size", 0, "--out", tmp_path / "result.json")
+    assert script("evaluate.py", *arguments) == 2
+    assert "at least one image" in refused(capsys)
+
+
+def test_evaluate_with_a_plan(script, checkpoint, plan, tmp_path, capsys):
+    sizes = [(32, 45), (45, 32), (32, 32)]  # two of which are padded
+    coco = write_coco(tmp_path / "coco", sizes, [annotation(1, 1, (1, 2, 10, 12))])
+    arguments = ("--model", checkpoint, "--data", f"coco:{coco}", "--batch-size", 2, "--out", tmp_path / "a.json")
+    assert script("evaluate.py", *arguments, "--plan", plan.parent, "--padding-report", 2) == 0
+    printed = capsys.readouterr().out
+    assert "minus dense" in printed and "encoder.0, decoder.0: xla" in printed
+    report = json.loads((tmp_path / "a.json").read_text())
+    # As the plan says, unless told otherwise.
+    assert report["implementation"] == "plan" and report["execution"]["encoder.0"]["implementation"] == "xla"
+    assert 0 < report["density"] <= report["executed_density"] <= 1
+    low, high = report["AP_minus_dense_interval"]
+    assert low <= report["AP_minus_dense"] == report["numbers"]["AP"] - report["dense_AP"] <= high
+    # Padding is measured for what runs.
+    data = detr_jax.open_dataset(f"coco:{coco}", "val", 2)
+    sparse, dense = detr_jax.load_sparse(checkpoint, plan), detr_jax.load(checkpoint)
+    assert report["padding"]["change"] == padding_effect(sparse, data, 2)["change"]
+    assert report["padding"]["change"] != padding_effect(dense, data, 2)["change"]
+
+    masked = (*arguments, "--overwrite", "--plan", plan, "--implementation", "masked")
+    assert script("evaluate.py", *masked) == 0
+    again = json.loads((tmp_path / "a.json").read_text())
+    assert again["execution"]["encoder.0"]["implementation"] == "masked" and again["executed_density"] == 1
+    assert again["density"] == report["density"]
+
+
+def test_evaluate_on_photographs_without_annotations(script, checkpoint, plan, coco, tmp_path, capsys):
     out = tmp_path / "result.json"
-    assert script("evaluate.py", "--model", checkpoint, "--images", 3, "--out", out) == 0
-    assert "8 of 8 categories are not the detector's classes; 1 is 'circle'" in capsys.readouterr().err
-    assert json.loads(out.read_text())["dataset"] == "scenes-val"
+    data = ("--data", f"images:{coco / 'val2017'}", "--split", "all", "--padding-report", 1)
+    assert script("evaluate.py", "--model", checkpoint, *data, "--plan", plan, "--out", out) == 0
+    printed = capsys.readouterr().out
+    assert "AP is undefined" in printed and "output divergence" in printed
+    report = json.loads(out.read_text())
+    assert report["numbers"] is None and report["padding"]["AP"] is None
+    assert report["divergence"] > 0 and report["images"] == 3
+
+
+def test_evaluate_where_no_object_defines_ap(script, checkpoint, tmp_path, capsys):
+    coco, out = write_coco(tmp_path / "coco", [(20, 30)], []), tmp_path / "result.json"
+    assert script("evaluate.py", "--model", checkpoint, "--coco", coco, "--out", out) == 0
+    assert "AP is undefined" in capsys.readouterr().out
+    assert json.loads(out.read_text())["numbers"] is None
+
+
+def test_evaluate_and_detect_with_the_plan_of_the_embedded_detector(script, tmp_path, capsys):
+    out = tmp_path / "result.json"
+    assert script("evaluate.py", "--plan", "detr-tiny", "--images", 2, "--batch-size", 2, "--out", out) == 0
+    assert json.loads(out.read_text())["density"] < 0.3
+    photograph = tmp_path / "photo.png"
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(photograph)
+    assert script("detect.py", photograph, "--plan", "detr-tiny", "--out", tmp_path / "found") == 0
+    assert "detr-tiny knows only the shapes of generated scenes" in capsys.readouterr().err
+    assert json.loads((tmp_path / "found/photo.json").read_text())["plan"] == "detr-tiny"
+
+
+def test_evaluate_refuses_data_of_which_the_detector_knows_no_class(script, checkpoint, tmp_path, capsys):
+    assert script("evaluate.py", "--model", checkpoint, "--images", 3, "--out", tmp_path / "result.json") == 2
+    assert "the detector knows none of the data's categories" in refused(capsys)
 
 
 @pytest.mark.parametrize(
@@ -88,8 +166,10 @@ def test_evaluate_on_scenes_of_which_the_detector_knows_no_class(script, checkpo
         (("--images", "0"), "asked for 0"),
         (("--padding-report", "601"), "asked for 601"),
         (("--model", "nothing.safetensors"), "nothing.safetensors"),
-        (("--batch-size", "0"), "at least one image"),
         (("--split", "train"), "no end of training scenes"),
+        (("--data", "images:a", "--coco", "b"), "--coco b is short for"),
+        (("--implementation", "xla"), "needs a --plan"),
+        (("--plan", "nothing.safetensors"), "nothing.safetensors"),
     ],
 )
 def test_evaluate_tells_what_is_wrong(script, checkpoint, tmp_path, capsys, arguments, message):
@@ -120,6 +200,19 @@ def test_detect(script, checkpoint, tmp_path, capsys):
     assert script("detect.py", *arguments) == 2
     assert "a.png exists" in refused(capsys)
     assert script("detect.py", *arguments, "--overwrite") == 0
+
+
+def test_detect_goes_on_after_a_name_that_is_not_utf8(checkpoint, tmp_path):
+    image = Image.fromarray(np.zeros((32, 32, 3), np.uint8))
+    paths = [tmp_path / "caf\udce9.png", tmp_path / "\u00e9t\u00e9.png"]
+    for path in paths:
+        image.save(path)
+    command = [sys.executable, ROOT / "scripts/detect.py", *paths, "--model", checkpoint, "--out", tmp_path / "found"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "caf?.png: 0 objects" in process.stdout and "?t?.png: 0 objects" in process.stdout
+    assert sum(path.suffix == ".json" for path in (tmp_path / "found").iterdir()) == 2
 
 
 def test_detect_tells_what_is_wrong(script, checkpoint, tmp_path, capsys):

@@ -90,4 +90,5 @@ def main(arguments: Arguments) -> None:
             "detections": objects,
         }
         write_json(arguments.out / f"{path.stem}.json", report)
-        print(f"{path}: {len(objects)} objects -> {arguments.out / path.stem}.png")
+        objects_found = "1 object" if len(objects) == 1 else f"{len(objects)} objects"
+        print(f"{path}: {objects_found} -> {arguments.out / path.stem}.png")

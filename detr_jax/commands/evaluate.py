@@ -1,50 +1,52 @@
-"""Measures a detector's average precision on COCO or on generated scenes."""
+"""`detr-jax evaluate`: average precision on COCO's layout, on scenes, or output divergence on any photographs."""
 
-import sys
+import dataclasses
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import jax.numpy as jnp
+import numpy as np
 import tyro
 
 import detr_jax
-from detr_jax.calibration.permutation import permute_neurons
 from detr_jax.commands import cli
+from detr_jax.commands.data_options import DataOptions
 from detr_jax.commands.execution_options import ExecutionOptions
-from detr_jax.data.registry import open_dataset
+from detr_jax.data.classes import match_classes
+from detr_jax.data.transforms import resized_size
 from detr_jax.errors import InputError
-from detr_jax.evaluation.coco_ap import CocoScores, bootstrap, confidence_interval, score, shown
+from detr_jax.evaluation.coco_ap import shown
+from detr_jax.evaluation.inspection import describe
 from detr_jax.evaluation.padding import padding_effect
-from detr_jax.evaluation.runs import detect_dataset
 from detr_jax.files import refuse_existing, write_json
-from detr_jax.mesh import is_first_process, replicate
-from detr_jax.plan import load_plan
+from detr_jax.mesh import is_first_process
+from detr_jax.viz.tables import table
 
 MANY_PROCESSES = True
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Measures a detector's average precision: COCO's twelve numbers, and the 95 % confidence interval of AP.
+    """Measures a detector: COCO's twelve numbers, and the 95 % confidence interval of AP.
 
-    For example `python scripts/evaluate.py --model detr-r50 --coco coco --out runs/detr-r50.json`.
+    With a plan also the densities, and the differences to the dense detector on the same images. For example
+    `detr-jax evaluate --model detr-r50 --coco coco --out runs/detr-r50.json`.
     """
 
     model: str = "detr-tiny"
-    """Name of a detector or path of a checkpoint."""
+    """Name of a detector, hub id, or path of a checkpoint."""
     preset: str | None = None
     """Architecture of a checkpoint that does not say which it is, e.g. detr-r50."""
-    plan: Path | None = None
-    """Plan of the detector, as scripts/train_gates.py writes it: evaluate it sparse instead of dense."""
+    plan: str | None = None
+    """Plan of the detector, to evaluate it sparse instead of dense: a file, a folder, a hub id, or detr-tiny."""
     computation: Annotated[ExecutionOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=ExecutionOptions)
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the computation."""
-    coco: Path | None = None
-    """Folder with val2017/ and annotations/instances_val2017.json; without it, generated scenes are used."""
+    data: Annotated[DataOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=DataOptions)
     split: str = "val"
-    """val or train, or the full name of another split of the COCO folder."""
+    """val or train, or the full name of another split of a COCO folder."""
     images: int | None = None
     """Evaluate the first so many images only; default all."""
     batch_size: int = 8
@@ -59,32 +61,15 @@ class Arguments:
     """Replace the output file if it exists."""
 
 
-def table(scores: CocoScores, interval: tuple[float, float]) -> str:
-    """The twelve numbers, one a line, AP with its interval; a dash where no object defines one."""
-    rows = [f"{name:<6} {value:6.3f}" if value >= 0 else f"{name:<6}      -" for name, value in scores.numbers.items()]
-    rows[0] += f"  [{shown(interval[0])}, {shown(interval[1])}]"
-    return "\n".join([*rows, f"images {len(scores.image_ids):6}"])
-
-
 def padding_table(report: dict) -> str:
     """A padding report for people."""
-    rows = [f"padding, first {report['images']} images: absolute change", f"{'':<8}{'max':>10}{'median':>10}"]
-    rows += [f"{name:<8}{c['max']:10.2e}{c['median']:10.2e}" for name, c in report["change"].items()]
-    low, high = report["AP_difference_interval"]
-    rows.append(f"AP padded {report['AP']['padded']:.4f}, exact {report['AP']['exact']:.4f} [{low:+.4f}, {high:+.4f}]")
-    return "\n".join(rows)
-
-
-def warn_of_other_classes(labels: tuple[str, ...], categories: list[dict]) -> None:
-    """A detector of other classes has an AP near 0, which should surprise nobody."""
-    known = dict(enumerate(labels))
-    if other := [c for c in categories if known.get(c["id"]) != c["name"]]:
-        first = other[0]
-        print(
-            f"warning: {len(other)} of {len(categories)} categories are not the detector's classes; "
-            f"{first['id']} is {first['name']!r} in the data and {known.get(first['id'])!r} for the detector",
-            file=sys.stderr,
-        )
+    rows = [[name, f"{c['max']:.2e}", f"{c['median']:.2e}"] for name, c in report["change"].items()]
+    text = f"padding, first {report['images']} images: absolute change\n{table(('', 'max', 'median'), rows)}"
+    if report["AP"] is None:
+        return text
+    low, high = (shown(bound, "+.4f") for bound in report["AP_difference_interval"])
+    padded, exact = (shown(report["AP"][name], ".4f") for name in ("padded", "exact"))
+    return f"{text}\nAP padded {padded}, exact {exact} [{low}, {high}]"
 
 
 def main(arguments: Arguments) -> None:
@@ -93,38 +78,33 @@ def main(arguments: Arguments) -> None:
         raise InputError(
             f"--implementation {arguments.computation.implementation} needs a --plan: dense FFNs leave nothing out"
         )
-    dataset = open_dataset(arguments.coco, arguments.split, arguments.images)
-    sample = None
-    if arguments.padding_report is not None:
-        sample = open_dataset(arguments.coco, arguments.split, arguments.padding_report)
-    model = detr_jax.load(arguments.model, preset=arguments.preset, dtype=jnp.dtype(arguments.dtype))
-    selectors = {}
-    if arguments.plan is not None:
-        plan = load_plan(arguments.plan, model)
-        model, selectors = permute_neurons(model, plan.orders), arguments.computation.of(plan.selectors)
-    ground_truth = dataset.ground_truth()
-    warn_of_other_classes(model.config.labels, ground_truth["categories"])
+    data = arguments.data.open(arguments.split, arguments.images)
+    padded = arguments.padding_report
+    sample = None if padded is None else arguments.data.open(arguments.split, padded)
+    given = {"preset": arguments.preset, "dtype": jnp.dtype(arguments.dtype)}
+    if arguments.plan is None:
+        detector = detr_jax.load(arguments.model, **given)
+    else:
+        detector = detr_jax.load_sparse(arguments.model, arguments.plan, **given)
+        selectors = arguments.computation.of(detector.plan.selectors)
+        detector = detector.with_plan(dataclasses.replace(detector.plan, selectors=selectors))
+    if data.has_annotations:
+        print(match_classes(detector.config.labels, data.categories()))
 
     started = time.perf_counter()
-    # Images of their own size have no batch that devices could share.
-    placed = model if arguments.exact_shapes else replicate(model)
-    results = detect_dataset(placed, dataset, arguments.batch_size, selectors=selectors, exact=arguments.exact_shapes)
-    seconds = time.perf_counter() - started
-    scores = score(ground_truth, results, dataset.image_ids())
-    interval = confidence_interval(bootstrap(scores))
-    print(table(scores, interval))
-
-    report = {
-        "dataset": dataset.name,
-        "images": len(dataset),
-        "numbers": scores.numbers,
-        "AP_interval": interval,
-        "category_AP": scores.category_ap,
-        "implementation": arguments.computation.implementation if selectors else "dense",
-        "seconds": seconds,
-    }
+    scores = detr_jax.evaluate(detector, data, batch_size=arguments.batch_size, exact_shapes=arguments.exact_shapes)
+    report = scores.to_json() | {"implementation": "dense", "seconds": time.perf_counter() - started}
+    print(scores)
+    if arguments.plan is not None:
+        config = detector.config
+        size = resized_size(np.median(data.image_sizes(), axis=0), config.shortest_side, config.longest_side)
+        executions = detector.execution_report(size, arguments.batch_size)
+        rows = [(name, counts.density, scores.executed[name]) for name, counts in scores.counts.items()]
+        print(f"\n{table(('FFN', 'kept', 'computed'), rows)}\n\n{describe(executions)}")
+        report["implementation"] = arguments.computation.implementation
+        report["execution"] = {name: dataclasses.asdict(execution) for name, execution in executions.items()}
     if sample is not None:
-        report["padding"] = padding_effect(model, sample, arguments.batch_size)
-        print(padding_table(report["padding"]))
+        report["padding"] = padding_effect(detector, sample, arguments.batch_size)
+        print(f"\n{padding_table(report['padding'])}")
     if is_first_process():
         write_json(arguments.out, report | cli.provenance(arguments))

@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 import detr_jax
 from detr_jax.commands import cli
+from detr_jax.commands.data_options import DataOptions
 from detr_jax.data.dataset import Dataset, Subset
 from detr_jax.data.features import backbone_features
-from detr_jax.data.registry import open_dataset
 from detr_jax.errors import InputError
 from detr_jax.evaluation.comparison import Comparison, Row
 from detr_jax.evaluation.flops import mean_dense_flops
@@ -49,7 +49,7 @@ class Arguments:
     - density=0.2: the most accurate one that computes at most such a share of the hidden neurons.
 
     Without options: detr-tiny on generated scenes. Writes plan.safetensors, results.json and search.png into the output
-    folder, with fixed sets alone beside the plan. `scripts/evaluate.py` and `scripts/benchmarks/plan.py` take it.
+    folder, with fixed sets alone beside the plan. `detr-jax evaluate` and `scripts/benchmarks/plan.py` take it.
     """
 
     budget: str = "ap-loss=0.5"
@@ -58,8 +58,7 @@ class Arguments:
     """Name of a detector or path of a checkpoint."""
     preset: str | None = None
     """Architecture of a checkpoint that does not say which it is, e.g. detr-r50."""
-    coco: Path | None = None
-    """Folder with train2017/, val2017/ and annotations/; without it, scenes are generated."""
+    data: Annotated[DataOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=DataOptions)
     search: Annotated[SearchSettings, tyro.conf.OmitArgPrefixes] = field(default_factory=SearchSettings)
     accuracy_images: int = 400
     """Other held-out training images, on which ap-loss is measured."""
@@ -93,7 +92,7 @@ def open_data(arguments: Arguments) -> tuple[Dataset, Dataset, Dataset]:
     """Training images for statistics, others for thresholds, and others for AP."""
     settings = arguments.search
     held_out = settings.calibration_images + arguments.accuracy_images
-    training = open_dataset(arguments.coco, "train", settings.statistics_images + held_out)
+    training = arguments.data.open("train", settings.statistics_images + held_out)
     if len(training) <= held_out:
         raise InputError(f"{training.name} has {len(training)} images, too few to hold out {held_out}")
     ends = (0, len(training) - held_out, len(training) - arguments.accuracy_images, len(training))
@@ -178,7 +177,7 @@ def main(arguments: Arguments) -> None:
     settings = arguments.search
     settings.check(model)
     sample, calibration, accuracy = open_data(arguments)
-    validation = open_dataset(arguments.coco, "val", arguments.eval_images)
+    validation = arguments.data.open("val", arguments.eval_images)
     data = {"statistics": sample, "calibration": calibration, "accuracy": accuracy, "validation": validation}
     data = {use: dataset.name for use, dataset in data.items()}
     open_run(arguments.out, cli.settings(arguments), OUTPUTS, resume=None, overwrite=arguments.overwrite)
