@@ -3,13 +3,12 @@
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from detr_jax.convert.layouts import SAME, Place, Shape
 from detr_jax.errors import InputError
-from detr_jax.models.detr.config import DetrConfig
 
 
 class Entry(Protocol):
@@ -27,14 +26,14 @@ class Checkpoint:
     Attributes:
         source: the file or folder, for messages.
         layout: name of the layout.
-        config: of the detector.
+        config: of the detector, of an architecture in the registry.
         entries: the arrays under the names of the layout.
         places: where each of our arrays is; None where the names are ours.
     """
 
     source: str
     layout: str
-    config: DetrConfig
+    config: Any
     entries: Mapping[str, Entry]
     places: tuple[Place, ...] | None = None
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from detr_jax.models.detr.config import BackboneConfig, DetrConfig
+from detr_jax.models import BackboneConfig, DetrConfig
 
 Shape = tuple[int, ...]
 
@@ -53,7 +53,6 @@ class Layout:
     Attributes:
         name: what people call it.
         stages, encoder, decoder: match the names of a stage's blocks (stage and block), and of the layers, by number.
-        queries, classes: entries with a row per object query, and per class and "no object".
         places: where a detector of a given configuration has each of its arrays.
     """
 
@@ -61,8 +60,6 @@ class Layout:
     stages: re.Pattern
     encoder: re.Pattern
     decoder: re.Pattern
-    queries: str
-    classes: str
     places: Callable[[DetrConfig], Iterator[Place]]
 
 
@@ -194,8 +191,6 @@ def _hugging_face_native(config: DetrConfig) -> Iterator[Place]:
 _HUGGING_FACE_SIZES = {
     "encoder": re.compile(r"model\.encoder\.layers\.(\d+)\."),
     "decoder": re.compile(r"model\.decoder\.layers\.(\d+)\."),
-    "queries": "model.query_position_embeddings.weight",
-    "classes": "class_labels_classifier.weight",
 }
 
 LAYOUTS = (
@@ -204,8 +199,6 @@ LAYOUTS = (
         stages=re.compile(r"backbone\.0\.body\.layer(\d+)\.(\d+)\."),
         encoder=re.compile(r"transformer\.encoder\.layers\.(\d+)\."),
         decoder=re.compile(r"transformer\.decoder\.layers\.(\d+)\."),
-        queries="query_embed.weight",
-        classes="class_embed.weight",
         places=_official,
     ),
     Layout(

@@ -108,4 +108,5 @@ def _read_official(path: Path) -> tuple[Mapping[str, Entry], Facts]:
         raise InputError(f"{path} is no official checkpoint: it must hold a dictionary of tensors under 'model'")
     arguments = vars(checkpoint.get("args", argparse.Namespace()))
     entries = {name: (value.float() if value.is_floating_point() else value).numpy() for name, value in state.items()}
-    return entries, Facts(dilation=arguments.get("dilation"), heads=arguments.get("nheads"))
+    heads = arguments.get("nheads")
+    return entries, Facts(dilation=arguments.get("dilation"), encoder_heads=heads, decoder_heads=heads)

@@ -1,8 +1,10 @@
 """Our own files: safetensors with NNX state paths as names, and a header that says which detector they hold."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -11,15 +13,20 @@ from detr_jax.convert.checkpoint import Checkpoint, Entry
 from detr_jax.convert.preset import check_preset
 from detr_jax.errors import InputError
 from detr_jax.files import replacing
-from detr_jax.models.detr.config import DetrConfig, config_from_json, config_to_json
+from detr_jax.models.registry import ARCHITECTURES, architecture_of, config_from_json
 
 FORMAT = "detr-jax"
-VERSION = 1
+VERSION = 2
 
 
-def write_checkpoint(path: Path, config: DetrConfig, arrays: Mapping[str, np.ndarray]) -> None:
+def write_checkpoint(path: Path, config: Any, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes a detector's arrays by name. The file appears under its name only once it is whole."""
-    header = {"format": FORMAT, "format_version": str(VERSION), "config": json.dumps(config_to_json(config))}
+    header = {
+        "format": FORMAT,
+        "format_version": str(VERSION),
+        "architecture": architecture_of(config),
+        "config": json.dumps(dataclasses.asdict(config)),
+    }
     with replacing(path) as temporary:
         safetensors.numpy.save_file(dict(arrays), temporary, metadata=header)
 
@@ -37,8 +44,11 @@ def own_checkpoint(
         raise InputError(f"{source} is damaged: its format_version is {version!r}, not a number")
     if int(version) > VERSION:
         raise InputError(f"{source} has format version {version}; this detr-jax reads up to {VERSION}: update it")
+    architecture = header.get("architecture", "detr")  # version 1 knew no other
+    if architecture not in ARCHITECTURES:
+        raise InputError(f"{source} holds a detector of architecture {architecture!r}; known are {[*ARCHITECTURES]}")
     try:
-        config = config_from_json(json.loads(header["config"]))
+        config = config_from_json(architecture, json.loads(header["config"]))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(f"{source} is damaged: its header describes no detector ({error!r})") from error
     check_preset(source, config, preset)

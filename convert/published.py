@@ -1,6 +1,5 @@
 """Published checkpoints: which layout their entries have, and which detector they are."""
 
-import dataclasses
 import json
 import re
 import warnings
@@ -12,7 +11,7 @@ from detr_jax.convert.checkpoint import Checkpoint, Entry
 from detr_jax.convert.layouts import LAYOUTS, Layout
 from detr_jax.convert.preset import check_preset
 from detr_jax.errors import InputError
-from detr_jax.models.detr.config import BackboneConfig, DetrConfig, preset_config
+from detr_jax.models import BackboneConfig, DetrConfig, preset_config
 from detr_jax.models.labels import COCO_LABELS
 
 # torch's BatchNorm counts its training steps. Nothing reads the count of a frozen one, but facebook/detr-resnet-50 on
@@ -29,12 +28,13 @@ class Facts:
     Attributes:
         dilation: whether the last stage is dilated (DC5).
         labels: class names.
-        heads: of the attention.
+        encoder_heads, decoder_heads: of the attention.
     """
 
     dilation: bool | None = None
     labels: tuple[str, ...] | None = None
-    heads: int | None = None
+    encoder_heads: int | None = None
+    decoder_heads: int | None = None
 
 
 def published_checkpoint(
@@ -56,15 +56,35 @@ def published_checkpoint(
     layout = _recognise(source, entries)
     depths, encoder_layers, decoder_layers = _sizes(layout, entries)
     defaults = DetrConfig(BackboneConfig(depths))
-    config = dataclasses.replace(
-        defaults,
-        backbone=BackboneConfig(depths, dilate_last=_dilation(source, facts, preset)),
-        labels=_labels(source, facts, _rows(entries, layout.classes, defaults.classes + 1) - 1),
-        heads=facts.heads or defaults.heads,
+    theirs = {place.ours: place.theirs for place in layout.places(defaults)}
+
+    def rows(ours: str, default: int) -> int:
+        """Length of an entry; the default leaves it to the checkpoint to report one that is missing or has no axes."""
+        entry = entries.get(theirs[ours])
+        return entry.shape[0] if entry is not None and entry.shape else default
+
+    widths = enumerate(defaults.backbone.widths)
+    backbone = BackboneConfig(
+        depths,
+        widths=tuple(rows(f"backbone.stages.{i}.0.conv1.norm.scale", width) for i, width in widths),
+        stem_width=rows("backbone.stem.norm.scale", defaults.backbone.stem_width),
+        dilate_last=_dilation(source, facts, preset),
+    )
+    config = DetrConfig(
+        backbone,
+        labels=_labels(source, facts, rows("class_head.bias", defaults.classes + 1) - 1),
+        d_model=rows("transformer.decoder_norm.scale", defaults.d_model),
+        encoder_heads=facts.encoder_heads or defaults.encoder_heads,
+        decoder_heads=facts.decoder_heads or defaults.decoder_heads,
+        encoder_ffn_dim=rows("transformer.encoder.0.ffn.b_in", defaults.encoder_ffn_dim),
+        decoder_ffn_dim=rows("transformer.decoder.0.ffn.b_in", defaults.decoder_ffn_dim),
         encoder_layers=encoder_layers,
         decoder_layers=decoder_layers,
-        queries=_rows(entries, layout.queries, defaults.queries),
+        queries=rows("transformer.queries", defaults.queries),
     )
+    for part, heads in (("encoder", config.encoder_heads), ("decoder", config.decoder_heads)):
+        if config.d_model % heads:
+            raise InputError(f"{source}: {config.d_model} features cannot be divided among {heads} {part} heads")
     check_preset(source, config, preset)
     return Checkpoint(source, layout.name, config, entries, tuple(layout.places(config)))
 
@@ -80,12 +100,11 @@ def read_hugging_face_config(path: Path) -> Facts:
         names = {int(index): name for index, name in values.get("id2label", {}).items()}
     except (ValueError, AttributeError) as error:
         raise InputError(f"{path} is not a configuration of Hugging Face: {error}") from error
-    heads = values.get("encoder_attention_heads", DetrConfig.heads)
+    heads = (values.get(f"{part}_attention_heads", DetrConfig.encoder_heads) for part in ("encoder", "decoder"))
     required = {
         "model_type": "detr",
         "activation_function": "relu",
         "position_embedding_type": "sine",
-        "decoder_attention_heads": heads,
     }
     for name, value in required.items():
         if (found := values.get(name, value)) != value:
@@ -93,7 +112,7 @@ def read_hugging_face_config(path: Path) -> Facts:
     if sorted(names) != list(range(len(names))):
         raise InputError(f"{path}: id2label must name the classes 0 to {len(names) - 1}, but has {sorted(names)}")
     labels = tuple("" if names[index] == "N/A" else names[index] for index in range(len(names)))
-    return Facts(bool(values.get("dilation", False)), labels or None, heads)
+    return Facts(bool(values.get("dilation", False)), labels or None, *heads)
 
 
 def _recognise(source: str, names: Iterable[str]) -> Layout:
@@ -117,11 +136,6 @@ def _sizes(layout: Layout, names: Iterable[str]) -> tuple[tuple[int, ...], int, 
     first = min(int(stage) for stage, _ in blocks)
     depths = tuple(count(block for stage, block in blocks if int(stage) == first + index) for index in range(STAGES))
     return depths, layers(layout.encoder), layers(layout.decoder)
-
-
-def _rows(entries: Mapping[str, Entry], name: str, default: int) -> int:
-    """Length of an entry; `default` leaves it to the checkpoint to report one that is missing or has no axes."""
-    return entries[name].shape[0] if name in entries and entries[name].shape else default
 
 
 def _dilation(source: str, facts: Facts, preset: str | None) -> bool:

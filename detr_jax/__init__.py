@@ -10,7 +10,7 @@ from detr_jax.evaluation.inspection import FFNActivity
 from detr_jax.load import load, load_sparse, save
 from detr_jax.methods import log_odds
 from detr_jax.models import DETR, DetrConfig, DetrOutputs, preset_config
-from detr_jax.models.detr.postprocess import ImageDetections
+from detr_jax.models.detections import ImageDetections
 from detr_jax.models.parameters import fingerprint
 from detr_jax.plan import Plan, load_plan, push_plan, save_plan
 from detr_jax.sparse import SparseDETR

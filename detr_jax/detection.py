@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 from detr_jax.data.dataset import Dataset
 from detr_jax.data.image_list import GivenImages, ImageLike, as_list, is_many
 from detr_jax.errors import InputError
-from detr_jax.models import DETR, Selectors
-from detr_jax.models.detr.postprocess import ImageDetections, in_image
+from detr_jax.models import Detector, Selectors
+from detr_jax.models.detections import ImageDetections, in_image
 
 if TYPE_CHECKING:
     from detr_jax.sparse import SparseDETR
 
 
 def detect(
-    model: DETR | SparseDETR,
+    model: Detector | SparseDETR,
     images: ImageLike | Sequence[ImageLike],
     threshold: float = 0.7,
     *,
@@ -62,7 +62,7 @@ def detect(
 
 
 def detect_each(
-    model: DETR | SparseDETR,
+    model: Detector | SparseDETR,
     dataset: Dataset,
     threshold: float,
     *,
@@ -78,7 +78,7 @@ def detect_each(
     passes = predictions(model, dataset, batch_size, selectors=selectors, progress=False)
     for batch, _, detections in passes:
         for i in batch.valid.nonzero()[0]:
-            yield int(batch.image_ids[i]), in_image(detections, i, threshold, model.config.labels)
+            yield int(batch.image_ids[i]), in_image(detections, i, threshold, model.labels)
 
 
 def check_threshold(threshold: float) -> None:

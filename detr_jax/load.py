@@ -7,12 +7,12 @@ import numpy as np
 from flax import nnx
 
 from detr_jax import hub
-from detr_jax.calibration.permutation import permute_neurons
 from detr_jax.convert import Checkpoint, open_checkpoint, write_checkpoint
 from detr_jax.errors import InputError, MissingFileError
 from detr_jax.kernels import Execution
-from detr_jax.models import DETR, PRESETS
+from detr_jax.models import PRESETS, Detector
 from detr_jax.models.parameters import named_parameters
+from detr_jax.models.registry import make_detector
 from detr_jax.plan.plan import Plan, load_plan
 from detr_jax.sparse import SparseDETR
 from detr_jax.weights import EMBEDDED, detector_file
@@ -31,7 +31,7 @@ _REMEDY = (
 )
 
 
-def load(name_or_path: str | Path, preset: str | None = None, dtype: jnp.dtype = jnp.float32) -> DETR:
+def load(name_or_path: str | Path, preset: str | None = None, dtype: jnp.dtype = jnp.float32) -> Detector:
     """A detector with its trained parameters, which are float32 whatever `dtype` is.
 
     Args:
@@ -66,7 +66,7 @@ def load(name_or_path: str | Path, preset: str | None = None, dtype: jnp.dtype =
 
 
 def load_sparse(
-    model: str | Path | DETR,
+    model: str | Path | Detector,
     plan: str | Path | Plan | None = None,
     *,
     implementation: str | Execution | None = None,
@@ -98,7 +98,7 @@ def load_sparse(
     >>> model.detect(ScenesDataset("val", 1)[0].image).names
     ('ring', 'star', 'cross')
     """
-    if isinstance(model, DETR):
+    if isinstance(model, Detector):
         if plan is None:
             raise InputError("a detector does not say where its plan is: pass plan=, a path, a hub id or a Plan")
         dense = model
@@ -108,23 +108,23 @@ def load_sparse(
         sparse = SparseDETR.of(dense, plan)
     else:
         loaded = load_plan(_own_plan(model) if plan is None else plan, dense)
-        sparse = SparseDETR(permute_neurons(dense, loaded.orders), loaded)
+        sparse = SparseDETR(dense.with_permutations(loaded.orders), loaded)
     return sparse if implementation is None else sparse.with_implementation(implementation)
 
 
-def save(model: DETR, path: str | Path) -> None:
+def save(model: Detector, path: str | Path) -> None:
     """Writes a detector's configuration and parameters to a safetensors file, which `load` reads."""
     arrays = {name: np.asarray(array) for name, array in named_parameters(model).items()}
     write_checkpoint(Path(path), model.config, arrays)
 
 
-def build(checkpoint: Checkpoint, dtype: jnp.dtype = jnp.float32) -> DETR:
+def build(checkpoint: Checkpoint, dtype: jnp.dtype = jnp.float32) -> Detector:
     """The detector of an opened checkpoint. No parameter is initialised, and each is placed as it is read.
 
     Raises:
         ValueError: if entries are missing, left over or misshapen, or hold NaN or infinite values.
     """
-    abstract = nnx.eval_shape(lambda: DETR(checkpoint.config, dtype=dtype, rngs=nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: make_detector(checkpoint.config, dtype=dtype, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(abstract)
     leaves = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
     arrays = checkpoint.arrays({name: leaf.shape for name, (_, leaf) in leaves.items()})

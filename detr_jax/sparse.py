@@ -4,20 +4,20 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from detr_jax.calibration.permutation import permute_neurons
 from detr_jax.data.image_list import ImageLike
 from detr_jax.detection import detect
 from detr_jax.errors import InputError
 from detr_jax.evaluation.inspection import FFNActivity, FFNExecution, activity, execution_report
 from detr_jax.kernels import IMPLEMENTATIONS, Execution
 from detr_jax.methods import at_threshold, executed
-from detr_jax.models import DETR, DetrConfig, DetrOutputs, ImageTokens, Selectors
-from detr_jax.models.detr.postprocess import ImageDetections
+from detr_jax.models import Detector, Outputs, Preprocessing, Selectors
+from detr_jax.models.detections import Detections, ImageDetections
 from detr_jax.models.parameters import fingerprint
 from detr_jax.plan.checks import check_fit
 from detr_jax.plan.plan import Plan, load_plan
@@ -38,11 +38,11 @@ class SparseDETR:
         plan: what makes it sparse.
     """
 
-    detector: DETR
+    detector: Detector
     plan: Plan
 
     @classmethod
-    def of(cls, model: DETR, plan: Plan) -> "SparseDETR":
+    def of(cls, model: Detector, plan: Plan) -> "SparseDETR":
         """A detector in its own order, with a plan that was made for it.
 
         Raises:
@@ -51,12 +51,22 @@ class SparseDETR:
         if plan.fingerprint != (own := fingerprint(model)):
             raise InputError(f"the plan was made for the detector {plan.fingerprint[:12]}, this one is {own[:12]}")
         check_fit(plan.selectors, plan.orders, model, "the plan")
-        return cls(permute_neurons(model, plan.orders), plan)
+        return cls(model.with_permutations(plan.orders), plan)
 
     @property
-    def config(self) -> DetrConfig:
+    def config(self) -> Any:
         """Of the detector."""
         return self.detector.config
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """Of the detector's images."""
+        return self.detector.preprocessing
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the detector's classes."""
+        return self.detector.labels
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -64,9 +74,9 @@ class SparseDETR:
         return self.detector.dtype
 
     @property
-    def dense(self) -> DETR:
+    def dense(self) -> Detector:
         """The frozen detector as it was loaded, its neurons in their own order."""
-        return permute_neurons(self.detector, {name: np.argsort(order) for name, order in self.plan.orders.items()})
+        return self.detector.with_permutations({name: np.argsort(order) for name, order in self.plan.orders.items()})
 
     def __call__(
         self,
@@ -74,28 +84,32 @@ class SparseDETR:
         pixel_mask: jax.Array | None = None,
         *,
         selectors: Selectors | None = None,
-        auxiliary: bool = False,
         trace: bool = False,
-    ) -> DetrOutputs:
-        """Detects objects; arguments and errors as of `DETR`, but `selectors` None are the plan's, and {} is dense."""
+        **options: Any,
+    ) -> Any:
+        """Outputs as of the dense detector, but `selectors` None are the plan's, and {} is dense."""
         selectors = self.plan.selectors if selectors is None else selectors
-        return self.detector(pixel_values, pixel_mask, selectors=selectors, auxiliary=auxiliary, trace=trace)
+        return self.detector(pixel_values, pixel_mask, selectors=selectors, trace=trace, **options)
 
-    def embed(self, pixel_values: jax.Array, pixel_mask: jax.Array, valid: jax.Array) -> ImageTokens:
-        """The part before the transformer, as `DETR.embed`."""
+    def embed(self, pixel_values: jax.Array, pixel_mask: jax.Array, valid: jax.Array) -> Any:
+        """The part before the transformer, see `Detector.embed`."""
         return self.detector.embed(pixel_values, pixel_mask, valid)
 
     def transform(
         self,
-        tokens: ImageTokens,
+        features: Any,
         *,
         selectors: Selectors | None = None,
-        auxiliary: bool = False,
         trace: bool = False,
-    ) -> DetrOutputs:
+        **options: Any,
+    ) -> Outputs:
         """The transformer and the heads; arguments and errors as of a call."""
         selectors = self.plan.selectors if selectors is None else selectors
-        return self.detector.transform(tokens, selectors=selectors, auxiliary=auxiliary, trace=trace)
+        return self.detector.transform(features, selectors=selectors, trace=trace, **options)
+
+    def detections(self, outputs: Any, sizes: jax.Array) -> Detections:
+        """Detections in pixels, see `Detector.detections`."""
+        return self.detector.detections(outputs, sizes)
 
     def detect(
         self, images: ImageLike | Sequence[ImageLike], threshold: float = 0.7, *, batch_size: int = 1
@@ -117,16 +131,16 @@ class SparseDETR:
         >>> import detr_jax
         >>> from detr_jax.data.scenes import ScenesDataset
         >>> model = detr_jax.load_sparse("detr-tiny")
-        >>> layers = model.inspect(*detr_jax.preprocess_images(ScenesDataset("val", 1)[0].image, model.config))
+        >>> layers = model.inspect(*detr_jax.preprocess_images(ScenesDataset("val", 1)[0].image, model.preprocessing))
         >>> list(layers)
         ['encoder.0', 'encoder.1', 'encoder.2', 'decoder.0', 'decoder.1', 'decoder.2']
-        >>> layers["encoder.0"].hidden.shape, layers["encoder.0"].grid
-        ((1, 64, 1024), (8, 8))
+        >>> layers["encoder.0"].hidden.shape, layers["encoder.0"].grids
+        ((1, 64, 1024), ((8, 8),))
         >>> bool(layers["encoder.0"].firing < layers["encoder.0"].density < 0.3)
         True
         """
         found = _inspect(self.detector, self.plan.selectors, pixel_values, pixel_mask)
-        return {name: found[name] for name in self.config.ffn_names}
+        return {name: found[name] for name in self.detector.ffn_specs()}
 
     def execution_report(self, image_size: tuple[int, int], batch_size: int = 1) -> dict[str, FFNExecution]:
         """How each FFN is computed on this device, without computing it: what ran, and why nothing faster did.
@@ -226,11 +240,11 @@ class SparseDETR:
 
 @jax.jit
 def _inspect(
-    detector: DETR, selectors: Selectors, pixel_values: jax.Array, pixel_mask: jax.Array | None
+    detector: Detector, selectors: Selectors, pixel_values: jax.Array, pixel_mask: jax.Array | None
 ) -> dict[str, FFNActivity]:
     traces = detector(pixel_values, pixel_mask, selectors=selectors, trace=True).traces
-    grid = detector.token_grid(pixel_values.shape[1:3])
-    return {name: activity(trace, grid if name.startswith("encoder") else None) for name, trace in traces.items()}
+    grids, specs = detector.token_grids(pixel_values.shape[1:3]), detector.ffn_specs()
+    return {name: activity(trace, tuple(grids[i] for i in specs[name].grids)) for name, trace in traces.items()}
 
 
 def _execution(implementation: str | Execution) -> Execution | None:

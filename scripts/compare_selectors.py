@@ -24,7 +24,7 @@ from detr_jax.calibration.activation_passes import profile_activations
 from detr_jax.calibration.activations import ActivationStatistics
 from detr_jax.calibration.allocation import cost_table, greedy, within_loss
 from detr_jax.calibration.moment_passes import measure_moments
-from detr_jax.calibration.permutation import coactivation_permutation, kmeans_permutation, permute_neurons
+from detr_jax.calibration.permutation import coactivation_permutation, kmeans_permutation
 from detr_jax.calibration.sensitivity import OutputDivergence, SensitivityTable, layer_sensitivity
 from detr_jax.calibration.threshold_passes import calibrate, measure_scores, selectors_at_densities
 from detr_jax.calibration.thresholds import density_threshold, recall_threshold
@@ -119,7 +119,8 @@ class Arguments:
 
 def check(arguments: Arguments, model: DETR) -> None:
     """Refuses what cannot be computed, before anything is."""
-    group_count(model.config.ffn_features, arguments.training.group_size)
+    for spec in model.ffn_specs().values():
+        group_count(spec.hidden, arguments.training.group_size)
     if unknown := set(arguments.methods) - set(METHODS):
         raise InputError(f"there are no selectors {sorted(unknown)}; there are {', '.join(METHODS)}")
     for density in (*arguments.densities, arguments.mgs_density):
@@ -145,7 +146,7 @@ class Workbench:
             self.orders = {name: coactivation_permutation(s.coactive, size) for name, s in statistics.items()}
         if arguments.neuron_order == "kmeans":
             self.orders = {n: kmeans_permutation(np.asarray(f.w_in[...]), size) for n, f in model.ffns.items()}
-        self.ordered = permute_neurons(model, self.orders)
+        self.ordered = model.with_permutations(self.orders)
         self.statistics = self._statistics(self.ordered, sample, "activations-ordered.safetensors")
         self.weights = self.ordered.ffn_weights()
 
@@ -170,7 +171,7 @@ class Workbench:
             path, size = arguments.out / file, arguments.training.group_size
             batch_size = arguments.training.batch_size
             self.profile = profile_activations(model, sample, batch_size, size, path, bar.update)
-        return {name: self.profile.statistics[name] for name in model.config.ffn_names}
+        return {name: self.profile.statistics[name] for name in model.ffn_specs()}
 
     def train(
         self,
@@ -199,7 +200,7 @@ class Workbench:
         self.finish_rows()
 
         def complete() -> Row:
-            return about | self.comparison.row(model.config, chosen, measured)
+            return about | self.comparison.row(model.ffn_specs(), chosen, measured)
 
         self._pending = key, self._scorer.submit(complete)
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import detr_jax
 from detr_jax.calibration.activation_passes import profile_activations
-from detr_jax.calibration.permutation import coactivation_permutation, kmeans_permutation, permute_neurons
+from detr_jax.calibration.permutation import coactivation_permutation, kmeans_permutation
 from detr_jax.calibration.threshold_passes import calibrate
 from detr_jax.calibration.thresholds import recall_threshold
 from detr_jax.commands import cli
@@ -226,7 +226,8 @@ def main(arguments: Arguments) -> None:
     if arguments.order is None:
         arguments = dataclasses.replace(arguments, order="own" if arguments.recipe == "paper" else "cofiring")
     model = replicate(detr_jax.load(arguments.model, preset=arguments.preset, dtype=jnp.dtype(arguments.dtype)))
-    group_count(model.config.ffn_features, arguments.training.group_size)
+    for spec in model.ffn_specs().values():
+        group_count(spec.hidden, arguments.training.group_size)
     for name in ("threshold", "recall"):
         if not 0 <= getattr(arguments, name) <= 1:
             raise InputError(f"--{name} must be between 0 and 1, not {getattr(arguments, name)}")
@@ -238,7 +239,7 @@ def main(arguments: Arguments) -> None:
     open_run(arguments.out, settings, OUTPUTS, resume=arguments.resume, overwrite=arguments.overwrite)
 
     orders = find_orders(model, training_data, arguments)
-    ordered = permute_neurons(model, orders)
+    ordered = model.with_permutations(orders)
     gates, images_per_second = train(ordered, training_data, arguments)
     threshold = jnp.float32(log_odds(arguments.threshold))
     uniform = {name: Thresholded(gate, threshold) for name, gate in gates.items()}

@@ -14,8 +14,8 @@ IMAGES = tuple(Path(__file__).parent / "data" / name for name in ("000000000139.
 
 def small_images(config: DetrConfig) -> list[np.ndarray]:
     """Both images, each preprocessed to the golden arrays' small size."""
-    config = dataclasses.replace(config, shortest_side=320, longest_side=480)
-    return [preprocess(pixels_of(path), config) for path in IMAGES]
+    preprocessing = dataclasses.replace(config.preprocessing, shortest_side=320, longest_side=480)
+    return [preprocess(pixels_of(path), preprocessing) for path in IMAGES]
 
 
 def padded(images: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -13,7 +13,6 @@ from commands import run
 
 import detr_jax
 from detr_jax.calibration.moment_passes import measure_moments
-from detr_jax.calibration.permutation import permute_neurons
 from detr_jax.data.batches import ImageBatches
 from detr_jax.data.coco import CocoDataset
 from detr_jax.evaluation.runs import detect_dataset
@@ -35,7 +34,7 @@ def main(inputs: Path, out: Path, *options: str) -> None:
     plan = load_plan(out / "plan.safetensors", model)
     # The implementation that leaves work out has to run on each device by itself.
     selectors = executed(plan.selectors, Execution(None, 4, implementation="xla"))
-    results = detect_dataset(permute_neurons(model, plan.orders), dataset, BATCH, selectors=selectors, progress=False)
+    results = detect_dataset(model.with_permutations(plan.orders), dataset, BATCH, selectors=selectors, progress=False)
     found = {
         "detections": np.array([[r["image_id"], r["category_id"], r["score"], *r["bbox"]] for r in results]),
         "moments": measure_moments(model, ImageBatches(model, dataset, BATCH)),

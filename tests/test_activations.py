@@ -19,11 +19,10 @@ from detr_jax.calibration.activations import (
     measure,
     save_profile,
 )
-from detr_jax.calibration.permutation import permute
 from detr_jax.data.coco import CocoDataset
 from detr_jax.data.loading import batches
 from detr_jax.models import FFNWeights
-from detr_jax.models.ffn import trace
+from detr_jax.models.ffn import permute, trace
 
 BATCH, TOKENS, D, F, SIZE = 3, 9, 5, 12, 4
 COUNTS = ("images", "tokens", "fired", "coactive", "images_fired", "hidden_magnitudes", "input_magnitudes")
@@ -179,9 +178,9 @@ def test_files_that_are_no_statistics_are_refused(coco, tmp_path):
 
 def test_kinds_of_tokens(coco):
     model = tiny_detector()
-    for batch in batches(CocoDataset(coco, "val2017"), model.config, 2):
-        kinds = object_tokens(batch, model)
-        rows, columns = model.token_grid(batch.pixel_mask.shape[1:])
+    for batch in batches(CocoDataset(coco, "val2017"), model.config.preprocessing, 2):
+        (kinds,) = object_tokens(batch, model)
+        rows, columns = model.token_grids(batch.pixel_mask.shape[1:])[0]
         targets = query_targets(batch, model.config.queries)
         for i, (boxes, mask) in enumerate(zip(batch.boxes, batch.pixel_mask, strict=False)):
             height, width = mask[:, 0].sum(), mask[0].sum()

@@ -165,12 +165,12 @@ TABLE = {
         Bad("a folder", lambda t: detect(t), AS_IMAGE),
         Bad(
             "a truncated file",
-            lambda t: detr_jax.preprocess_images(image_file(t / "cat.jpg", PIXELS, 1000), TINY_CONFIG),
+            lambda t: detr_jax.preprocess_images(image_file(t / "cat.jpg", PIXELS, 1000), TINY_CONFIG.preprocessing),
             AS_IMAGE,
         ),
         Bad(
             "grey values of 16 bits",
-            lambda t: detr_jax.preprocess_images(image_file(t / "deep.png", DEEP), TINY_CONFIG),
+            lambda t: detr_jax.preprocess_images(image_file(t / "deep.png", DEEP), TINY_CONFIG.preprocessing),
             "the grey values",
         ),
         Bad("a PIL image of 32 bits", lambda t: detect_pixels(Image.new("F", (8, 8)))),
@@ -181,7 +181,7 @@ TABLE = {
         Bad("an array without pixels", lambda t: detect(np.zeros((0, 8, 3), np.uint8))),
         Bad("nothing", lambda t: detect(None)),
         Bad("a list of numbers", lambda t: detect([1, 2])),
-        Bad("an empty list, to be preprocessed", lambda t: detr_jax.preprocess_images([], TINY_CONFIG)),
+        Bad("an empty list, to be preprocessed", lambda t: detr_jax.preprocess_images([], TINY_CONFIG.preprocessing)),
     ],
     "Arrays for a detector": [
         Bad("one image without a batch", lambda t: sparse()(np.zeros((32, 40, 3), np.float32))),
@@ -258,7 +258,7 @@ TABLE = {
         ),
         Bad("a folder without a checkpoint", lambda t: detr_jax.load(written(t / "a/readme.md", "").parent)),
         Bad("arrays of something else", lambda t: detr_jax.load(detector_file(t, header={"format": "other"}))),
-        Bad("a newer version", lambda t: detr_jax.load(detector_file(t, header={"format_version": "2"}))),
+        Bad("a newer version", lambda t: detr_jax.load(detector_file(t, header={"format_version": "3"}))),
         Bad("a header without a description", lambda t: detr_jax.load(detector_file(t, header={"config": None}))),
         Bad("a missing array", lambda t: detr_jax.load(detector_file(t, arrays={"class_head.bias": None}))),
         Bad("an array too much", lambda t: detr_jax.load(detector_file(t, arrays={"extra": np.zeros(2)}))),
@@ -353,7 +353,7 @@ CASES = [(section, bad) for section, table in TABLE.items() for bad in table]
 
 
 def detect_pixels(image: Image.Image) -> None:
-    detr_jax.preprocess_images(image, TINY_CONFIG)
+    detr_jax.preprocess_images(image, TINY_CONFIG.preprocessing)
 
 
 def said(bad: Bad, folder: Path) -> str:

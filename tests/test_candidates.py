@@ -10,13 +10,12 @@ from detr_jax.calibration.activations import measure
 from detr_jax.calibration.allocation import undominated
 from detr_jax.calibration.moment_passes import measure_kept
 from detr_jax.calibration.moments import moments_of
-from detr_jax.calibration.permutation import permute
 from detr_jax.calibration.threshold_passes import collect_scores
 from detr_jax.data.batches import CachedBatches
 from detr_jax.evaluation.counts import count_activity
 from detr_jax.kernels import Execution, ffn
 from detr_jax.methods import Pooled, sketch
-from detr_jax.models.ffn import forward, trace
+from detr_jax.models.ffn import forward, permute, trace
 from detr_jax.models.standalone import FFNInputs, StandaloneFFNs
 from detr_jax.search.candidates import CANDIDATE_KINDS, DYNAMIC, Material, candidates_of, reconstructed
 

@@ -49,7 +49,7 @@ def test_output_change_is_divergence_and_distance_of_likely_objects():
 
 
 def test_the_work_that_is_left(model):
-    d, features = TINY_CONFIG.d_model, TINY_CONFIG.ffn_features
+    d, features = TINY_CONFIG.d_model, TINY_CONFIG.encoder_ffn_dim
     counts = ActivityCounts(*[100, 10, 25, 10, 50, 10, 25, 10, 40, 20])
     gate = LinearGate(jnp.zeros((d, 4)), jnp.zeros(4))
     share = remaining_share(
@@ -76,7 +76,7 @@ def test_rows_are_compared_with_the_dense_detector(model, dataset, embedded):
     comparison = Comparison(embedded, dataset.ground_truth(), dense_flops(model, 32, 40), 4, model)
 
     def measure(selectors):
-        return comparison.row(model.config, selectors, comparison.detect(model, selectors))
+        return comparison.row(model.ffn_specs(), selectors, comparison.detect(model, selectors))
 
     dense = measure({})
     assert dense["AP_minus_dense"] == 0 and dense["AP_minus_dense_interval"] == (0, 0)

@@ -11,7 +11,7 @@ from detr_jax.data.features import backbone_features
 from detr_jax.evaluation.padding import padding_effect
 from detr_jax.evaluation.runs import coco_results, detect, detect_dataset, measure_dataset, predictions
 from detr_jax.models import Selection
-from detr_jax.models.detr.postprocess import Detections
+from detr_jax.models.detections import Detections
 
 SIZES = [(20, 30), (30, 20), (20, 30), (20, 29)]
 
@@ -91,7 +91,7 @@ def test_measuring_detects_the_same_and_counts_every_image_once(model, dataset):
         np.testing.assert_allclose(one["score"], other["score"], atol=1e-5)
     assert tuple(measured.counts) == TINY_CONFIG.ffn_names
     encoder, decoder = measured.counts.values()
-    assert decoder.neurons == len(SIZES) * TINY_CONFIG.queries * TINY_CONFIG.ffn_features
+    assert decoder.neurons == len(SIZES) * TINY_CONFIG.queries * TINY_CONFIG.encoder_ffn_dim
     assert decoder.group_sparsity == 0 and encoder.group_sparsity == 0.5
 
 

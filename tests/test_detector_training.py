@@ -13,6 +13,7 @@ import detr_jax
 from detr_jax.data import scenes
 from detr_jax.data.dataset import Example
 from detr_jax.data.scenes import SIDE, render_scene
+from detr_jax.models import Preprocessing
 from detr_jax.models.labels import SCENES_LABELS
 from detr_jax.models.parameters import named_parameters
 from detr_jax.training.detector.train import (
@@ -24,7 +25,7 @@ from detr_jax.training.detector.train import (
 )
 
 SCRIPT = Path(__file__).parent.parent / "scripts/train_detector.py"
-CONFIG = dataclasses.replace(TINY_CONFIG, labels=SCENES_LABELS, shortest_side=SIDE, longest_side=2 * SIDE)
+CONFIG = dataclasses.replace(TINY_CONFIG, labels=SCENES_LABELS, preprocessing=Preprocessing(SIDE, 2 * SIDE))
 TRAINING = DetectorTraining(steps=4, batch_size=2, warmup_steps=1, checkpoint_steps=2)
 
 

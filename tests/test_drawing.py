@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from detr_jax.models.detr.postprocess import ImageDetections
+from detr_jax.models.detections import ImageDetections
 from detr_jax.models.labels import COCO_LABELS
 from detr_jax.viz.boxes import MIN_SIDE, colour, draw_detections
 

@@ -37,7 +37,7 @@ def data(coco):
 
 def sparse_detector(threshold: float = 0.0) -> detr_jax.SparseDETR:
     model, rng = tiny_detector(2), np.random.default_rng(1)
-    shape = (model.config.d_model, model.config.ffn_features // 4)
+    shape = (model.config.d_model, model.config.encoder_ffn_dim // 4)
     gate = LinearGate(jnp.asarray(rng.normal(0, 1, shape), jnp.float32), jnp.zeros(shape[1]))
     selectors = dict.fromkeys(model.config.ffn_names, Thresholded(gate, jnp.float32(threshold)))
     return detr_jax.SparseDETR.of(model, detr_jax.Plan("mgs", detr_jax.fingerprint(model), selectors, {}, {}, {}, {}))

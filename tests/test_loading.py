@@ -14,6 +14,7 @@ from detr_jax.data.loading import batches, layout_batches, padded_size
 from detr_jax.data.prefetch import dispatch_ahead, processes_for
 from detr_jax.data.scenes import ScenesDataset
 from detr_jax.data.transforms import preprocess, resized_size
+from detr_jax.models import Preprocessing
 
 R50, TINY = preset_config("detr-r50"), preset_config("detr-tiny")
 SIZES = [(20, 30), (30, 20), (20, 30), (16, 16), (40, 44), (8, 60), (20, 31)]
@@ -35,8 +36,8 @@ def test_padded_sizes_are_few_and_large_enough():
     for config in (R50, preset_config("detr-r50-dc5"), TINY):
         stride, shapes = config.backbone.stride, set()
         for size in rng.integers(100, 1500, (2000, 2)):
-            resized = resized_size(size, config.shortest_side, config.longest_side)
-            padded = padded_size(resized, config)
+            resized = resized_size(size, config.preprocessing.shortest_side, config.preprocessing.longest_side)
+            padded = padded_size(resized, config.preprocessing)
             assert padded[0] >= resized[0]
             assert padded[1] >= resized[1]
             assert padded[0] % stride == padded[1] % stride == 0
@@ -58,25 +59,25 @@ def test_padded_sizes_are_few_and_large_enough():
     ],
 )
 def test_padded_size(size, config, padded):
-    assert padded_size(size, config) == padded
+    assert padded_size(size, config.preprocessing) == padded
 
 
 def test_scenes_are_not_padded():
-    layouts = layout_batches(ScenesDataset("val").image_sizes(), TINY, 32)
+    layouts = layout_batches(ScenesDataset("val").image_sizes(), TINY.preprocessing, 32)
     assert {layout.shape for layout in layouts} == {(32, 128, 128)}
-    (batch,) = batches(ScenesDataset("val", images=2), TINY, 2)
+    (batch,) = batches(ScenesDataset("val", images=2), TINY.preprocessing, 2)
     assert batch.pixel_mask.all()
 
 
 def test_every_image_is_loaded_once(dataset):
     seen = []
-    for batch in batches(dataset, TINY_CONFIG, 2):
+    for batch in batches(dataset, TINY_CONFIG.preprocessing, 2):
         assert batch.pixel_values.dtype == np.float32
         assert batch.pixel_values.shape[:3] == batch.pixel_mask.shape
         assert len(batch.boxes) == len(batch.labels) == batch.valid.sum()
         for i in range(2):
             index = int(batch.image_ids[i]) - 1
-            expected = preprocess(dataset[index].image, TINY_CONFIG)
+            expected = preprocess(dataset[index].image, TINY_CONFIG.preprocessing)
             height, width, _ = expected.shape
             np.testing.assert_array_equal(batch.pixel_values[i, :height, :width], expected)
             assert batch.pixel_mask[i, :height, :width].all()
@@ -90,7 +91,7 @@ def test_every_image_is_loaded_once(dataset):
 
 
 def test_a_batch_is_filled_up_with_copies(dataset):
-    portrait = [b for b in batches(dataset, TINY_CONFIG, 4) if 2 in b.image_ids]
+    portrait = [b for b in batches(dataset, TINY_CONFIG.preprocessing, 4) if 2 in b.image_ids]
     (batch,) = portrait
     assert batch.valid.tolist() == [True, False, False, False]
     assert batch.image_ids.tolist() == [2, 2, 2, 2]
@@ -99,7 +100,7 @@ def test_a_batch_is_filled_up_with_copies(dataset):
 
 
 def test_exact_shapes_have_neither_padding_nor_copies(dataset):
-    loaded = list(batches(dataset, TINY_CONFIG, 4, exact=True))
+    loaded = list(batches(dataset, TINY_CONFIG.preprocessing, 4, exact=True))
     assert all(batch.pixel_mask.all() and batch.valid.all() for batch in loaded)
     assert sorted(len(batch.valid) for batch in loaded) == [1, 1, 1, 1, 1, 2]
 
@@ -108,7 +109,7 @@ def test_the_order_is_a_function_of_seed_and_epoch():
     sizes = np.random.default_rng(0).integers(300, 700, (100, 2))
 
     def layouts(**options):
-        return layout_batches(sizes, R50, 8, **options)
+        return layout_batches(sizes, R50.preprocessing, 8, **options)
 
     assert layouts(shuffle_seed=1, epoch=2) == layouts(shuffle_seed=1, epoch=2)
     for other in ({"shuffle_seed": 1, "epoch": 3}, {"shuffle_seed": 2, "epoch": 2}, {}):
@@ -118,33 +119,33 @@ def test_the_order_is_a_function_of_seed_and_epoch():
 
 
 def test_start_goes_on_exactly(dataset):
-    everything = list(batches(dataset, TINY_CONFIG, 2, shuffle_seed=3, epoch=1))
-    rest = list(batches(dataset, TINY_CONFIG, 2, shuffle_seed=3, epoch=1, start=2))
+    everything = list(batches(dataset, TINY_CONFIG.preprocessing, 2, shuffle_seed=3, epoch=1))
+    rest = list(batches(dataset, TINY_CONFIG.preprocessing, 2, shuffle_seed=3, epoch=1, start=2))
     assert len(rest) == len(everything) - 2
     assert all(map(equal, rest, everything[2:]))
-    assert list(batches(dataset, TINY_CONFIG, 2, start=len(everything))) == []
+    assert list(batches(dataset, TINY_CONFIG.preprocessing, 2, start=len(everything))) == []
     for start in (-1, len(everything) + 1):
         with pytest.raises(ValueError, match=f"start at batch {start} of {len(everything)}"):
-            batches(dataset, TINY_CONFIG, 2, start=start)
+            batches(dataset, TINY_CONFIG.preprocessing, 2, start=start)
 
 
 def test_a_batch_needs_an_image(dataset):
     with pytest.raises(ValueError, match="at least one image, not 0"):
-        batches(dataset, TINY_CONFIG, 0)
+        batches(dataset, TINY_CONFIG.preprocessing, 0)
 
 
 def test_errors_of_the_background_arrive_as_they_are(dataset, tmp_path):
     (tmp_path / "val2017/000000000004.png").write_text("no image")
     with pytest.raises(ValueError, match=r"cannot read .*000000000004\.png"):
-        list(batches(dataset, TINY_CONFIG, 2))
+        list(batches(dataset, TINY_CONFIG.preprocessing, 2))
 
 
 def test_processes_load_what_threads_do(dataset, tmp_path):
     """And an error in one of them arrives as it is."""
-    expected = list(batches(dataset, TINY_CONFIG, 2, processes=0))
+    expected = list(batches(dataset, TINY_CONFIG.preprocessing, 2, processes=0))
     broken = max(max(batch.image_ids.tolist()) for batch in expected[2:])
     (tmp_path / f"val2017/{broken:012}.png").write_text("no image")
-    loaded = batches(dataset, TINY_CONFIG, 2, processes=1)
+    loaded = batches(dataset, TINY_CONFIG.preprocessing, 2, processes=1)
     for batch in expected:
         if broken in batch.image_ids:
             break
@@ -173,5 +174,5 @@ def test_the_next_item_is_asked_for_before_one_is_given():
 
 
 def test_photographs_fit_the_embedded_detector(dataset):
-    config = dataclasses.replace(TINY_CONFIG, shortest_side=128, longest_side=213)
-    assert sum(batch.valid.sum() for batch in batches(dataset, config, 3)) == len(SIZES)
+    config = dataclasses.replace(TINY_CONFIG, preprocessing=Preprocessing(128, 213))
+    assert sum(batch.valid.sum() for batch in batches(dataset, config.preprocessing, 3)) == len(SIZES)

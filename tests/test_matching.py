@@ -11,19 +11,19 @@ from detr_jax.training.detector.matching import match
 QUERIES, OBJECTS, CLASSES = 5, 4, 3
 
 
-def ffn_shape(seed):
+def problem(seed):
     rng = np.random.default_rng(seed)
     return (
-        jnp.asarray(rng.normal(0, 2, (QUERIES, CLASSES + 1)), jnp.float32),
+        jax.nn.softmax(jnp.asarray(rng.normal(0, 2, (QUERIES, CLASSES + 1)), jnp.float32)),
         jnp.asarray(rng.uniform(0.1, 0.6, (QUERIES, 4)), jnp.float32),
         jnp.asarray(rng.integers(0, CLASSES, OBJECTS), jnp.int32),
         jnp.asarray(rng.uniform(0.1, 0.6, (OBJECTS, 4)), jnp.float32),
     )
 
 
-def cheapest(logits, boxes, labels, target_boxes, count):
+def cheapest(probabilities, boxes, labels, target_boxes, count):
     """Queries of the first `count` objects by trying all assignments, with DETR's costs."""
-    probability = np.asarray(jax.nn.softmax(logits))[:, labels]
+    probability = np.asarray(probabilities)[:, labels]
     distance = np.abs(np.asarray(boxes)[:, None] - np.asarray(target_boxes)[None]).sum(-1)
     cost = 5 * distance - probability - 2 * np.asarray(generalised_iou(boxes[:, None], target_boxes[None]))
     assignments = itertools.permutations(range(QUERIES), count)
@@ -35,30 +35,30 @@ def test_against_all_assignments(count):
     valid = jnp.arange(OBJECTS) < count
     matched = jax.jit(match)
     for seed in range(10):
-        logits, boxes, labels, target_boxes = ffn_shape(seed)
-        queries = matched(logits, boxes, labels, target_boxes, valid).tolist()
-        assert tuple(queries[:count]) == cheapest(logits, boxes, labels, target_boxes, count)
+        probabilities, boxes, labels, target_boxes = problem(seed)
+        queries = matched(probabilities, boxes, labels, target_boxes, valid).tolist()
+        assert tuple(queries[:count]) == cheapest(probabilities, boxes, labels, target_boxes, count)
         assert len(set(queries)) == OBJECTS
 
 
 def test_padding_does_not_matter():
-    logits, boxes, labels, target_boxes = ffn_shape(0)
+    probabilities, boxes, labels, target_boxes = problem(0)
     valid = jnp.array([True, False, True, False])
     other_labels = jnp.where(valid, labels, 0)
     other_boxes = jnp.where(valid[:, None], target_boxes, 0.5)
-    first = match(logits, boxes, labels, target_boxes, valid)
-    second = match(logits, boxes, other_labels, other_boxes, valid)
+    first = match(probabilities, boxes, labels, target_boxes, valid)
+    second = match(probabilities, boxes, other_labels, other_boxes, valid)
     np.testing.assert_array_equal(first[valid], second[valid])
 
 
 def test_as_many_objects_as_queries():
-    logits, boxes, _, _ = ffn_shape(1)
+    probabilities, boxes, _, _ = problem(1)
     order = jnp.array([3, 0, 4, 1, 2])
-    queries = match(logits, boxes, jnp.zeros(QUERIES, jnp.int32), boxes[order], jnp.ones(QUERIES, bool))
+    queries = match(probabilities, boxes, jnp.zeros(QUERIES, jnp.int32), boxes[order], jnp.ones(QUERIES, bool))
     np.testing.assert_array_equal(queries, order)
 
 
 def test_more_objects_than_queries():
-    logits, boxes, labels, target_boxes = ffn_shape(0)
+    probabilities, boxes, labels, target_boxes = problem(0)
     with pytest.raises(ValueError, match="3 queries cannot be matched to 4 objects"):
-        match(logits[:3], boxes[:3], labels, target_boxes, jnp.ones(OBJECTS, bool))
+        match(probabilities[:3], boxes[:3], labels, target_boxes, jnp.ones(OBJECTS, bool))

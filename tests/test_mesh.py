@@ -113,12 +113,12 @@ def test_two_processes_give_what_one_device_gives_though_one_was_killed(inputs, 
 
 def test_hosts_load_their_own_images_of_the_same_batch(inputs, monkeypatch):
     dataset = CocoDataset(inputs, "val2017")
-    whole = list(batches(dataset, TINY_CONFIG, 8))
+    whole = list(batches(dataset, TINY_CONFIG.preprocessing, 8))
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     parts = []
     for index in range(2):
         monkeypatch.setattr(jax, "process_index", lambda index=index: index)
-        parts.append(list(batches(dataset, TINY_CONFIG, 8, mesh=EIGHT)))
+        parts.append(list(batches(dataset, TINY_CONFIG.preprocessing, 8, mesh=EIGHT)))
     assert len(whole) == len(parts[0]) == len(parts[1]) == 2 and whole[1].valid.sum() == 3
     for batch, *own in zip(whole, *parts, strict=True):
         for name in ("pixel_values", "pixel_mask"):
@@ -136,7 +136,7 @@ def test_a_batch_that_devices_cannot_share_is_refused(inputs):
     with pytest.raises(ValueError, match=r"12 images cannot be shared by 8 devices.* multiple of 8"):
         local_slice(EIGHT, 12)
     with pytest.raises(ValueError, match="6 images cannot be shared by 8 devices"):
-        batches(CocoDataset(inputs, "val2017"), TINY_CONFIG, 6, mesh=EIGHT)
+        batches(CocoDataset(inputs, "val2017"), TINY_CONFIG.preprocessing, 6, mesh=EIGHT)
     assert local_slice(None, 12) == slice(0, 12)
 
 

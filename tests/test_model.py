@@ -1,5 +1,8 @@
 """What the model accepts and returns; that it is right is for the parity tests."""
 
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +12,7 @@ from tiny import TINY_CONFIG, tiny_detector
 
 from detr_jax.methods import Oracle
 from detr_jax.models import DETR, preset_config
-from detr_jax.models.detr.config import config_from_json, config_to_json
+from detr_jax.models.registry import config_from_json
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +28,14 @@ def test_outputs_have_the_shapes_that_were_promised(model):
     outputs = model(images(), auxiliary=True, trace=True)
     assert outputs.logits.shape == (2, 5, 4) and outputs.boxes.shape == (2, 5, 4)
     assert outputs.auxiliary == ()  # there is one decoder layer only
-    rows, columns = model.token_grid((40, 56))
+    rows, columns = model.token_grids((40, 56))[0]
     assert [tokens.shape for tokens in outputs.encoder] == [(2, rows * columns, 16)] * 2
     assert outputs.traces["encoder.0"].hidden.shape == (2, rows * columns, 32)
     assert outputs.traces["decoder.0"].inputs.shape == (2, 5, 16)
 
 
 def test_odd_sizes_fill_the_token_grid(model):
-    assert model.token_grid((33, 41)) == (5, 6)
+    assert model.token_grids((33, 41)) == ((5, 6),)
     assert model(images(33, 41), trace=True).traces["encoder.0"].tokens.shape == (2, 30)
 
 
@@ -110,4 +113,4 @@ def test_an_unknown_preset_is_refused():
 @pytest.mark.parametrize("name", ["detr-r50", "detr-r101-dc5", "detr-tiny"])
 def test_a_configuration_survives_json(name):
     config = preset_config(name)
-    assert config_from_json(config_to_json(config)) == config
+    assert config_from_json("detr", json.loads(json.dumps(dataclasses.asdict(config)))) == config

@@ -8,13 +8,12 @@ from detr_jax import kernels
 from detr_jax.calibration.permutation import (
     coactivation_permutation,
     kmeans_permutation,
-    permute,
-    permute_neurons,
     top_p_permutation,
 )
 from detr_jax.calibration.top_p import TopPStatistics
 from detr_jax.methods.grouping import active_groups
 from detr_jax.models import FFNWeights
+from detr_jax.models.ffn import permute
 from detr_jax.models.parameters import fingerprint
 
 D, F, SIZE = 16, 64, 8
@@ -69,9 +68,9 @@ def test_a_detector_in_another_order_detects_the_same():
     model = tiny_detector()
     before = fingerprint(model)
     rng = np.random.default_rng(0)
-    orders = {name: rng.permutation(TINY_CONFIG.ffn_features) for name in TINY_CONFIG.ffn_names}
+    orders = {name: rng.permutation(TINY_CONFIG.encoder_ffn_dim) for name in TINY_CONFIG.ffn_names}
     images = rng.standard_normal((1, 32, 40, 3)).astype(np.float32)
-    moved = permute_neurons(model, orders)
+    moved = model.with_permutations(orders)
     own, other = (m(images, trace=True) for m in (model, moved))
     np.testing.assert_allclose(other.logits, own.logits, rtol=1e-5, atol=1e-5)
     for name, order in orders.items():

@@ -54,7 +54,7 @@ def assert_golden(outputs, golden, kind):
 @only_r50
 @pytest.mark.slow
 def test_full_size(model, golden):
-    pixels = preprocess(pixels_of(IMAGES[0]), model.config)
+    pixels = preprocess(pixels_of(IMAGES[0]), model.preprocessing)
     np.testing.assert_array_equal(pixels.shape[:2], golden["full_size"].reshape(-1))
     assert_golden(forward(model, pixels[None]), golden, "full")
 

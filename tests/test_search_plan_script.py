@@ -9,7 +9,6 @@ import pytest
 from commands import refusal, run
 
 import detr_jax
-from detr_jax.calibration.permutation import permute_neurons
 from detr_jax.plan import load_plan
 from detr_jax.search.candidates import DYNAMIC
 
@@ -51,10 +50,10 @@ def test_the_plan_does_what_was_measured(folder):
     plan = load_plan(folder / "plan.safetensors", model)
     assert plan.training["budget"] == "density=0.15"
     images = jnp.asarray(np.random.default_rng(0).standard_normal((2, 64, 64, 3)), jnp.float32)
-    outputs = jax.jit(type(model).__call__)(permute_neurons(model, plan.orders), images, jnp.ones((2, 64, 64), bool))
+    outputs = jax.jit(type(model).__call__)(model.with_permutations(plan.orders), images, jnp.ones((2, 64, 64), bool))
     dense = model(images, jnp.ones((2, 64, 64), bool))
     np.testing.assert_allclose(outputs.logits, dense.logits, atol=1e-3)  # orders change nothing
-    sparse = permute_neurons(model, plan.orders)(images, jnp.ones((2, 64, 64), bool), selectors=plan.selectors)
+    sparse = model.with_permutations(plan.orders)(images, jnp.ones((2, 64, 64), bool), selectors=plan.selectors)
     assert 1e-3 < np.abs(sparse.logits - dense.logits).max() < 20
 
 

@@ -15,7 +15,6 @@ from PIL import Image
 from tiny import TINY_CONFIG, tiny_detector
 
 import detr_jax
-from detr_jax.calibration.permutation import permute_neurons
 from detr_jax.evaluation.inspection import describe
 from detr_jax.kernels import Execution
 from detr_jax.methods import (
@@ -54,7 +53,7 @@ def dense():
 
 @pytest.fixture(scope="module")
 def plan(dense):
-    order = np.random.default_rng(1).permutation(TINY_CONFIG.ffn_features)
+    order = np.random.default_rng(1).permutation(TINY_CONFIG.encoder_ffn_dim)
     return plan_of(dense, gates(), {"encoder.0": order})
 
 
@@ -65,7 +64,7 @@ def sparse(dense, plan):
 
 @pytest.fixture(scope="module")
 def pixels():
-    return detr_jax.preprocess_images([IMAGES[0], IMAGES[2]], TINY_CONFIG)
+    return detr_jax.preprocess_images([IMAGES[0], IMAGES[2]], TINY_CONFIG.preprocessing)
 
 
 @jax.jit
@@ -79,7 +78,7 @@ def assert_same(one, other, atol=1e-5):
 
 def test_it_is_called_like_the_dense_one(dense, plan, sparse, pixels):
     by_hand = jax.jit(lambda model, selectors: model(*pixels, selectors=selectors))
-    expected = by_hand(permute_neurons(dense, plan.orders), plan.selectors)
+    expected = by_hand(dense.with_permutations(plan.orders), plan.selectors)
     outputs = call(sparse, *pixels)
     assert_same(outputs, expected)
     assert type(outputs) is detr_jax.DetrOutputs
@@ -265,13 +264,13 @@ def test_plans_go_to_the_hub(dense, plan, tmp_path, monkeypatch):
 
 
 def test_inspection(sparse, pixels):
-    padded = detr_jax.preprocess_images(IMAGES, TINY_CONFIG)
+    padded = detr_jax.preprocess_images(IMAGES, TINY_CONFIG.preprocessing)
     layers = sparse.inspect(*padded)
     assert tuple(layers) == NAMES
     encoder, decoder = layers.values()
-    rows, columns = encoder.grid
+    ((rows, columns),) = encoder.grids
     assert encoder.hidden.shape == encoder.kept.shape == (3, rows * columns, 32)
-    assert decoder.grid is None and decoder.hidden.shape == (3, 5, 32)
+    assert decoder.grids == () and decoder.hidden.shape == (3, 5, 32)
     assert not encoder.tokens.all() and decoder.tokens.all()
     traces = jax.jit(lambda model: model(*padded, trace=True).traces)(sparse)
     np.testing.assert_allclose(encoder.hidden, traces["encoder.0"].hidden, atol=1e-5)

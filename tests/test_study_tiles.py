@@ -94,7 +94,7 @@ def test_a_detector_is_measured_by_the_same_command(of_detector):
     assert orders["decoder.0"] == {"raster", "signature"}
     for sections in of_detector["sections"].values():
         for size, section in sections.items():
-            assert sum(section.values()) == TINY_CONFIG.ffn_features
+            assert sum(section.values()) == TINY_CONFIG.encoder_ffn_dim
             assert all(count % int(size) == 0 for count in section.values())
     for row in rows:
         assert 0 < row["making_up"] <= row["firing"] <= 1

@@ -8,11 +8,12 @@ from detr_jax.data.images import pixels as pixels_of
 from detr_jax.data.transforms import normalise, preprocess, resized_size
 
 HERE = Path(__file__).parent
+TINY = preset_config("detr-tiny").preprocessing
 
 
 def test_pixels_equal_the_official_ones():
     golden = np.load(HERE / "golden/official_detr_r50.npz")
-    pixels = preprocess(pixels_of(HERE / "data/000000000139.jpg"), preset_config("detr-r50"))
+    pixels = preprocess(pixels_of(HERE / "data/000000000139.jpg"), preset_config("detr-r50").preprocessing)
     assert pixels.dtype == np.float32
     assert pixels.shape == (*golden["full_size"], 3)
     channels_first = pixels.transpose(2, 0, 1)
@@ -47,4 +48,4 @@ def test_an_image_without_a_shorter_side_is_refused():
 
 def test_an_image_of_the_right_size_is_only_normalised():
     image = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
-    np.testing.assert_array_equal(preprocess(image, preset_config("detr-tiny")), normalise(image))
+    np.testing.assert_array_equal(preprocess(image, TINY), normalise(image, TINY))

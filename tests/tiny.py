@@ -12,19 +12,20 @@ from PIL import Image
 from detr_jax import DETR, DetrConfig
 from detr_jax import methods as selectors
 from detr_jax.methods import LowRankCompensation, Thresholded, low_rank_factors
-from detr_jax.models import BackboneConfig, FFNWeights, OutputLayer, Selector
+from detr_jax.models import BackboneConfig, FFNWeights, OutputLayer, Preprocessing, Selector
 
 TINY_CONFIG = DetrConfig(
     BackboneConfig(depths=(1, 1), widths=(4, 8), strides=(1, 2), stem_width=4),
     labels=("", "cat", "dog"),
     d_model=16,
-    heads=2,
-    ffn_features=32,
+    encoder_heads=2,
+    decoder_heads=2,
+    encoder_ffn_dim=32,
+    decoder_ffn_dim=32,
     encoder_layers=1,
     decoder_layers=1,
     queries=5,
-    shortest_side=32,
-    longest_side=64,
+    preprocessing=Preprocessing(32, 64),
 )
 
 

@@ -22,20 +22,20 @@ from detr_jax.data.prefetch import dispatch_ahead
 from detr_jax.errors import InputError
 from detr_jax.mesh import is_first_process, mesh_of, shard_batch, to_host
 from detr_jax.methods.grouping import group_count
-from detr_jax.models import DETR
+from detr_jax.models import Detector, FFNSpec
+from detr_jax.models.base import HasFFNs
 from detr_jax.models.parameters import fingerprint
-from detr_jax.models.standalone import HasFFNs, sum_by_name
+from detr_jax.models.standalone import sum_by_name
 from detr_jax.training.detector.losses import Targets
 from detr_jax.training.detector.matching import match
 
-ENCODER_KINDS = ("background", "object")
-"""Tokens whose centre is over no object, and over one."""
-DECODER_KINDS = ("unmatched", "matched")
-"""Object queries that the set matching leaves, and those it gives an object."""
+KINDS = {"image": ("background", "object"), "query": ("unmatched", "matched")}
+"""Image tokens whose centre is over no object, and over one; object queries that the set matching leaves, and those it
+gives an object."""
 
 
 def profile_activations(
-    model: DETR,
+    model: Detector,
     dataset: Dataset,
     batch_size: int,
     group_size: int,
@@ -60,9 +60,9 @@ def profile_activations(
             is of another detector, data set, group size or batch size.
     """
     mesh = mesh_of(model)
-    config = model.config
-    group_count(config.ffn_features, group_size)
-    kinds = {name: ENCODER_KINDS if name.startswith("encoder") else DECODER_KINDS for name in config.ffn_names}
+    kinds = {name: KINDS[spec.tokens] for name, spec in model.ffn_specs().items()}
+    for spec in model.ffn_specs().values():
+        group_count(spec.hidden, group_size)
     own = fingerprint(model)
     data = f"{dataset.name}, {len(dataset)} images in batches of {batch_size}"
     profile = ActivationProfile(own, data, group_size, kinds, 0, {})
@@ -74,7 +74,7 @@ def profile_activations(
                 f"of {group_size}; choose another file"
             )
 
-    layouts = layout_batches(dataset.image_sizes(), config, batch_size)
+    layouts = layout_batches(dataset.image_sizes(), model.preprocessing, batch_size)
     report(sum(len(layout.indices) for layout in layouts[: profile.batches]))
 
     def compute(batch: Batch) -> tuple[int, dict[str, ActivationStatistics]]:
@@ -82,11 +82,11 @@ def profile_activations(
             batch.pixel_values,
             batch.pixel_mask,
             object_tokens(batch, model),
-            query_targets(batch, config.queries),
+            query_targets(batch, model.queries),
         )
         return int(batch.valid.sum()), _measure_images(model, *shard_batch(mesh, own), group_size=group_size)
 
-    loaded = batches(dataset, config, batch_size, start=profile.batches, mesh=mesh)
+    loaded = batches(dataset, model.preprocessing, batch_size, start=profile.batches, mesh=mesh)
     for images, computed in dispatch_ahead(map(compute, loaded)):
         profile = profile.plus(to_host(computed))
         report(images)
@@ -98,18 +98,18 @@ def profile_activations(
 @partial(jax.jit, static_argnames="group_size")
 def _measure_images(model, pixel_values, pixel_mask, on_object, targets, *, group_size):
     outputs = model(pixel_values, pixel_mask, trace=True)
-    matched = _matched(outputs.logits, outputs.boxes, targets)
-    valid = on_object[:, :1] >= 0
-    token_kinds = {"encoder": on_object, "decoder": jnp.where(valid, matched, -1)}
+    matched = _matched(*model.query_predictions(outputs), targets)
+    of_queries = jnp.where(on_object[0][:, :1] >= 0, matched, -1)
+
+    def token_kinds(spec: FFNSpec) -> jax.Array:
+        if spec.tokens == "query":
+            return of_queries
+        return jnp.concatenate([on_object[grid] for grid in spec.grids], axis=1)
+
+    weights = model.ffn_weights()
     return {
-        name: measure(
-            ffn.weights(),
-            outputs.traces[name],
-            token_kinds[name.partition(".")[0]],
-            kinds_count=2,
-            group_size=group_size,
-        )
-        for name, ffn in model.ffns.items()
+        name: measure(weights[name], outputs.traces[name], token_kinds(spec), kinds_count=2, group_size=group_size)
+        for name, spec in model.ffn_specs().items()
     }
 
 
@@ -140,12 +140,14 @@ def _measure_carrier(ffns_of, batch, *, group_size):
     }
 
 
-def object_tokens(batch: Batch, model: DETR) -> np.ndarray:
-    """(own, tokens) int32: 1 for encoder tokens whose centre is over an object, 0 for others, -1 in copies."""
-    rows, columns = model.token_grid(batch.pixel_mask.shape[1:])
-    y, x = (np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")) + 0.5) * (
-        model.config.backbone.stride
-    )
+def object_tokens(batch: Batch, model: Detector) -> tuple[np.ndarray, ...]:
+    """(own, tokens) int32 of each grid: 1 for tokens whose centre is over an object, 0 for others, -1 in copies."""
+    grids = model.token_grids(batch.pixel_mask.shape[1:])
+    return tuple(_object_tokens(batch, *grid, stride) for grid, stride in zip(grids, model.strides, strict=True))
+
+
+def _object_tokens(batch: Batch, rows: int, columns: int, stride: int) -> np.ndarray:
+    y, x = (np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")) + 0.5) * stride
     kinds = np.full((len(batch.pixel_mask), rows, columns), -1, np.int32)
     for i, (boxes, mask, size) in enumerate(zip(batch.boxes, batch.pixel_mask, batch.sizes[batch.own], strict=False)):
         resized = np.array([mask[0].sum(), mask[:, 0].sum()])  # width, height
@@ -170,8 +172,8 @@ def query_targets(batch: Batch, queries: int) -> Targets:
     return Targets(labels, boxes, valid)
 
 
-def _matched(logits: jax.Array, boxes: jax.Array, targets: Targets) -> jax.Array:
+def _matched(probabilities: jax.Array, boxes: jax.Array, targets: Targets) -> jax.Array:
     """(batch, queries) int32, 1 for the queries that belong to an object."""
-    queries = jax.vmap(match)(logits, boxes, targets.labels, targets.boxes, targets.valid)
-    image = jnp.arange(len(logits))[:, None]
-    return jnp.zeros(logits.shape[:2], jnp.int32).at[image, queries].max(targets.valid.astype(jnp.int32))
+    queries = jax.vmap(match)(probabilities, boxes, targets.labels, targets.boxes, targets.valid)
+    image = jnp.arange(len(boxes))[:, None]
+    return jnp.zeros(boxes.shape[:2], jnp.int32).at[image, queries].max(targets.valid.astype(jnp.int32))

@@ -8,7 +8,8 @@ from detr_jax.data.batches import BatchSource
 from detr_jax.kernels import expand_groups
 from detr_jax.mesh import replicate_like, to_host
 from detr_jax.models import Selectors
-from detr_jax.models.standalone import HasFFNs, sum_by_name
+from detr_jax.models.base import HasFFNs
+from detr_jax.models.standalone import sum_by_name
 
 
 def measure_moments(ffns_of: HasFFNs, passes: BatchSource) -> tuple[dict[str, Moments], dict[str, Moments]]:

@@ -4,46 +4,13 @@ An FFN is the same function whatever the order of its hidden neurons; groups of 
 is an array (F,) whose entry p is the neuron that comes to position p.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from flax import nnx
 
 from detr_jax.calibration.top_p import TopPStatistics
 from detr_jax.errors import InputError
 from detr_jax.methods.grouping import group_count
-from detr_jax.models import DETR, FFNWeights
-
-
-def permute(weights: FFNWeights, order: np.ndarray) -> FFNWeights:
-    """The same function with its hidden neurons in another order.
-
-    Raises:
-        ValueError: if `order` is no permutation of the hidden neurons.
-    """
-    features = weights.w_in.shape[0]
-    if order.shape != (features,) or not np.array_equal(np.sort(order), np.arange(features)):
-        raise ValueError(f"an order of {features} hidden neurons names each of them once; got shape {order.shape}")
-    return FFNWeights(weights.w_in[order], weights.b_in[order], weights.w_out[order], weights.b_out)
-
-
-def permute_neurons(model: DETR, orders: Mapping[str, np.ndarray]) -> DETR:
-    """The same detector with the hidden neurons of some FFNs in another order; `model` stays as it is.
-
-    Args:
-        model: the detector.
-        orders: (F,) order of each FFN by name; the others keep theirs.
-
-    Raises:
-        ValueError: if an order is no permutation of the hidden neurons.
-    """
-    copy = nnx.clone(model)
-    ffns = copy.ffns
-    for name, order in orders.items():
-        for parameter, value in permute(ffns[name].parameters(), order)._asdict().items():
-            getattr(ffns[name], parameter)[...] = value
-    return copy
 
 
 def coactivation_permutation(coactive: np.ndarray, group_size: int) -> np.ndarray:

@@ -2,20 +2,23 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
 
 from detr_jax.data.features import BackboneFeatures
-from detr_jax.models import DETR, DetrOutputs, ImageTokens, Selector, Selectors
-from detr_jax.models.detr.divergence import output_divergence
-
-_change = jax.jit(output_divergence)
+from detr_jax.models import Detector, Outputs, Selector, Selectors
 
 
 @jax.jit
-def _outputs(model: DETR, tokens: ImageTokens, selectors: Selectors) -> DetrOutputs:
+def _outputs(model: Detector, tokens: Any, selectors: Selectors) -> Outputs:
     return model.transform(tokens, selectors=selectors)
+
+
+@jax.jit
+def _divergence(model: Detector, dense: Outputs, sparse: Outputs) -> jax.Array:
+    return model.divergence(dense, sparse)
 
 
 class OutputDivergence:
@@ -26,14 +29,16 @@ class OutputDivergence:
         embedded: the images behind the backbone.
     """
 
-    def __init__(self, model: DETR, embedded: Sequence[BackboneFeatures]):
+    def __init__(self, model: Detector, embedded: Sequence[BackboneFeatures]):
         self._model, self._embedded = model, embedded
         self._dense = [_outputs(model, batch.tokens, {}) for batch in embedded]
 
     def __call__(self, selectors: Mapping[str, Selector]) -> float:
-        """The mean over images of `output_divergence`."""
+        """The mean over images of `Detector.divergence`."""
         changes = [
-            np.asarray(_change(dense, _outputs(self._model, batch.tokens, dict(selectors))))[batch.valid]
+            np.asarray(_divergence(self._model, dense, _outputs(self._model, batch.tokens, dict(selectors))))[
+                batch.valid
+            ]
             for batch, dense in zip(self._embedded, self._dense, strict=True)
         ]
         return float(np.concatenate(changes).mean())

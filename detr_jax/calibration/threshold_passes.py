@@ -15,7 +15,8 @@ from detr_jax.methods import FitMaterial, Method, Score, Thresholded
 from detr_jax.methods.base import SharedScore
 from detr_jax.methods.tiles import existing_tiles
 from detr_jax.models import Selector, Selectors
-from detr_jax.models.standalone import HasFFNs, sum_by_name
+from detr_jax.models.base import HasFFNs
+from detr_jax.models.standalone import sum_by_name
 
 
 @partial(jax.jit, static_argnames="tile_size")

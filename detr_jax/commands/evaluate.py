@@ -89,15 +89,15 @@ def main(arguments: Arguments) -> None:
         selectors = arguments.computation.of(detector.plan.selectors)
         detector = detector.with_plan(dataclasses.replace(detector.plan, selectors=selectors))
     if data.has_annotations:
-        print(match_classes(detector.config.labels, data.categories()))
+        print(match_classes(detector.labels, data.categories()))
 
     started = time.perf_counter()
     scores = detr_jax.evaluate(detector, data, batch_size=arguments.batch_size, exact_shapes=arguments.exact_shapes)
     report = scores.to_json() | {"implementation": "dense", "seconds": time.perf_counter() - started}
     print(scores)
     if arguments.plan is not None:
-        config = detector.config
-        size = resized_size(np.median(data.image_sizes(), axis=0), config.shortest_side, config.longest_side)
+        sides = detector.preprocessing.shortest_side, detector.preprocessing.longest_side
+        size = resized_size(np.median(data.image_sizes(), axis=0), *sides)
         executions = detector.execution_report(size, arguments.batch_size)
         rows = [(name, counts.density, scores.executed[name]) for name, counts in scores.counts.items()]
         print(f"\n{table(('FFN', 'kept', 'computed'), rows)}\n\n{describe(executions)}")

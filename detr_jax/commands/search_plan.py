@@ -120,7 +120,7 @@ class Judge:
     def __call__(self, search: PlanSearch, choice: dict[str, int]) -> Row:
         """AP and its difference to dense with their intervals, densities and work; see `Comparison.row`."""
         trials = {name: candidate.trial for name, candidate in search.chosen(choice).items()}
-        return self._comparison.row(search.model.config, trials, self._comparison.detect(search.model, trials))
+        return self._comparison.row(search.model.ffn_specs(), trials, self._comparison.detect(search.model, trials))
 
 
 def within_loss(search: PlanSearch, judge: Judge, points: float, kinds: Sequence[str]) -> dict[str, int]:

@@ -18,7 +18,6 @@ from detr_jax.evaluation.runs import measure_dataset
 from detr_jax.files import refuse_existing, replacing, write_json
 from detr_jax.methods import MGS
 from detr_jax.models import DETR
-from detr_jax.models.detr.config import config_to_json
 from detr_jax.run_folder import open_run
 from detr_jax.training.detector.card import model_card
 from detr_jax.training.detector.log import TrainingLog, plot_log, read_log
@@ -90,7 +89,7 @@ def measure(model: DETR, log: list[dict], training: DetectorTraining) -> dict:
     return {
         "model": MODEL,
         "fingerprint": detr_jax.fingerprint(model),
-        "config": config_to_json(model.config),
+        "config": dataclasses.asdict(model.config),
         "dataset": dataset.name,
         "images": len(dataset),
         "numbers": scores.numbers,

@@ -12,7 +12,7 @@ from detr_jax.data.features import embed_batch
 from detr_jax.data.loading import batches, layout_batches
 from detr_jax.data.prefetch import dispatch_ahead
 from detr_jax.mesh import mesh_of, shard_batch
-from detr_jax.models import DETR, ImageTokens
+from detr_jax.models import Detector
 
 
 class BatchSource(Protocol):
@@ -38,7 +38,7 @@ class ImageBatches:
 
     def __init__(
         self,
-        model: DETR,
+        model: Detector,
         dataset: Dataset,
         batch_size: int,
         shuffle_seed: int | None = None,
@@ -48,11 +48,11 @@ class ImageBatches:
         self._seed, self._progress = shuffle_seed, progress
 
     def __len__(self) -> int:
-        return len(layout_batches(self._dataset.image_sizes(), self._model.config, self._batch_size))
+        return len(layout_batches(self._dataset.image_sizes(), self._model.preprocessing, self._batch_size))
 
-    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[ImageTokens]:
+    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[Any]:
         mesh, order = mesh_of(self._model), {"shuffle_seed": self._seed, "epoch": epoch, "start": start}
-        loaded = batches(self._dataset, self._model.config, self._batch_size, mesh=mesh, **order)
+        loaded = batches(self._dataset, self._model.preprocessing, self._batch_size, mesh=mesh, **order)
         embedded = dispatch_ahead(embed_batch(self._model, batch, mesh) for batch in loaded)
         hidden = self._progress is None
         yield from tqdm(embedded, self._progress, len(self), initial=start, unit="batch", disable=hidden)

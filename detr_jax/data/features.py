@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from detr_jax.data.dataset import Dataset
 from detr_jax.data.loading import Batch, batches
 from detr_jax.data.prefetch import dispatch_ahead
 from detr_jax.mesh import map_shards, mesh_of, shard_batch, to_host_local
-from detr_jax.models import DETR, ImageTokens
+from detr_jax.models import Detector
 
 
 @dataclass(frozen=True)
@@ -21,34 +22,34 @@ class BackboneFeatures:
     """A batch behind the backbone.
 
     Attributes:
-        tokens: what the transformer gets, in host memory; where several hosts share the batch, of the own images.
+        tokens: what `Detector.embed` returned, in host memory; where several hosts share the batch, of the own images.
         sizes: (batch, 2) int, original height and width in pixels.
         image_ids: (batch,) int.
         valid: (batch,) bool, false for copies that fill the batch.
-        grid: rows and columns of the tokens.
+        grids: rows and columns of the detector's token grids.
     """
 
-    tokens: ImageTokens
+    tokens: Any
     sizes: np.ndarray
     image_ids: np.ndarray
     valid: np.ndarray
-    grid: tuple[int, int]
+    grids: tuple[tuple[int, int], ...]
 
 
 @partial(jax.jit, static_argnames="mesh")
 def _embed(
-    model: DETR, pixel_values: jax.Array, pixel_mask: jax.Array, valid: jax.Array, *, mesh: Mesh | None
-) -> ImageTokens:
+    model: Detector, pixel_values: jax.Array, pixel_mask: jax.Array, valid: jax.Array, *, mesh: Mesh | None
+) -> Any:
     return map_shards(mesh, lambda model, images: model.embed(*images))(model, (pixel_values, pixel_mask, valid))
 
 
-def embed_batch(model: DETR, batch: Batch, mesh: Mesh | None) -> ImageTokens:
+def embed_batch(model: Detector, batch: Batch, mesh: Mesh | None) -> Any:
     """What the transformer gets of a batch, on the device of the detector or those that it was replicated over."""
     return _embed(model, *shard_batch(mesh, (batch.pixel_values, batch.pixel_mask, batch.valid[batch.own])), mesh=mesh)
 
 
 def backbone_features(
-    model: DETR, dataset: Dataset, batch_size: int, progress: str | None, *, exact: bool = False
+    model: Detector, dataset: Dataset, batch_size: int, progress: str | None, *, exact: bool = False
 ) -> Iterator[BackboneFeatures]:
     """One pass over a data set behind the backbone, with a progress bar.
 
@@ -65,9 +66,9 @@ def backbone_features(
         ValueError: if the devices of the detector cannot share a batch.
     """
     mesh = mesh_of(model)
-    loaded = batches(dataset, model.config, batch_size, exact=exact, mesh=mesh)
+    loaded = batches(dataset, model.preprocessing, batch_size, exact=exact, mesh=mesh)
     with tqdm(total=len(dataset), unit="image", desc=progress, disable=progress is None) as bar:
         for batch, tokens in dispatch_ahead((batch, embed_batch(model, batch, mesh)) for batch in loaded):
-            grid = model.token_grid(batch.pixel_mask.shape[1:])
-            yield BackboneFeatures(to_host_local(tokens), batch.sizes, batch.image_ids, batch.valid, grid)
+            grids = model.token_grids(batch.pixel_mask.shape[1:])
+            yield BackboneFeatures(to_host_local(tokens), batch.sizes, batch.image_ids, batch.valid, grids)
             bar.update(int(batch.valid.sum()))

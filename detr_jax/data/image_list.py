@@ -11,7 +11,7 @@ from detr_jax.data.dataset import Example, digest
 from detr_jax.data.images import pixels, pixels_size
 from detr_jax.data.transforms import preprocess
 from detr_jax.errors import InputError, MissingFileError
-from detr_jax.models import DetrConfig
+from detr_jax.models import Preprocessing
 
 ImageLike = str | Path | Image.Image | np.ndarray
 """A file, a PIL image, or (height, width, 3) uint8 RGB."""
@@ -113,12 +113,14 @@ class ImageFolder(GivenImages):
         return f"{path.relative_to(self._root).as_posix()} {path.stat().st_size}"
 
 
-def preprocess_images(images: ImageLike | Sequence[ImageLike], config: DetrConfig) -> tuple[np.ndarray, np.ndarray]:
+def preprocess_images(
+    images: ImageLike | Sequence[ImageLike], preprocessing: Preprocessing
+) -> tuple[np.ndarray, np.ndarray]:
     """What a detector sees of one or more images: resized, normalised, and padded to the largest of them.
 
     Args:
         images: files, PIL images or (height, width, 3) uint8 arrays, one or many.
-        config: of the detector.
+        preprocessing: of the detector, `model.preprocessing`.
 
     Returns:
         `pixel_values` (batch, height, width, 3) float32 and `pixel_mask` (batch, height, width) bool, for calls.
@@ -127,12 +129,12 @@ def preprocess_images(images: ImageLike | Sequence[ImageLike], config: DetrConfi
         MissingFileError, InputTypeError, InputError: as `GivenImages`; also where there are no images.
 
     >>> import detr_jax, numpy as np
-    >>> config = detr_jax.preset_config("detr-tiny")
-    >>> pixel_values, pixel_mask = detr_jax.preprocess_images(np.zeros((256, 384, 3), np.uint8), config)
+    >>> preprocessing = detr_jax.preset_config("detr-tiny").preprocessing
+    >>> pixel_values, pixel_mask = detr_jax.preprocess_images(np.zeros((256, 384, 3), np.uint8), preprocessing)
     >>> pixel_values.shape, pixel_mask.all()
     ((1, 128, 192, 3), np.True_)
     """
-    resized = [preprocess(pixels(image), config) for image in as_list(images)]
+    resized = [preprocess(pixels(image), preprocessing) for image in as_list(images)]
     if not resized:
         raise InputError("there are no images to preprocess")
     size = np.max([image.shape[:2] for image in resized], axis=0)

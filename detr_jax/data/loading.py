@@ -13,7 +13,7 @@ from detr_jax.data.prefetch import prefetch, processes_for
 from detr_jax.data.transforms import preprocess, resized_size
 from detr_jax.errors import InputError
 from detr_jax.mesh import local_slice
-from detr_jax.models import DetrConfig
+from detr_jax.models import Preprocessing
 
 LONG_SIDES = 5
 """Lengths of the longer side, from square to the cap; a program is compiled for each of them and orientation."""
@@ -66,26 +66,26 @@ class Batch:
         return slice(self.first, self.first + len(self.pixel_values))
 
 
-def padded_size(size: tuple[int, int], config: DetrConfig) -> tuple[int, int]:
+def padded_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
     """The padded (height, width) for an image that was resized to (height, width).
 
-    The shorter side is the configuration's, the longer one of `LONG_SIDES` lengths, both multiples of the stride.
+    The shorter side is the detector's, the longer one of `LONG_SIDES` lengths, both multiples of the stride.
     Only where the official rounding exceeds the cap is the longer side its own.
     """
-    stride = config.backbone.stride
+    stride = preprocessing.stride
 
     def whole(side: float) -> int:
         return stride * int(np.ceil(side / stride))
 
-    steps = np.linspace(config.shortest_side, config.longest_side, LONG_SIDES)
-    short = whole(config.shortest_side)
+    steps = np.linspace(preprocessing.shortest_side, preprocessing.longest_side, LONG_SIDES)
+    short = whole(preprocessing.shortest_side)
     long = next((whole(step) for step in steps if whole(step) >= max(size)), whole(max(size)))
     return (short, long) if size[0] <= size[1] else (long, short)
 
 
 def layout_batches(
     sizes: np.ndarray,
-    config: DetrConfig,
+    preprocessing: Preprocessing,
     batch_size: int,
     *,
     exact: bool = False,
@@ -96,7 +96,7 @@ def layout_batches(
 
     Args:
         sizes: (images, 2), height and width of the original images.
-        config: says how images are resized.
+        preprocessing: says how images are resized.
         batch_size: images per batch.
         exact: no padding and no copies: every size of image is a shape of its own.
         shuffle_seed: order images and batches by this seed and the epoch; None keeps the order within a shape.
@@ -112,8 +112,8 @@ def layout_batches(
 
     by_shape = defaultdict(list)
     for index in order:
-        size = resized_size(sizes[index], config.shortest_side, config.longest_side)
-        by_shape[size if exact else padded_size(size, config)].append(index)
+        size = resized_size(sizes[index], preprocessing.shortest_side, preprocessing.longest_side)
+        by_shape[size if exact else padded_size(size, preprocessing)].append(index)
 
     layouts = []
     for shape, indices in by_shape.items():
@@ -124,13 +124,18 @@ def layout_batches(
 
 
 def load_batch(
-    dataset: Dataset, config: DetrConfig, layout: BatchLayout, sizes: np.ndarray, ids: np.ndarray, rows: slice
+    dataset: Dataset,
+    preprocessing: Preprocessing,
+    layout: BatchLayout,
+    sizes: np.ndarray,
+    ids: np.ndarray,
+    rows: slice,
 ) -> Batch:
     """Reads and preprocesses the images of one batch.
 
     Args:
         dataset: the images.
-        config: says how they are resized.
+        preprocessing: of the detector that will see them.
         layout: of the batch.
         sizes: (images, 2) of the data set.
         ids: (images,) of the data set.
@@ -140,7 +145,7 @@ def load_batch(
     valid = np.arange(layout.shape[0]) < len(layout.indices)
     own = filled[rows].tolist()
     examples = {index: dataset[index] for index in dict.fromkeys(own)}
-    preprocessed = {index: preprocess(example.image, config) for index, example in examples.items()}
+    preprocessed = {index: preprocess(example.image, preprocessing) for index, example in examples.items()}
 
     pixel_values = np.zeros((len(own), *layout.shape[1:], 3), np.float32)
     pixel_mask = np.zeros(pixel_values.shape[:3], bool)
@@ -163,7 +168,7 @@ def load_batch(
 
 def batches(
     dataset: Dataset,
-    config: DetrConfig,
+    preprocessing: Preprocessing,
     batch_size: int,
     *,
     exact: bool = False,
@@ -177,7 +182,7 @@ def batches(
 
     Args:
         dataset: the images.
-        config: of the detector that will see them.
+        preprocessing: of the detector that will see them.
         batch_size: images per batch, over all devices.
         exact, shuffle_seed, epoch: see `layout_batches`, which also tells how many batches a pass has.
         start: index of the first batch, to go on where another run stopped.
@@ -189,14 +194,14 @@ def batches(
             `start` batches.
     """
     sizes, ids = dataset.image_sizes(), np.array(dataset.image_ids())
-    layouts = layout_batches(sizes, config, batch_size, exact=exact, shuffle_seed=shuffle_seed, epoch=epoch)
+    layouts = layout_batches(sizes, preprocessing, batch_size, exact=exact, shuffle_seed=shuffle_seed, epoch=epoch)
     if not 0 <= start <= len(layouts):
         raise ValueError(f"cannot start at batch {start} of {len(layouts)}")
     layouts = layouts[start:]
     rows = {size: local_slice(mesh, size) for size in {layout.shape[0] for layout in layouts}}
 
     def load(layout: BatchLayout) -> Batch:
-        return load_batch(dataset, config, layout, sizes, ids, rows[layout.shape[0]])
+        return load_batch(dataset, preprocessing, layout, sizes, ids, rows[layout.shape[0]])
 
     if processes is None and layouts:
         shapes = [

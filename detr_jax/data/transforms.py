@@ -5,10 +5,7 @@ import numpy as np
 from PIL import Image
 
 from detr_jax.errors import InputError
-from detr_jax.models import DetrConfig
-
-MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-STD = np.array([0.229, 0.224, 0.225], np.float32)
+from detr_jax.models import Preprocessing
 
 
 def resized_size(size: tuple[int, int], shortest: int, longest: int) -> tuple[int, int]:
@@ -35,21 +32,23 @@ def resized_size(size: tuple[int, int], shortest: int, longest: int) -> tuple[in
     return shortest, int(shortest * width / height)
 
 
-def normalise(image: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
-    """(..., 3) uint8 RGB -> float32 with ImageNet's mean and standard deviation taken out."""
-    return (image.astype(np.float32) / 255 - MEAN) / STD
+def normalise(image: np.ndarray | jax.Array, preprocessing: Preprocessing) -> np.ndarray | jax.Array:
+    """(..., 3) uint8 RGB -> float32, rescaled, with mean and standard deviation taken out."""
+    mean, std = (np.array(of_channels, np.float32) for of_channels in (preprocessing.mean, preprocessing.std))
+    # Divided as the official code divides by 255: multiplied by 1 / 255 the last digit is another.
+    return (image.astype(np.float32) / np.float32(1 / preprocessing.rescale) - mean) / std
 
 
-def preprocess(image: np.ndarray, config: DetrConfig) -> np.ndarray:
+def preprocess(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     """What a detector sees of an image.
 
     Args:
         image: (height, width, 3) uint8, RGB.
-        config: says how large images are.
+        preprocessing: of the detector.
 
     Returns:
         (resized height, resized width, 3) float32.
     """
-    height, width = resized_size(image.shape[:2], config.shortest_side, config.longest_side)
+    height, width = resized_size(image.shape[:2], preprocessing.shortest_side, preprocessing.longest_side)
     resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
-    return normalise(np.asarray(resized))
+    return normalise(np.asarray(resized), preprocessing)

@@ -10,7 +10,7 @@ from detr_jax.evaluation.coco_ap import CocoScores, bootstrap, confidence_interv
 from detr_jax.evaluation.flops import DenseFlops, remaining_share, sparse_flops
 from detr_jax.evaluation.runs import MeasuredDetections, measure_dataset
 from detr_jax.methods import Thresholded, Traits
-from detr_jax.models import DETR, DetrConfig, Selector
+from detr_jax.models import Detector, FFNSpec, Selector
 
 Row = dict[str, Any]
 """What was measured with one set of selectors, as JSON."""
@@ -37,14 +37,14 @@ class Comparison:
         ground_truth: dict,
         flops: DenseFlops,
         group_size: int,
-        dense: DETR,
+        dense: Detector,
     ):
         self._embedded, self._ground_truth, self._flops, self._group_size = embedded, ground_truth, flops, group_size
         self.image_ids = [int(i) for batch in embedded for i in batch.image_ids[batch.valid]]
         scores = self._score(self.detect(dense, {}))
         self.dense_ap, self._dense_samples = scores.numbers["AP"], bootstrap(scores)
 
-    def detect(self, model: DETR, selectors: Mapping[str, Selector]) -> MeasuredDetections:
+    def detect(self, model: Detector, selectors: Mapping[str, Selector]) -> MeasuredDetections:
         """What the detector finds and computes with some FFNs sparse.
 
         Args:
@@ -53,11 +53,11 @@ class Comparison:
         """
         return measure_dataset(model, self._embedded, selectors=dict(selectors), group_size=self._group_size)
 
-    def row(self, config: DetrConfig, selectors: Mapping[str, Selector], measured: MeasuredDetections) -> Row:
+    def row(self, specs: Mapping[str, FFNSpec], selectors: Mapping[str, Selector], measured: MeasuredDetections) -> Row:
         """Accuracy, density and work with some FFNs sparse; runs beside the detector, in numpy.
 
         Args:
-            config: of the detector.
+            specs: of the detector's FFNs by name.
             selectors: that were in effect.
             measured: what `detect` returned.
 
@@ -70,13 +70,9 @@ class Comparison:
         scores = self._score(measured)
         shares, ffns = {}, {}
         for name, counts in measured.counts.items():
-            selector = selectors.get(name)
-            traits, cost = (
-                (_DENSE, 0.0)
-                if selector is None
-                else (selector.traits, selector.cost(config.d_model, config.ffn_features))
-            )
-            shares[name] = remaining_share(traits, cost, counts, config.d_model, config.ffn_features)
+            selector, (d, features) = selectors.get(name), (specs[name].d_model, specs[name].hidden)
+            traits, cost = (_DENSE, 0.0) if selector is None else (selector.traits, selector.cost(d, features))
+            shares[name] = remaining_share(traits, cost, counts, d, features)
             ffns[name] = {
                 "threshold": float(selector.threshold) if _is_finite(selector) else None,
                 "flops_share": shares[name],

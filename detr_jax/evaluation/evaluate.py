@@ -16,7 +16,7 @@ from detr_jax.evaluation.coco_ap import CocoScores, bootstrap, bootstrap_differe
 from detr_jax.evaluation.counts import ActivityCounts
 from detr_jax.evaluation.runs import MeasuredDetections, measure_selections
 from detr_jax.mesh import replicate
-from detr_jax.models import DETR, Selectors
+from detr_jax.models import Detector, Selectors
 
 if TYPE_CHECKING:
     from detr_jax.kernels import Execution
@@ -125,7 +125,7 @@ class Scores:
 
 
 def evaluate(
-    detector: DETR | SparseDETR,
+    detector: Detector | SparseDETR,
     data: Dataset,
     *,
     dense: bool = True,
@@ -179,7 +179,7 @@ def evaluate(
 
 
 def evaluate_selections(
-    model: DETR,
+    model: Detector,
     data: Dataset,
     selections: Mapping[str, Selectors],
     batch_size: int,
@@ -197,7 +197,7 @@ def evaluate_selections(
             there is one.
         batch_size, group_size, exact_shapes, progress: as of `evaluate`.
     """
-    data, _ = with_classes(data, model.config.labels)
+    data, _ = with_classes(data, model.labels)
     placed = model if exact_shapes else replicate(model)  # images of their own size have no batch to share
     selections = dict(sorted(selections.items(), key=lambda item: item[0] != DENSE))
     features = backbone_features(placed, data, batch_size, "evaluating" if progress else None, exact=exact_shapes)

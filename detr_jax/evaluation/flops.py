@@ -1,5 +1,6 @@
 """Floating-point operations of a detector and of what a selector leaves of it."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy as np
 from detr_jax.data.loading import layout_batches
 from detr_jax.evaluation.counts import ActivityCounts
 from detr_jax.methods import Traits
-from detr_jax.models import DETR, ImageTokens
+from detr_jax.models import Detector
 
 
 @dataclass(frozen=True)
@@ -29,44 +30,37 @@ class DenseFlops:
     detector: float
 
 
-def dense_flops(model: DETR, height: int, width: int) -> DenseFlops:
+def dense_flops(model: Detector, height: int, width: int) -> DenseFlops:
     """Counts the dense forward pass of one image of (height, width) pixels."""
-    config = model.config
-    rows, columns = model.token_grid((height, width))
-    tokens = rows * columns
     pixels = jax.ShapeDtypeStruct((1, height, width, 3), jnp.float32)
-    features = jax.ShapeDtypeStruct((1, tokens, config.d_model), jnp.float32)
-    mask = jax.ShapeDtypeStruct((1, tokens), bool)
-    image = ImageTokens(features, features, mask, jax.ShapeDtypeStruct((1,), bool))
-    count = {"encoder": tokens, "decoder": config.queries}
+    mask, valid = jax.ShapeDtypeStruct((1, height, width), bool), jax.ShapeDtypeStruct((1,), bool)
+    features = jax.eval_shape(lambda model, *images: model.embed(*images), model, pixels, mask, valid)
+    grids = [math.prod(grid) for grid in model.token_grids((height, width))]
+    tokens = {
+        name: sum(grids[i] for i in spec.grids) if spec.tokens == "image" else model.queries
+        for name, spec in model.ffn_specs().items()
+    }
     return DenseFlops(
-        ffns={
-            name: 4.0 * config.d_model * config.ffn_features * count[name.partition(".")[0]]
-            for name in config.ffn_names
-        },
-        transformer=_count(lambda model, image: _heads(model.transform(image)), model, image),
-        detector=_count(lambda model, pixels: _heads(model(pixels)), model, pixels),
+        ffns={name: 4.0 * spec.d_model * spec.hidden * tokens[name] for name, spec in model.ffn_specs().items()},
+        transformer=_count(lambda model, features: model.transform(features), model, features),
+        detector=_count(lambda model, pixels: model(pixels), model, pixels),
     )
 
 
-def mean_dense_flops(model: DETR, sizes: np.ndarray) -> DenseFlops:
+def mean_dense_flops(model: Detector, sizes: np.ndarray) -> DenseFlops:
     """Mean over images of the dense forward pass, each in the padded shape that it is computed in.
 
     Args:
         model: the detector.
         sizes: (images, 2), height and width of the original images.
     """
-    shapes = Counter(layout.shape[1:] for layout in layout_batches(sizes, model.config, 1))
+    shapes = Counter(layout.shape[1:] for layout in layout_batches(sizes, model.preprocessing, 1))
     counted = [(dense_flops(model, *shape), images / len(sizes)) for shape, images in shapes.items()]
     return DenseFlops(
-        ffns={name: sum(flops.ffns[name] * weight for flops, weight in counted) for name in model.config.ffn_names},
+        ffns={name: sum(flops.ffns[name] * weight for flops, weight in counted) for name in model.ffn_specs()},
         transformer=sum(flops.transformer * weight for flops, weight in counted),
         detector=sum(flops.detector * weight for flops, weight in counted),
     )
-
-
-def _heads(outputs):
-    return outputs.logits, outputs.boxes
 
 
 def _count(function, *arguments) -> float:

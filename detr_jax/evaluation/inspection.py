@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from detr_jax.evaluation.counts import neurons_computed
 from detr_jax.kernels import any_per_tile, repeat_per_tile, signature_order
-from detr_jax.models import DETR, FFNTrace, Selectors
+from detr_jax.models import Detector, FFNTrace, Selectors
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class FFNActivity:
         tokens: (batch, tokens) bool, false for padding.
         executed: () share of the hidden neurons that is computed in the end, for all tokens and padding: 1 for the
             masked reference; else whatever a tile needs, or everything where that is faster on this device.
-        grid: rows and columns of the tokens; None for object queries.
+        grids: rows and columns of the token grids that the tokens come from, one after the other; none for object
+            queries.
         execution: how it was computed.
     """
 
@@ -65,7 +66,7 @@ class FFNActivity:
     channels: jax.Array
     tokens: jax.Array
     executed: jax.Array
-    grid: tuple[int, int] | None = field(metadata={"static": True})
+    grids: tuple[tuple[int, int], ...] = field(metadata={"static": True})
     execution: FFNExecution = field(metadata={"static": True})
 
     @property
@@ -93,7 +94,7 @@ class FFNActivity:
         return (which & self.tokens[..., None]).sum() / (self.tokens.sum() * which.shape[-1])
 
 
-def activity(trace: FFNTrace, grid: tuple[int, int] | None) -> FFNActivity:
+def activity(trace: FFNTrace, grids: tuple[tuple[int, int], ...]) -> FFNActivity:
     """What a trace shows; jittable."""
     kept_channels = trace.selection.channels
     return FFNActivity(
@@ -102,7 +103,7 @@ def activity(trace: FFNTrace, grid: tuple[int, int] | None) -> FFNActivity:
         channels=jnp.ones(trace.inputs.shape, bool) if kept_channels is None else kept_channels,
         tokens=trace.tokens,
         executed=executed_share(trace),
-        grid=grid,
+        grids=grids,
         execution=ffn_execution(trace),
     )
 
@@ -127,7 +128,7 @@ def ffn_execution(trace: FFNTrace) -> FFNExecution:
 
 
 def execution_report(
-    detector: DETR, selectors: Selectors, image_size: tuple[int, int], batch_size: int = 1
+    detector: Detector, selectors: Selectors, image_size: tuple[int, int], batch_size: int = 1
 ) -> dict[str, FFNExecution]:
     """How each FFN of a detector is computed on the default device. Traces the detector, computes nothing.
 
@@ -144,7 +145,7 @@ def execution_report(
     traces = jax.eval_shape(
         lambda *held: held[0](held[2], selectors=held[1], trace=True).traces, detector, selectors, images
     )
-    return {name: ffn_execution(traces[name]) for name in detector.ffn_weights()}
+    return {name: ffn_execution(traces[name]) for name in detector.ffn_specs()}
 
 
 def describe(report: Mapping[str, FFNExecution]) -> str:

@@ -4,38 +4,41 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import jax
 import numpy as np
 
 from detr_jax.data.classes import with_classes
 from detr_jax.data.dataset import Dataset
 from detr_jax.evaluation.coco_ap import bootstrap_difference, confidence_interval, score
 from detr_jax.evaluation.runs import coco_results, predictions
-from detr_jax.models import DETR
+from detr_jax.models import Detector, Outputs
 
 if TYPE_CHECKING:
     from detr_jax.sparse import SparseDETR
 
 
-def padding_effect(model: DETR | SparseDETR, dataset: Dataset, batch_size: int) -> dict:
+def padding_effect(model: Detector | SparseDETR, dataset: Dataset, batch_size: int) -> dict:
     """Compares padded batches with images at their exact size, for a detector as it runs.
 
     Returns:
-        `images`, their number; `change`, of the logits, the boxes (fractions of the image) and the detections'
-        scores the maximum and median absolute change; `AP` padded and exact, and the 95 % interval of the difference,
-        None without annotations.
+        `images`, their number; `change`, the maximum and median absolute change of each output (of DETR the logits, and
+        the boxes in fractions of the image) and of the detections' scores; `AP` padded and exact, and the 95 % interval
+        of the difference, None without annotations.
     """
-    dataset, _ = with_classes(dataset, model.config.labels)
+    dataset, _ = with_classes(dataset, model.labels)
     outputs, results = {}, {}
     for name, exact in (("padded", False), ("exact", True)):
         outputs[name], results[name] = {}, []
         for batch, raw, detections in predictions(model, dataset, batch_size, exact=exact):
+            arrays = _by_field(raw) | {"scores": detections.scores}
             results[name] += coco_results(batch, detections)
             for i in np.flatnonzero(batch.valid):
-                outputs[name][int(batch.image_ids[i])] = (raw.logits[i], raw.boxes[i], detections.scores[i])
+                outputs[name][int(batch.image_ids[i])] = {field: array[i] for field, array in arrays.items()}
 
     change = {}
-    for i, quantity in enumerate(("logits", "boxes", "scores")):
-        differences = [np.abs(outputs["padded"][key][i] - outputs["exact"][key][i]) for key in dataset.image_ids()]
+    for quantity in arrays:
+        padded, exact = ([outputs[name][key][quantity] for key in dataset.image_ids()] for name in ("padded", "exact"))
+        differences = [np.abs(one - other) for one, other in zip(padded, exact, strict=True)]
         change[quantity] = {"max": float(np.max(differences)), "median": float(np.median(differences))}
     report = {"images": len(dataset), "change": change, "AP": None, "AP_difference_interval": None}
     if dataset.has_annotations:
@@ -44,3 +47,8 @@ def padding_effect(model: DETR | SparseDETR, dataset: Dataset, batch_size: int) 
         report["AP"] = {name: s.numbers["AP"] for name, s in scores.items()}
         report["AP_difference_interval"] = confidence_interval(bootstrap_difference(scores["padded"], scores["exact"]))
     return report
+
+
+def _by_field(outputs: Outputs) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(outputs)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

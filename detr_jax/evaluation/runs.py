@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,21 +19,20 @@ from detr_jax.errors import InputError
 from detr_jax.evaluation.counts import ActivityCounts, count_activity, total_counts
 from detr_jax.evaluation.inspection import executed_share
 from detr_jax.mesh import local_slice, map_shards, mesh_of, replicate_like, shard_batch, to_host
-from detr_jax.models import DETR, DetrOutputs, ImageTokens, Selectors
-from detr_jax.models.detr.divergence import output_divergence
-from detr_jax.models.detr.postprocess import Detections, postprocess
+from detr_jax.models import Detector, Outputs, Selectors
+from detr_jax.models.detections import Detections
 
 
 @partial(jax.jit, static_argnames="mesh")
 def detect(
-    model: DETR,
+    model: Detector,
     pixel_values: jax.Array,
     pixel_mask: jax.Array,
     sizes: jax.Array,
     selectors: Selectors | None = None,
     *,
     mesh: Mesh | None = None,
-) -> tuple[DetrOutputs, Detections]:
+) -> tuple[Outputs, Detections]:
     """One batch, compiled once per shape and kind of detector, not per value of its weights or selectors.
 
     Args:
@@ -47,21 +47,21 @@ def detect(
     def of_images(held, images):
         (model, selectors), (pixel_values, pixel_mask, sizes) = held, images
         outputs = model(pixel_values, pixel_mask, selectors=selectors)
-        return outputs, postprocess(outputs.logits, outputs.boxes, sizes)
+        return outputs, model.detections(outputs, sizes)
 
     return map_shards(mesh, of_images)((model, selectors), (pixel_values, pixel_mask, sizes))
 
 
 @partial(jax.jit, static_argnames=("group_size", "mesh"))
 def detect_and_count(
-    model: DETR,
-    tokens: ImageTokens,
+    model: Detector,
+    tokens: Any,
     sizes: jax.Array,
     selectors: Selectors,
     *,
     group_size: int,
     mesh: Mesh | None = None,
-) -> tuple[DetrOutputs, Detections, dict[str, ActivityCounts], dict[str, jax.Array]]:
+) -> tuple[Outputs, Detections, dict[str, ActivityCounts], dict[str, jax.Array]]:
     """As `detect`, from what the backbone gave; and of every FFN, per device, activity in groups of `group_size` and
     the share that is executed."""
 
@@ -72,20 +72,20 @@ def detect_and_count(
         executed = {name: executed_share(trace) for name, trace in outputs.traces.items()}
         seen = dataclasses.replace(outputs, traces=None)
         per_device = jax.tree.map(lambda count: count[None], (counts, executed))
-        return seen, postprocess(outputs.logits, outputs.boxes, sizes), *per_device
+        return seen, model.detections(outputs, sizes), *per_device
 
     return map_shards(mesh, of_images)((model, selectors), (tokens, sizes))
 
 
 def predictions(
-    model: DETR,
+    model: Detector,
     dataset: Dataset,
     batch_size: int,
     *,
     selectors: Selectors | None = None,
     exact: bool = False,
     progress: bool = True,
-) -> Iterator[tuple[Batch, DetrOutputs, Detections]]:
+) -> Iterator[tuple[Batch, Outputs, Detections]]:
     """What the detector says about every image of a data set, batch by batch, as numpy arrays.
 
     Args:
@@ -102,11 +102,11 @@ def predictions(
     mesh = mesh_of(model)
     selectors = replicate_like(model, selectors)
 
-    def compute(batch: Batch) -> tuple[Batch, tuple[DetrOutputs, Detections]]:
+    def compute(batch: Batch) -> tuple[Batch, tuple[Outputs, Detections]]:
         images = shard_batch(mesh, (batch.pixel_values, batch.pixel_mask, batch.sizes[batch.own]))
         return batch, detect(model, *images, selectors, mesh=mesh)
 
-    loaded = batches(dataset, model.config, batch_size, exact=exact, mesh=mesh)
+    loaded = batches(dataset, model.preprocessing, batch_size, exact=exact, mesh=mesh)
     with tqdm(total=len(dataset), unit="image", disable=not progress) as bar:
         for batch, computed in dispatch_ahead(map(compute, loaded)):
             outputs, detections = to_host(computed)
@@ -129,7 +129,7 @@ def coco_results(batch: Batch | BackboneFeatures, detections: Detections) -> lis
 
 
 def detect_dataset(
-    model: DETR,
+    model: Detector,
     dataset: Dataset,
     batch_size: int,
     *,
@@ -161,7 +161,7 @@ class MeasuredDetections:
 
 
 def measure_dataset(
-    model: DETR,
+    model: Detector,
     embedded: Iterable[BackboneFeatures],
     *,
     selectors: Selectors,
@@ -172,7 +172,7 @@ def measure_dataset(
 
 
 def measure_selections(
-    model: DETR,
+    model: Detector,
     embedded: Iterable[BackboneFeatures],
     selections: Mapping[str, Selectors],
     *,
@@ -198,7 +198,7 @@ def measure_selections(
         for title, selectors in selections.items():
             outputs, *found = detect_and_count(model, *images, selectors, group_size=group_size, mesh=mesh)
             reference = outputs if reference is None else reference
-            computed[title] = *found, _divergence(reference, outputs)
+            computed[title] = *found, _divergence(model, reference, outputs)
         return batch, computed
 
     found: dict[str, list[tuple]] = {title: [] for title in selections}
@@ -208,7 +208,7 @@ def measure_selections(
         for title, (detections, counts, executed, divergence) in to_host(computed).items():
             _check_finite(batch, detections)
             found[title].append((coco_results(batch, detections), counts, executed, divergence[batch.valid]))
-    return {title: _total(list(model.config.ffn_names), images, *zip(*of, strict=True)) for title, of in found.items()}
+    return {title: _total(list(model.ffn_specs()), images, *zip(*of, strict=True)) for title, of in found.items()}
 
 
 def _total(names: list[str], images: list[int], results, counts, executed, divergence) -> MeasuredDetections:
@@ -222,7 +222,7 @@ def _total(names: list[str], images: list[int], results, counts, executed, diver
     )
 
 
-_divergence = jax.jit(output_divergence)
+_divergence = jax.jit(lambda model, dense, sparse: model.divergence(dense, sparse))
 
 
 def _check_finite(batch: Batch | BackboneFeatures, detections: Detections) -> None:

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from detr_jax import kernels
+from detr_jax.errors import InputError
 from detr_jax.models.selection import FFNWeights, Selection, Selector
 
 
@@ -86,6 +88,24 @@ def _execute(weights: FFNWeights, x: jax.Array, selection: Selection) -> jax.Arr
     if selection.sections.gated:
         outputs += kernels.sparse_ffn(x, of_gated, selection.active, selection.execution, selection.tile_size)
     return outputs
+
+
+def permute(weights: FFNWeights, permutation: np.ndarray) -> FFNWeights:
+    """The same function with its hidden neurons in another order.
+
+    Args:
+        weights: of the FFN.
+        permutation: (F,), the neuron that comes to each place.
+
+    Raises:
+        InputError: if that is no permutation of the hidden neurons.
+    """
+    features = weights.w_in.shape[0]
+    if permutation.shape != (features,) or not np.array_equal(np.sort(permutation), np.arange(features)):
+        raise InputError(
+            f"an order of {features} hidden neurons names each of them once; got shape {permutation.shape}"
+        )
+    return FFNWeights(weights.w_in[permutation], weights.b_in[permutation], weights.w_out[permutation], weights.b_out)
 
 
 class FFN(nnx.Module):

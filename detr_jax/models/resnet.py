@@ -3,13 +3,35 @@
 He et al. 2016, in the form of torchvision (the stride sits on the 3x3 convolution).
 """
 
+import math
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from detr_jax.models.detr.config import BackboneConfig
-
 BATCH_NORM_EPSILON = 1e-5
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """A bottleneck ResNet. Stage s has `depths[s]` blocks of inner width `widths[s]` and 4 times that outside."""
+
+    depths: tuple[int, ...]
+    widths: tuple[int, ...] = (64, 128, 256, 512)
+    strides: tuple[int, ...] = (1, 2, 2, 2)
+    stem_width: int = 64
+    dilate_last: bool = False
+    """DC5: the last stage keeps its input's resolution; its blocks after the first are dilated by 2."""
+
+    @property
+    def features(self) -> int:
+        return 4 * self.widths[-1]
+
+    @property
+    def stride(self) -> int:
+        """Pixels between neighbouring features; the stem contributes 4."""
+        return 4 * math.prod(self.strides[:-1] if self.dilate_last else self.strides)
 
 
 class FrozenBatchNorm(nnx.Module):

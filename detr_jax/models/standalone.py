@@ -1,27 +1,17 @@
-"""Where FFNs come from: a detector, or arrays alone. Everything about sparsity works on either."""
+"""FFNs as arrays alone, without a detector around them."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
 import jax
 
 from detr_jax.errors import InputError
-from detr_jax.models import FFNTrace, FFNWeights, Selectors
-from detr_jax.models.ffn import trace
+from detr_jax.models.ffn import FFNTrace, trace
+from detr_jax.models.selection import FFNWeights, Selectors
 
 Sum = TypeVar("Sum")
 """Anything that adds up over batches."""
-
-
-class HasFFNs(Protocol):
-    """Something with FFNs that inputs go through; a pytree. `detr_jax.DETR` is one, its batches are `ImageTokens`."""
-
-    def ffn_weights(self) -> dict[str, FFNWeights]:
-        """The FFNs by name, in the order in which they run."""
-
-    def traces(self, batch: Any, selectors: Selectors) -> dict[str, FFNTrace]:
-        """What goes through each FFN while some of them are sparse."""
 
 
 @jax.tree_util.register_dataclass

@@ -8,11 +8,11 @@ import numpy as np
 
 from detr_jax.errors import InputError
 from detr_jax.kernels import UnavailableError
-from detr_jax.models import DETR, FFNWeights, Selector, Selectors
+from detr_jax.models import Detector, FFNWeights, Selector, Selectors
 from detr_jax.models.ffn import forward
 
 
-def check_fit(selectors: Selectors, orders: Mapping[str, np.ndarray], model: DETR, source: str) -> None:
+def check_fit(selectors: Selectors, orders: Mapping[str, np.ndarray], model: Detector, source: str) -> None:
     """Checks the selectors and orders of a plan without running the detector.
 
     Args:
@@ -25,13 +25,13 @@ def check_fit(selectors: Selectors, orders: Mapping[str, np.ndarray], model: DET
         ValueError: if they name FFNs that the detector does not have, an order is no permutation, numbers are NaN or
             infinite (thresholds may be infinite), or shapes do not fit.
     """
-    names = model.config.ffn_names
-    neurons = np.arange(model.config.ffn_features)
+    specs = model.ffn_specs()
+    for what, names in (("selectors", selectors), ("orders", orders)):
+        if unknown := set(names) - set(specs):
+            raise InputError(f"{source} has {what} for {sorted(unknown)}; this detector has {tuple(specs)}")
     for name, order in orders.items():
-        if name not in names or not np.array_equal(np.sort(order, axis=None), neurons):
-            raise InputError(f"{source}: {name}.order does not name each of {len(neurons)} hidden neurons once")
-    if unknown := set(selectors) - set(names):
-        raise InputError(f"{source} has selectors for {sorted(unknown)}; this detector has {names}")
+        if not np.array_equal(np.sort(order, axis=None), np.arange(specs[name].hidden)):
+            raise InputError(f"{source}: {name}.order does not name each of {specs[name].hidden} hidden neurons once")
     weights = jax.eval_shape(model.ffn_weights)
     for name, selector in selectors.items():
         _check_numbers(f"{name}.selector", selector, source)

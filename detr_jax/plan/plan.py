@@ -18,7 +18,7 @@ import numpy as np
 from detr_jax import hub, safetensors_io
 from detr_jax.errors import InputError
 from detr_jax.methods.base import STORABLE
-from detr_jax.models import DETR, Selector
+from detr_jax.models import Detector, Selector
 from detr_jax.models.parameters import fingerprint
 from detr_jax.plan.checks import check_fit
 from detr_jax.plan.migrations import MIGRATIONS
@@ -101,7 +101,7 @@ def save_plan(plan: Plan, path: Path | str) -> None:
     safetensors_io.write(Path(path), FORMAT, described, arrays)
 
 
-def load_plan(name_or_path: Path | str, model: DETR, *, revision: str | None = None) -> Plan:
+def load_plan(name_or_path: Path | str, model: Detector, *, revision: str | None = None) -> Plan:
     """Reads the plan of a detector.
 
     Args:
@@ -147,7 +147,7 @@ def push_plan(plan: Plan, repository: str, *, private: bool = False, message: st
         return hub.upload(path, repository, FILENAME, private=private, message=message)
 
 
-def _read(path: Path, model: DETR) -> Plan:
+def _read(path: Path, model: Detector) -> Plan:
     described, arrays = safetensors_io.read(path, FORMAT)
     expected = {*_DESCRIBED, "selectors"}
     if set(described) != expected:

@@ -14,7 +14,7 @@ from detr_jax.calibration.activation_passes import measure_activations
 from detr_jax.calibration.activations import ActivationStatistics, require_active
 from detr_jax.calibration.allocation import Choice, greedy, undominated
 from detr_jax.calibration.moment_passes import measure_kept, measure_moments
-from detr_jax.calibration.permutation import coactivation_permutation, permute_neurons
+from detr_jax.calibration.permutation import coactivation_permutation
 from detr_jax.calibration.sensitivity import OutputDivergence
 from detr_jax.calibration.threshold_passes import collect_scores
 from detr_jax.data.batches import CachedBatches
@@ -24,7 +24,7 @@ from detr_jax.errors import InputError
 from detr_jax.kernels import Execution
 from detr_jax.methods import Pooled, sketch
 from detr_jax.methods.grouping import group_count
-from detr_jax.models import DETR, Selector
+from detr_jax.models import Detector, Selector
 from detr_jax.search.candidates import DYNAMIC, Candidate, Material, candidates_of, reconstructed
 from detr_jax.search.timing import measure_times
 
@@ -56,7 +56,7 @@ class SearchSettings:
     repeats: int = 15
     """Measured repetitions of each time."""
 
-    def check(self, model: DETR) -> None:
+    def check(self, model: Detector) -> None:
         """Refuses settings that do not fit a detector, before anything is computed.
 
         Raises:
@@ -95,7 +95,7 @@ class PlanSearch:
         InputError: if no neuron of some FFN is active on the images for statistics.
     """
 
-    def __init__(self, model: DETR, statistics: Dataset, calibration: Dataset, settings: SearchSettings):
+    def __init__(self, model: Detector, statistics: Dataset, calibration: Dataset, settings: SearchSettings):
         self._settings, self._own, weights = settings, model, model.ffn_weights()
         self.names = tuple(weights)
         sample = CachedBatches([batch.tokens for batch in self._embed(statistics, "embedding images for statistics")])
@@ -107,7 +107,7 @@ class PlanSearch:
                 name: coactivation_permutation(s.coactive, settings.group_size) for name, s in of_neurons.items()
             }
             of_neurons = {name: s.of_neurons(self.orders[name]) for name, s in of_neurons.items()}
-        self.model = permute_neurons(model, self.orders)
+        self.model = model.with_permutations(self.orders)
 
         held_out = self._embed(calibration, "embedding calibration images")
         self._timed = most_frequent_shape(held_out, settings.latency_images)

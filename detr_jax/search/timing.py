@@ -9,9 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from detr_jax.calibration.permutation import permute
 from detr_jax.models import FFNTrace, FFNWeights, Selection, Selector
-from detr_jax.models.ffn import forward
+from detr_jax.models.ffn import forward, permute
 
 
 def interleaved_times(baselines: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,7 @@ from detr_jax.kernels import repeat_per_tile
 from detr_jax.mesh import mesh_of, replicate_like, replicated, to_host
 from detr_jax.methods import MGS, MGSContribution, Thresholded
 from detr_jax.methods.tiles import count_tiles, existing_tiles, existing_tokens
-from detr_jax.models import DETR, FFNTrace, FFNWeights, ImageTokens, Selection
-from detr_jax.models.detr.divergence import output_divergence
+from detr_jax.models import Detector, FFNTrace, FFNWeights, Selection
 from detr_jax.pytrees import pytree
 from detr_jax.training.checkpoints import Checkpoints
 from detr_jax.training.gates import batches_from
@@ -110,7 +109,7 @@ class MaxDivergence:
     """Least mean density with a bound on the change of the detector's outputs: the dual.
 
     Attributes:
-        change: the bound on the mean of `output_divergence`.
+        change: the bound on the mean of `Detector.divergence`.
     """
 
     change: float
@@ -242,7 +241,7 @@ class Progress(NamedTuple):
 
 
 def tune_gates(
-    model: DETR,
+    model: Detector,
     passes: BatchSource,
     selectors: Mapping[str, Thresholded],
     budget: Budget,
@@ -259,7 +258,7 @@ def tune_gates(
 
     Args:
         model: the detector, frozen.
-        passes: training data, batches of `ImageTokens`.
+        passes: training data, batches of features, as `Detector.embed` returns them.
         selectors: of each FFN by name, to start from: trained, with scores in log-odds, and finite thresholds.
         budget: what is made small within which bounds.
         tuning: the recipe.
@@ -316,7 +315,7 @@ def tune_gates(
 
 
 def _loss_and_densities(
-    tuning: GateTuning, model: DETR, batch: ImageTokens, selectors: Mapping[str, Thresholded], step: jax.Array
+    tuning: GateTuning, model: Detector, batch: Any, selectors: Mapping[str, Thresholded], step: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss () of gates that are in effect, and the density () of each FFN."""
     keys = jax.random.split(jax.random.fold_in(jax.random.key(tuning.seed), step), len(selectors))
@@ -334,7 +333,7 @@ def _loss_and_densities(
         logits = selector.logits(weights[name], trace.inputs, trace.tokens)
         densities[name] = union_density(logits, trace.tokens, tuning.tile_size)
     if tuning.loss == "output-change":
-        changes = output_divergence(model.transform(batch), outputs)
+        changes = model.divergence(model.transform(batch), outputs)
         loss = jnp.where(batch.valid, changes, 0).sum() / jnp.maximum(batch.valid.sum(), 1)
     else:
         label_loss = {"firing": MGS, "contribution": MGSContribution}[tuning.loss]().loss
@@ -344,13 +343,13 @@ def _loss_and_densities(
 
 
 def measure(
-    model: DETR, passes: BatchSource, selectors: Mapping[str, Thresholded], tile_size: int = 1
+    model: Detector, passes: BatchSource, selectors: Mapping[str, Thresholded], tile_size: int = 1
 ) -> tuple[float, dict[str, float]]:
     """The mean change of the outputs over the images of one pass, and the density of each FFN by name, of tiles.
 
     Args:
         model: the detector.
-        passes: batches of `ImageTokens`.
+        passes: batches of features, as `Detector.embed` returns them.
         selectors: of each sparse FFN by name, in effect.
         tile_size: consecutive tokens that are computed together.
     """
@@ -366,7 +365,7 @@ def measure(
 def _measure(model, batch, selectors, *, tile_size):
     running = {name: StraightThrough(selector, tile_size=tile_size) for name, selector in selectors.items()}
     outputs = model.transform(batch, selectors=running, trace=True)
-    changes = output_divergence(model.transform(batch), outputs)
+    changes = model.divergence(model.transform(batch), outputs)
 
     def count(trace):
         return count_tiles(
@@ -378,7 +377,7 @@ def _measure(model, batch, selectors, *, tile_size):
 
 
 def meet(
-    model: DETR, held_out: BatchSource, selectors: Mapping[str, Thresholded], budget: Budget, tile_size: int = 1
+    model: Detector, held_out: BatchSource, selectors: Mapping[str, Thresholded], budget: Budget, tile_size: int = 1
 ) -> dict[str, Thresholded]:
     """The selectors with thresholds that meet a budget exactly on images that nothing was trained on.
 
@@ -387,7 +386,7 @@ def meet(
 
     Args:
         model: the detector.
-        held_out: batches of `ImageTokens`.
+        held_out: batches of features, as `Detector.embed` returns them.
         selectors: of each FFN by name, in the order in which they run; all in effect.
         budget: what they were trained to.
         tile_size: consecutive tokens that are computed together.

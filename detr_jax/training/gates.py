@@ -16,7 +16,7 @@ from detr_jax.data.batches import BatchSource
 from detr_jax.errors import InputError
 from detr_jax.mesh import mesh_of, replicate_like, replicated
 from detr_jax.methods import Method, Score, Thresholded, TrainedMethod
-from detr_jax.models.standalone import HasFFNs
+from detr_jax.models.base import HasFFNs
 from detr_jax.training.checkpoints import Checkpoints
 
 Gates = dict[str, Score]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import jax
@@ -14,7 +15,7 @@ from PIL import Image
 from detr_jax.data.image_list import ImageLike, preprocess_images
 from detr_jax.data.images import pixels
 from detr_jax.evaluation.inspection import FFNActivity
-from detr_jax.models.detr.postprocess import ImageDetections
+from detr_jax.models.detections import ImageDetections
 from detr_jax.viz.boxes import colour
 
 if TYPE_CHECKING:
@@ -37,10 +38,10 @@ def plot_activity(model: SparseDETR, image: ImageLike, threshold: float) -> Figu
         threshold: least score of the detections that are drawn.
     """
     picture = pixels(image)
-    pixel_values, pixel_mask = preprocess_images(picture, model.config)
+    pixel_values, pixel_mask = preprocess_images(picture, model.preprocessing)
     layers = {name: jax.device_get(layer) for name, layer in model.inspect(pixel_values, pixel_mask).items()}
-    on_grid = {name: layer for name, layer in layers.items() if layer.grid is not None}
-    stride, (resized_height, resized_width) = model.config.backbone.stride, pixel_values.shape[1:3]
+    on_grid = [panel for name, layer in layers.items() for panel in _grid_panels(model, name, layer)]
+    resized_height, resized_width = pixel_values.shape[1:3]
     height, width = picture.shape[:2]
 
     tall = min(max(height / width, 0.6), 1.6) * _PANEL
@@ -51,17 +52,16 @@ def plot_activity(model: SparseDETR, image: ImageLike, threshold: float) -> Figu
 
     # Without colours and the darkest tones, which are the heat's.
     grey = 0.2 + 0.8 * np.asarray(Image.fromarray(picture).convert("L"), np.float32) / 255
-    active = {name: layer.fires[0].mean(-1) for name, layer in on_grid.items()}
-    kept = {name: (layer.kept[0] & layer.tokens[0, :, None]).mean(-1) for name, layer in on_grid.items()}
-    for row, label, shares in zip(axes, ("active neurons", "computed neurons"), (active, kept), strict=True):
-        most = max(float(share.max()) for share in shares.values()) or 1.0
-        for panel, (name, share) in zip(row[1:], shares.items(), strict=True):
-            rows, columns = on_grid[name].grid
+    for row, label, of_row in zip(axes, ("active neurons", "computed neurons"), range(2), strict=True):
+        most = max(float(shares[of_row].max()) for _, _, shares in on_grid) or 1.0
+        for panel, (name, stride, shares) in zip(row[1:], on_grid, strict=True):
+            share = shares[of_row]
+            rows, columns = share.shape
             # A token stands for `stride` pixels of the resized image; the last ones may reach beyond it.
             extent = (0, width * columns * stride / resized_width, height * rows * stride / resized_height, 0)
             panel.imshow(grey, extent=(0, width, height, 0), cmap="gray", vmin=0, vmax=1)
             heat = {"cmap": "inferno", "vmin": 0, "vmax": most, "alpha": 0.6, "interpolation": "nearest"}
-            shown = panel.imshow(share.reshape(rows, columns), extent=extent, **heat)
+            shown = panel.imshow(share, extent=extent, **heat)
             panel.set(xlim=(0, width), ylim=(height, 0))
             panel.set_title(f"{name}   {share.mean():.1%}", fontsize=10)
             panel.set_axis_off()
@@ -70,6 +70,18 @@ def plot_activity(model: SparseDETR, image: ImageLike, threshold: float) -> Figu
         bar.solids.set_alpha(1)
         bar.ax.tick_params(labelsize=8)
     return figure
+
+
+def _grid_panels(model: SparseDETR, name: str, layer: FFNActivity) -> Iterator[tuple[str, int, list[np.ndarray]]]:
+    """Of each token grid of an FFN a title, its stride, and the shares (rows, columns) that are active and kept."""
+    indices = model.detector.ffn_specs()[name].grids
+    shares = [which[0].mean(-1) for which in (layer.fires, layer.kept & layer.tokens[..., None])]
+    ends = np.cumsum([rows * columns for rows, columns in layer.grids])
+    for index, grid, end in zip(indices, layer.grids, ends, strict=True):
+        stride = model.detector.strides[index]
+        tokens = slice(end - grid[0] * grid[1], end)
+        title = name if len(indices) == 1 else f"{name}, stride {stride}"
+        yield title, stride, [share[tokens].reshape(grid) for share in shares]
 
 
 def _draw_detections(panel: Axes, picture: np.ndarray, found: ImageDetections) -> None:

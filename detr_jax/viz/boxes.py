@@ -5,7 +5,7 @@ import colorsys
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from detr_jax.models.detr.postprocess import ImageDetections
+from detr_jax.models.detections import ImageDetections
 
 MIN_SIDE = 640
 """Smaller images are enlarged to this longer side, so that labels are legible beside their objects."""

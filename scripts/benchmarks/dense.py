@@ -115,10 +115,10 @@ def torch_forwards(config: DetrConfig, arguments: Arguments) -> tuple[dict[str, 
         d_model=config.d_model,
         encoder_layers=config.encoder_layers,
         decoder_layers=config.decoder_layers,
-        encoder_attention_heads=config.heads,
-        decoder_attention_heads=config.heads,
-        encoder_ffn_dim=config.ffn_features,
-        decoder_ffn_dim=config.ffn_features,
+        encoder_attention_heads=config.encoder_heads,
+        decoder_attention_heads=config.decoder_heads,
+        encoder_ffn_dim=config.encoder_ffn_dim,
+        decoder_ffn_dim=config.decoder_ffn_dim,
     )
     dtype = getattr(torch, arguments.dtype)
     model = DetrForObjectDetection(layers).eval().to(dtype)

@@ -12,7 +12,6 @@ import numpy as np
 from tqdm import tqdm
 
 import detr_jax
-from detr_jax.calibration.permutation import permute_neurons
 from detr_jax.commands import cli
 from detr_jax.data.features import backbone_features
 from detr_jax.data.registry import open_dataset
@@ -117,12 +116,11 @@ def main(arguments: Arguments) -> None:
     refuse_existing(arguments.out, arguments.overwrite)
     model = detr_jax.load(arguments.model, preset=arguments.preset)
     plan = load_plan(arguments.plan, model)
-    model = permute_neurons(model, plan.orders)
+    model = model.with_permutations(plan.orders)
     for block_size in arguments.block_sizes:
-        if block_size < 1 or model.config.ffn_features % block_size:
-            raise InputError(
-                f"{model.config.ffn_features} hidden neurons cannot be divided into blocks of {block_size}"
-            )
+        for spec in model.ffn_specs().values():
+            if block_size < 1 or spec.hidden % block_size:
+                raise InputError(f"{spec.hidden} hidden neurons cannot be divided into blocks of {block_size}")
     dataset = open_dataset(arguments.coco, "val", arguments.images)
     selectors = executed(plan.selectors, None)  # they are executed in each of the ways that are asked for
     (batch, *_) = backbone_features(model, dataset, arguments.images, "embedding images")
@@ -132,7 +130,7 @@ def main(arguments: Arguments) -> None:
         for name, selector in tqdm(selectors.items(), desc="benchmarking", unit="FFN")
         for row in measure(weights[name], traces[name], selector, arguments)
     ]
-    images, (rows_of_tokens, columns) = int(batch.valid.sum()), batch.grid
+    images, grids = int(batch.valid.sum()), " and ".join(f"{rows}x{columns}" for rows, columns in batch.grids)
     write_json(arguments.out, {"rows": rows, "data": dataset.name, "images": images, **cli.provenance(arguments)})
     header = ("FFN", "tokens", "tile", "order", "block", "groups", "tiles x blocks", "dense ms", "sparse ms", "faster")
     lines = [
@@ -149,7 +147,7 @@ def main(arguments: Arguments) -> None:
         for row in rows
     ]
     print(
-        f"\nFFNs of {arguments.model} on the first batch: {images} images of {rows_of_tokens}x{columns} tokens, "
+        f"\nFFNs of {arguments.model} on the first batch: {images} images of {grids} tokens, "
         f"{jax.devices()[0].device_kind}, selector included"
     )
     print(table(header, lines))

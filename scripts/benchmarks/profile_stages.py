@@ -23,7 +23,6 @@ from detr_jax.evaluation.coco_ap import score
 from detr_jax.evaluation.runs import coco_results, predictions
 from detr_jax.methods import MGS
 from detr_jax.models import DETR, FFNTrace, FFNWeights, ImageTokens, Selection, Selectors
-from detr_jax.models.detr.postprocess import postprocess
 from detr_jax.models.ffn import forward
 from detr_jax.search.timing import interleaved_times
 from detr_jax.training.gates import train_gates
@@ -79,7 +78,7 @@ def _ffns(
     return {name: run(name, *given) for name, given in inputs.items()}
 
 
-_postprocess = jax.jit(postprocess)
+_detections = jax.jit(lambda model, outputs, sizes: model.detections(outputs, sizes))
 
 
 def evaluation_stages(
@@ -103,7 +102,7 @@ def evaluation_stages(
     outputs = _transform(model, tokens, selectors)
 
     def finish() -> None:
-        coco_results(batch, jax.device_get(_postprocess(outputs.logits, outputs.boxes, batch.sizes)))
+        coco_results(batch, jax.device_get(_detections(model, outputs, batch.sizes)))
 
     stages = _medians(calls | {"post-processing": finish}, repeats)
     passes = predictions(model, dataset, batch_size, selectors=selectors, progress=False)
@@ -112,7 +111,7 @@ def evaluation_stages(
         seen = _intervals(_collecting(passes, results), shape)
     started = time.perf_counter()
     score(dataset.ground_truth(), results, dataset.image_ids())
-    count = len(layout_batches(dataset.image_sizes(), model.config, batch_size))
+    count = len(layout_batches(dataset.image_sizes(), model.preprocessing, batch_size))
     return StageTimes(shape, stages | {"scoring": (time.perf_counter() - started) / count}, seen)
 
 
@@ -137,7 +136,7 @@ _LEAST_BATCHES = _WARM_UP + 3
 
 
 def _most_frequent_shape(dataset: Dataset, model: DETR, batch_size: int) -> tuple[int, int, int]:
-    layouts = layout_batches(dataset.image_sizes(), model.config, batch_size)
+    layouts = layout_batches(dataset.image_sizes(), model.preprocessing, batch_size)
     shape, count = Counter(layout.shape for layout in layouts).most_common(1)[0]
     if count < _LEAST_BATCHES:
         raise InputError(
@@ -153,8 +152,8 @@ def _forward_stages(
     """A batch, the stages of its forward pass, and its tokens."""
 
     sizes, ids = dataset.image_sizes(), np.array(dataset.image_ids())
-    layout = next(lay for lay in layout_batches(sizes, model.config, batch_size) if lay.shape == shape)
-    load = partial(load_batch, dataset, model.config, layout, sizes, ids, slice(0, batch_size))
+    layout = next(lay for lay in layout_batches(sizes, model.preprocessing, batch_size) if lay.shape == shape)
+    load = partial(load_batch, dataset, model.preprocessing, layout, sizes, ids, slice(0, batch_size))
     batch = load()
     pixels = (batch.pixel_values, batch.pixel_mask)
     placed = replace(batch, pixel_values=jax.device_put(pixels[0]), pixel_mask=jax.device_put(pixels[1]))

@@ -13,7 +13,6 @@ import tyro
 from profile_stages import evaluation_stages, stage_table, training_stages
 
 import detr_jax
-from detr_jax.calibration.permutation import permute_neurons
 from detr_jax.commands import cli
 from detr_jax.commands.execution_options import ExecutionOptions
 from detr_jax.data.registry import open_dataset
@@ -66,7 +65,7 @@ def profile(arguments: Arguments) -> None:
     selectors = {}
     if arguments.plan is not None:
         plan = load_plan(arguments.plan, model)
-        model, selectors = permute_neurons(model, plan.orders), arguments.computation.of(plan.selectors)
+        model, selectors = model.with_permutations(plan.orders), arguments.computation.of(plan.selectors)
     trace = contextlib.nullcontext if arguments.trace is None else partial(jax.profiler.trace, arguments.trace)
     common = (model, dataset, arguments.batch_size)
     if arguments.run == "evaluation":

@@ -22,7 +22,7 @@ from detr_jax.evaluation.runs import measure_dataset
 from detr_jax.files import write_json
 from detr_jax.methods import Thresholded, TrainedMethod
 from detr_jax.models import DETR, Selectors
-from detr_jax.models.standalone import HasFFNs
+from detr_jax.models.base import HasFFNs
 from detr_jax.training.gates import Gates, train_gates
 
 

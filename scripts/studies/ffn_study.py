@@ -20,8 +20,9 @@ from detr_jax.evaluation.counts import count_activity, total_counts
 from detr_jax.evaluation.flops import remaining_share
 from detr_jax.methods import Fixed, IndicatorSelector, LowRankCompensation, Oracle, Thresholded, TopK
 from detr_jax.models import FFNWeights, Selection
+from detr_jax.models.base import HasFFNs
 from detr_jax.models.ffn import forward
-from detr_jax.models.standalone import FFNInputs, HasFFNs, StandaloneFFNs
+from detr_jax.models.standalone import FFNInputs, StandaloneFFNs
 from detr_jax.viz.figures import COLOURS, new_figure
 
 MeasuredSelector = Thresholded | TopK | LowRankCompensation | Fixed | Oracle | IndicatorSelector

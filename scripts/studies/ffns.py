@@ -29,7 +29,7 @@ from tqdm import tqdm
 from detr_jax.calibration.activation_passes import measure_activations
 from detr_jax.calibration.activations import ActivationStatistics, require_active
 from detr_jax.calibration.moment_passes import measure_kept, measure_moments
-from detr_jax.calibration.permutation import coactivation_permutation, kmeans_permutation, permute
+from detr_jax.calibration.permutation import coactivation_permutation, kmeans_permutation
 from detr_jax.calibration.threshold_passes import selectors_at_densities
 from detr_jax.commands import cli
 from detr_jax.data.batches import CachedBatches
@@ -54,6 +54,7 @@ from detr_jax.methods import (
 )
 from detr_jax.methods.grouping import group_count
 from detr_jax.methods.reconstruction import obs_ranking, reconstruct_from_kept, reconstruct_output
+from detr_jax.models.ffn import permute
 from detr_jax.models.standalone import StandaloneFFNs
 from detr_jax.training.gates import Gates, GateTraining
 from detr_jax.viz.figures import save_figure

@@ -109,7 +109,7 @@ class Study:
         self._held_out = cached(self._calibration)
         validation = embed(own, splits.validation, settings.batch_size, "validation")
 
-        tokens = max(batch.tokens.mask.shape[1] for batch in self._calibration)
+        tokens = max(sum(rows * columns for rows, columns in batch.grids) for batch in self._calibration)
         window = arguments.tile_size if tokens > arguments.tile_size else None
         settings = dataclasses.replace(settings, group_size=size, window=window)
         sample = Subset(splits.training, 0, min(settings.statistics_images, len(splits.training)))
@@ -142,8 +142,8 @@ class Study:
     def gated(self, recipe: str, setting: str, model: DETR, gates: Mapping[str, Thresholded]) -> None:
         """Measures gates, whose tiles get what one of their tokens needs."""
         tiled = {name: StraightThrough(gate, tile_size=self._arguments.tile_size) for name, gate in gates.items()}
-        features = model.config.ffn_features
-        order = {name: np.arange(features) for name in gates}
+        specs = model.ffn_specs()
+        order = {name: np.arange(specs[name].hidden) for name in gates}
         if model is self.own:  # back from the search's order
             order = {name: np.argsort(self.search.orders[name]) for name in gates}
         timed = {name: (Executed(gate, self._execution), order[name]) for name, gate in gates.items()}
@@ -216,9 +216,9 @@ class Study:
 
     def points(self) -> list[dict]:
         """All points with the time of their FFNs as a share of the dense ones', measured beside each other."""
-        own = np.arange(self.own.config.ffn_features)
+        dense = {name: (None, np.arange(spec.hidden)) for name, spec in self.own.ffn_specs().items()}
         ways = {
-            name: [(None, own), *(timed.get(name, (None, own)) for timed in self.timed.values())]
+            name: [dense[name], *(timed.get(name, dense[name]) for timed in self.timed.values())]
             for name in self.search.names
         }
         seconds = sum(self.search.times(ways, "timing all points").values())

@@ -15,7 +15,7 @@ from detr_jax.methods import Oracle
 from detr_jax.methods.grouping import group_count
 from detr_jax.methods.tiles import TileCounts, count_tiles
 from detr_jax.models import DETR, Selectors
-from detr_jax.models.standalone import HasFFNs
+from detr_jax.models.base import HasFFNs
 
 TILE_SIZES = (1, 8, 16, 64, 128)
 """Tokens per tile; a tile of one token is the group itself."""
@@ -84,7 +84,7 @@ def measure_tile_density(
         JSON by FFN: `neurons`, a share; `exact` and `predicted`, as of `measure_tiles`.
     """
     batches = [batch.tokens for batch in embedded]
-    names = model.config.ffn_names
+    names = tuple(model.ffn_specs())
     neurons = measure_tiles(model, batches, dict.fromkeys(names, Oracle(1)), 1, (1,))
     exact = measure_tiles(model, batches, dict.fromkeys(names, Oracle(group_size)), group_size, TILE_SIZES)
     guessed = measure_tiles(model, batches, predicted, group_size, TILE_SIZES)

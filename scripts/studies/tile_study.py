@@ -14,7 +14,7 @@ from detr_jax.kernels import signature_order
 from detr_jax.methods.grouping import active_groups, group_count
 from detr_jax.methods.tiles import tiles_of
 from detr_jax.models import FFNTrace
-from detr_jax.models.standalone import HasFFNs
+from detr_jax.models.base import HasFFNs
 
 TokenOrder = Literal["raster", "signature"]
 """Tokens as they come, or sorted by the blocks that are active for them (`kernels.signature_order`)."""

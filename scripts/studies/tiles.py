@@ -29,7 +29,7 @@ from detr_jax.data.registry import open_dataset
 from detr_jax.errors import InputError
 from detr_jax.files import refuse_existing, replacing, write_json
 from detr_jax.methods.grouping import group_count
-from detr_jax.models.standalone import HasFFNs
+from detr_jax.models.base import HasFFNs
 from detr_jax.viz.figures import save_figure
 
 NEURON_ORDERS = ("own", "coactivation", "kmeans", "contribution", "top-p")

@@ -1,32 +1,12 @@
 """What a DETR is made of, and the five presets."""
 
-import dataclasses
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from detr_jax.errors import InputError
 from detr_jax.models.labels import COCO_LABELS, SCENES_LABELS
-
-
-@dataclass(frozen=True)
-class BackboneConfig:
-    """A bottleneck ResNet. Stage s has `depths[s]` blocks of inner width `widths[s]` and 4 times that outside."""
-
-    depths: tuple[int, ...]
-    widths: tuple[int, ...] = (64, 128, 256, 512)
-    strides: tuple[int, ...] = (1, 2, 2, 2)
-    stem_width: int = 64
-    dilate_last: bool = False
-    """DC5: the last stage keeps its input's resolution; its blocks after the first are dilated by 2."""
-
-    @property
-    def features(self) -> int:
-        return 4 * self.widths[-1]
-
-    @property
-    def stride(self) -> int:
-        """Pixels between neighbouring features; the stem contributes 4."""
-        return 4 * math.prod(self.strides[:-1] if self.dilate_last else self.strides)
+from detr_jax.models.preprocessing import Preprocessing
+from detr_jax.models.registry import dataclass_from_json
+from detr_jax.models.resnet import BackboneConfig
 
 
 @dataclass(frozen=True)
@@ -40,15 +20,19 @@ class DetrConfig:
     backbone: BackboneConfig
     labels: tuple[str, ...] = COCO_LABELS
     d_model: int = 256
-    heads: int = 8
-    ffn_features: int = 2048
+    encoder_heads: int = 8
+    decoder_heads: int = 8
+    encoder_ffn_dim: int = 2048
+    """Hidden neurons of each encoder FFN."""
+    decoder_ffn_dim: int = 2048
     encoder_layers: int = 6
     decoder_layers: int = 6
     queries: int = 100
-    shortest_side: int = 800
-    """Images are resized to this shorter side, in pixels ..."""
-    longest_side: int = 1333
-    """... unless the longer side would exceed this one."""
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    """Its stride is always the backbone's."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "preprocessing", replace(self.preprocessing, stride=self.backbone.stride))
 
     @property
     def classes(self) -> int:
@@ -60,6 +44,21 @@ class DetrConfig:
         return tuple(f"encoder.{i}" for i in range(self.encoder_layers)) + tuple(
             f"decoder.{i}" for i in range(self.decoder_layers)
         )
+
+    @classmethod
+    def from_json(cls, values: dict) -> "DetrConfig":
+        """From JSON types; files of version 1 had one FFN size, one number of heads, and two facts about pixels.
+
+        Raises:
+            TypeError: if a field is missing or unknown.
+        """
+        values = dict(values)
+        for old, new in (("heads", "heads"), ("ffn_features", "ffn_dim")):
+            if old in values:
+                values |= dict.fromkeys((f"encoder_{new}", f"decoder_{new}"), values.pop(old))
+        if sides := {side: values.pop(side) for side in ("shortest_side", "longest_side") if side in values}:
+            values["preprocessing"] = sides
+        return dataclass_from_json(cls, values)
 
 
 def detr_r50() -> DetrConfig:
@@ -88,13 +87,14 @@ def detr_tiny() -> DetrConfig:
         BackboneConfig(depths=(2, 2, 2), widths=(16, 32, 64), strides=(2, 2, 1), stem_width=16),
         labels=SCENES_LABELS,
         d_model=128,
-        heads=4,
-        ffn_features=1024,
+        encoder_heads=4,
+        decoder_heads=4,
+        encoder_ffn_dim=1024,
+        decoder_ffn_dim=1024,
         encoder_layers=3,
         decoder_layers=3,
         queries=20,
-        shortest_side=128,
-        longest_side=213,
+        preprocessing=Preprocessing(128, 213),
     )
 
 
@@ -111,26 +111,8 @@ def preset_config(name: str) -> DetrConfig:
     """The configuration of a preset.
 
     Raises:
-        ValueError: if there is no preset of that name.
+        InputError: if there is no preset of that name.
     """
     if name not in PRESETS:
         raise InputError(f"no preset named {name!r}; there are {', '.join(PRESETS)}")
     return PRESETS[name]()
-
-
-def config_to_json(config: DetrConfig) -> dict:
-    """The configuration as JSON types."""
-    return dataclasses.asdict(config)
-
-
-def config_from_json(values: dict) -> DetrConfig:
-    """Inverse of `config_to_json`.
-
-    Raises:
-        TypeError: if a field is missing or unknown.
-    """
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    backbone = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in fields.pop("backbone").items()
-    }
-    return DetrConfig(backbone=BackboneConfig(**backbone), **fields)

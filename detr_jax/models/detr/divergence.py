@@ -1,9 +1,14 @@
 """How much a detector's outputs change: what stands in for AP where many settings are tried."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import jax
 import jax.numpy as jnp
 
-from detr_jax.models.detr.modeling import DetrOutputs
+if TYPE_CHECKING:
+    from detr_jax.models.detr.modeling import DetrOutputs
 
 BOX_WEIGHT = 5.0
 """Of the L1 distance of boxes, as in DETR's loss (Carion et al. 2020)."""

@@ -38,9 +38,9 @@ def softmax_attention(
     return (mixed / sums).astype(value.dtype)
 
 
-def _attention(config: DetrConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.MultiHeadAttention:
+def _attention(config: DetrConfig, heads: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.MultiHeadAttention:
     return nnx.MultiHeadAttention(
-        config.heads,
+        heads,
         config.d_model,
         decode=False,
         keep_rngs=False,
@@ -60,9 +60,9 @@ class EncoderLayer(nnx.Module):
     """Self-attention over image tokens, then the FFN; each added to its input and normalised."""
 
     def __init__(self, config: DetrConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.self_attention = _attention(config, dtype, rngs)
+        self.self_attention = _attention(config, config.encoder_heads, dtype, rngs)
         self.norm1 = _norm(config, dtype, rngs)
-        self.ffn = FFN(config.d_model, config.ffn_features, dtype=dtype, rngs=rngs)
+        self.ffn = FFN(config.d_model, config.encoder_ffn_dim, dtype=dtype, rngs=rngs)
         self.norm2 = _norm(config, dtype, rngs)
 
     def attend(self, x: jax.Array, positions: jax.Array, mask: jax.Array) -> jax.Array:
@@ -75,11 +75,11 @@ class DecoderLayer(nnx.Module):
     """Self-attention among queries, cross-attention to the image tokens, then the FFN."""
 
     def __init__(self, config: DetrConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.self_attention = _attention(config, dtype, rngs)
+        self.self_attention = _attention(config, config.decoder_heads, dtype, rngs)
         self.norm1 = _norm(config, dtype, rngs)
-        self.cross_attention = _attention(config, dtype, rngs)
+        self.cross_attention = _attention(config, config.decoder_heads, dtype, rngs)
         self.norm2 = _norm(config, dtype, rngs)
-        self.ffn = FFN(config.d_model, config.ffn_features, dtype=dtype, rngs=rngs)
+        self.ffn = FFN(config.d_model, config.decoder_ffn_dim, dtype=dtype, rngs=rngs)
         self.norm3 = _norm(config, dtype, rngs)
 
     def attend(

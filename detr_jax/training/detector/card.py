@@ -40,7 +40,8 @@ possible without downloads. It is a stand-in for the published detectors, not on
 
 - Images: 128x128 pixels, generated (`detr_jax/data/scenes.py`); no photographs and no annotations by people.
 - Architecture: {architecture["encoder_layers"]} encoder and {architecture["decoder_layers"]} decoder layers of width \
-{architecture["d_model"]}, FFNs with {architecture["ffn_features"]} neurons, {architecture["queries"]} object queries.
+{architecture["d_model"]}, FFNs with {architecture["encoder_ffn_dim"]} neurons, \
+{architecture["queries"]} object queries.
 - Parameters: SHA-256 `{report["fingerprint"]}` (`detr_jax.fingerprint`).
 - License: Apache-2.0.
 

@@ -12,12 +12,16 @@ GIOU_COST = 2.0
 
 
 def match(
-    logits: jax.Array, boxes: jax.Array, target_labels: jax.Array, target_boxes: jax.Array, target_valid: jax.Array
+    probabilities: jax.Array,
+    boxes: jax.Array,
+    target_labels: jax.Array,
+    target_boxes: jax.Array,
+    target_valid: jax.Array,
 ) -> jax.Array:
     """The query of each object, by minimal total cost: class probability, L1 and generalised IoU of the boxes.
 
     Args:
-        logits: (queries, classes + 1).
+        probabilities: (queries, classes).
         boxes: (queries, 4), (cx, cy, w, h).
         target_labels: (objects,) int.
         target_boxes: (objects, 4).
@@ -29,13 +33,12 @@ def match(
     Raises:
         ValueError: if there are more objects than queries.
     """
-    queries, objects = logits.shape[0], target_labels.shape[0]
+    queries, objects = probabilities.shape[0], target_labels.shape[0]
     if objects > queries:
         raise ValueError(f"{queries} queries cannot be matched to {objects} objects")
-    probabilities = jax.nn.softmax(logits)[:, target_labels]
     distance = jnp.abs(boxes[:, None] - target_boxes[None]).sum(-1)
     overlap = generalised_iou(boxes[:, None], target_boxes[None])
-    cost = BOX_COST * distance - CLASS_COST * probabilities - GIOU_COST * overlap
+    cost = BOX_COST * distance - CLASS_COST * probabilities[:, target_labels] - GIOU_COST * overlap
     # Padding costs the same everywhere, so it takes whichever queries the objects leave.
     cost = jax.lax.stop_gradient(jnp.where(target_valid, cost, 0.0))
     rows, columns = optax.assignment.hungarian_algorithm(cost)

@@ -117,7 +117,7 @@ def optimiser(training: DetectorTraining) -> optax.GradientTransformation:
 def fit_batch_norm(model: DETR, images: np.ndarray) -> None:
     """Gives the frozen batch norm of a new backbone the statistics of a batch of (batch, height, width, 3) images."""
     model.backbone.set_attributes(fit=True)
-    model.backbone(normalise(images))
+    model.backbone(normalise(images, model.preprocessing))
     model.backbone.set_attributes(fit=False)
 
 
@@ -149,8 +149,8 @@ def train_detector(
 
     def loss_of(parameters, images, targets, step):
         model, dense_head = nnx.merge(graph, parameters, statistics)
-        outputs = model(normalise(images), auxiliary=True, trace=True)
-        grid = (len(images), *model.token_grid(images.shape[1:3]))
+        outputs = model(normalise(images, model.preprocessing), auxiliary=True, trace=True)
+        grid = (len(images), *model.token_grids(images.shape[1:3])[0])
         before, after = (tokens.reshape(*grid, -1) for tokens in outputs.encoder)
         # The encoder finds out where its tokens are: what the decoder reads must say so in the heads' own terms.
         dense = (dense_loss(*dense_head(before), targets), dense_loss(*model.heads(after), targets))

@@ -1,0 +1,212 @@
+"""The detector protocol: everything that the rest of the package knows about a detector."""
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, Self
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from detr_jax.errors import InputError
+from detr_jax.models.detections import Detections
+from detr_jax.models.ffn import FFN, FFNTrace, permute
+from detr_jax.models.preprocessing import Preprocessing
+from detr_jax.models.selection import FFNWeights, Selectors
+
+
+@dataclass(frozen=True)
+class FFNSpec:
+    """Shape of one FFN, and the tokens that go through it.
+
+    Attributes:
+        d_model: features of a token.
+        hidden: hidden neurons F.
+        tokens: "image" for tokens that stand for places, "query" for object queries.
+        grids: indices into `Detector.token_grids` of the grids whose tokens go through it, one after the other, rows
+            first; empty for object queries.
+    """
+
+    d_model: int
+    hidden: int
+    tokens: Literal["image", "query"]
+    grids: tuple[int, ...] = ()
+
+
+class HasFFNs(Protocol):
+    """Anything with FFNs that inputs go through; a pytree. Statistics, gates and calibration need no more."""
+
+    def ffn_weights(self) -> dict[str, FFNWeights]:
+        """The FFNs by name, in the order in which they run, in the compute dtype."""
+
+    def traces(self, batch: Any, selectors: Selectors) -> dict[str, FFNTrace]:
+        """Inputs, hidden activations and selections of each FFN while some of them are sparse."""
+
+
+class Outputs(Protocol):
+    """Outputs of a detector: a dataclass and pytree of arrays with an axis of images in front.
+
+    Attributes:
+        traces: of the FFNs by name, if asked for.
+    """
+
+    traces: dict[str, FFNTrace] | None
+
+
+class Detector(nnx.Module):
+    """A detector whose FFNs can be made sparse. Subclasses add the abstract methods and an entry in the registry.
+
+    Its features and outputs are pytrees of its own, every array with an axis of images in front; features have `valid`
+    (batch,), as `embed` got it, and outputs have `traces`. A subclass is built
+    from a configuration with `labels`, `preprocessing` and `queries`, as `cls(config, dtype=..., rngs=...)`, and keeps
+    `config` and `dtype`.
+    """
+
+    config: Any
+    dtype: jnp.dtype
+
+    @property
+    @abc.abstractmethod
+    def ffns(self) -> dict[str, FFN]:
+        """The FFNs by name, in the order in which they run."""
+
+    @abc.abstractmethod
+    def ffn_specs(self) -> dict[str, FFNSpec]:
+        """Shapes and tokens of the FFNs by name, in the order in which they run."""
+
+    @property
+    @abc.abstractmethod
+    def strides(self) -> tuple[int, ...]:
+        """Pixels between neighbouring tokens of each token grid."""
+
+    @abc.abstractmethod
+    def embed(
+        self,
+        pixel_values: Float[Array, "batch height width 3"],
+        pixel_mask: Bool[Array, "batch height width"],
+        valid: Bool[Array, " batch"],
+    ) -> Any:
+        """Features before the transformer, which no selector changes: a pass over many selectors needs them once.
+
+        Args:
+            pixel_values: preprocessed images.
+            pixel_mask: true where the image is.
+            valid: false for images that only fill the batch; no token of theirs counts in traces.
+        """
+
+    @abc.abstractmethod
+    def transform(self, features: Any, *, selectors: Selectors | None = None, trace: bool = False) -> Outputs:
+        """Outputs from what `embed` returned.
+
+        Args:
+            features: of a batch.
+            selectors: selector of each sparse FFN by name; FFNs without one are dense.
+            trace: also return inputs and hidden activations of every FFN.
+
+        Raises:
+            InputError: if a selector names an FFN that does not exist.
+        """
+
+    @abc.abstractmethod
+    def query_predictions(
+        self, outputs: Any
+    ) -> tuple[Float[Array, "batch queries classes"], Float[Array, "batch queries 4"]]:
+        """Probability of each class, and box (cx, cy, w, h) in fractions of the image, of every object query."""
+
+    @abc.abstractmethod
+    def detections(self, outputs: Any, sizes: Shaped[Array, "batch 2"]) -> Detections:
+        """Detections in pixels of the original images, whose heights and widths are `sizes`."""
+
+    @abc.abstractmethod
+    def divergence(self, dense: Any, sparse: Any) -> Float[Array, " batch"]:
+        """How much the outputs for each image change; stands in for AP where many settings are tried."""
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images become inputs."""
+        return self.config.preprocessing
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes; empty for an id without a class."""
+        return self.config.labels
+
+    @property
+    def queries(self) -> int:
+        """Number of object queries."""
+        return self.config.queries
+
+    def __call__(
+        self,
+        pixel_values: Float[Array, "batch height width 3"],
+        pixel_mask: Bool[Array, "batch height width"] | None = None,
+        *,
+        selectors: Selectors | None = None,
+        trace: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Outputs for a batch of images; an empty batch gives empty outputs.
+
+        Args:
+            pixel_values: images from `detr_jax.preprocess_images`.
+            pixel_mask: true where the image is; None where nothing is padding.
+            selectors, trace: see `transform`.
+            options: of the architecture's own `transform`.
+
+        Raises:
+            InputError: if a shape or type does not fit, or a selector names an FFN that does not exist.
+        """
+        if pixel_values.ndim != 4 or pixel_values.shape[-1] != 3:
+            raise InputError(f"pixel_values must be (batch, height, width, 3), got {pixel_values.shape}")
+        if not jnp.issubdtype(pixel_values.dtype, jnp.floating):
+            raise InputError(
+                f"pixel_values must be normalised floats, got {pixel_values.dtype}; detr_jax.preprocess_images makes "
+                "them"
+            )
+        if pixel_mask is None:
+            pixel_mask = jnp.ones(pixel_values.shape[:3], bool)
+        elif pixel_mask.shape != pixel_values.shape[:3]:
+            raise InputError(f"pixel_mask must be {pixel_values.shape[:3]} like pixel_values, got {pixel_mask.shape}")
+        features = self.embed(pixel_values, pixel_mask, jnp.ones(pixel_values.shape[0], bool))
+        return self.transform(features, selectors=selectors, trace=trace, **options)
+
+    def token_grids(self, size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+        """Rows and columns of each grid of image tokens for padded images of (height, width) pixels."""
+        return tuple((-(-size[0] // stride), -(-size[1] // stride)) for stride in self.strides)
+
+    def ffn_weights(self) -> dict[str, FFNWeights]:
+        """The FFNs as arrays in the compute dtype, by name."""
+        return {name: ffn.weights() for name, ffn in self.ffns.items()}
+
+    def traces(self, features: Any, selectors: Selectors) -> dict[str, FFNTrace]:
+        """Inputs, hidden activations and selections of each FFN by name."""
+        return self.transform(features, selectors=selectors, trace=True).traces
+
+    def with_permutations(self, permutations: Mapping[str, Int[np.ndarray, " hidden"]]) -> Self:
+        """The same function with the hidden neurons of some FFNs permuted; this detector stays as it is.
+
+        Args:
+            permutations: of each FFN by name, the neuron that comes to each place; the others keep theirs.
+
+        Raises:
+            InputError: if an array is no permutation of the hidden neurons.
+        """
+        copy = nnx.clone(self)
+        ffns = copy.ffns
+        for name, permutation in permutations.items():
+            for parameter, value in permute(ffns[name].parameters(), permutation)._asdict().items():
+                getattr(ffns[name], parameter)[...] = value
+        return copy
+
+    def known_selectors(self, selectors: Selectors | None) -> Selectors:
+        """The selectors of a call, {} for None.
+
+        Raises:
+            InputError: if one names an FFN that does not exist.
+        """
+        selectors, names = selectors or {}, list(self.ffn_specs())
+        if unknown := set(selectors) - set(names):
+            raise InputError(f"no FFN is named {sorted(unknown)}; this detector has {names}")
+        return selectors

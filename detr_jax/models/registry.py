@@ -1,0 +1,63 @@
+"""The architectures that files can hold, by the name that their headers give."""
+
+import dataclasses
+import typing
+from typing import Any, NamedTuple
+
+from detr_jax.models.base import Detector
+
+
+class Architecture(NamedTuple):
+    """One kind of detector: a dataclass of its configuration, and its module."""
+
+    config: type
+    module: type[Detector]
+
+
+ARCHITECTURES: dict[str, Architecture] = {}
+
+
+def register(name: str, config: type, module: type[Detector]) -> None:
+    """Makes an architecture known to `detr_jax.load` and `detr_jax.save`.
+
+    Args:
+        name: in the files' headers.
+        config: a frozen dataclass of JSON types, tuples and such dataclasses; a classmethod `from_json` reads what
+            earlier versions wrote.
+        module: is made as `module(config, dtype=..., rngs=...)`.
+    """
+    ARCHITECTURES[name] = Architecture(config, module)
+
+
+def architecture_of(config: Any) -> str:
+    """Name of the architecture that a configuration describes."""
+    (name,) = (name for name, architecture in ARCHITECTURES.items() if architecture.config is type(config))
+    return name
+
+
+def make_detector(config: Any, **arguments: Any) -> Detector:
+    """The detector that a configuration describes; `arguments` are `dtype` and `rngs`."""
+    return ARCHITECTURES[architecture_of(config)].module(config, **arguments)
+
+
+def config_from_json(architecture: str, values: dict) -> Any:
+    """Inverse of `dataclasses.asdict`, through JSON.
+
+    Raises:
+        KeyError: if there is no such architecture.
+        TypeError: if a field is missing or unknown.
+    """
+    config = ARCHITECTURES[architecture].config
+    return getattr(config, "from_json", lambda values: dataclass_from_json(config, values))(values)
+
+
+def dataclass_from_json(cls: type, values: dict) -> Any:
+    """A dataclass from JSON types; lists become tuples, and what a field says is a dataclass becomes one."""
+    types = typing.get_type_hints(cls)
+
+    def field(name: str, value: Any) -> Any:
+        if isinstance(value, dict) and dataclasses.is_dataclass(types.get(name)):
+            return dataclass_from_json(types[name], value)
+        return tuple(value) if isinstance(value, list) else value
+
+    return cls(**{name: field(name, value) for name, value in values.items()})
