@@ -352,7 +352,7 @@ def main(arguments: Arguments) -> None:
         wanted = SCENES_TRAINING_IMAGES
     splits = open_splits(arguments.coco, wanted, arguments.calibration_images, arguments.eval_images)
     with frozen(model) as fingerprint:
-        settings = cli.settings(arguments) | {"fingerprint of the detector": fingerprint}
+        settings = cli.settings(arguments, detector=fingerprint, **splits.fingerprints)
         open_run(arguments.out, settings, OUTPUTS, resume=arguments.resume, overwrite=arguments.overwrite)
         bench = Workbench(arguments, model, splits)
         own = bench.train(bench.own, [arguments.training.method(MGS)], "gates-own")["mgs"]

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from studies.common import open_splits
+from tiny import annotation, write_coco
 
 import detr_jax_command
 from detr_jax import errors
@@ -20,6 +22,16 @@ ROOT = Path(__file__).parent.parent
 @dataclass(frozen=True)
 class Arguments:
     """Does nothing."""
+
+
+@dataclass(frozen=True)
+class Studied:
+    """Arguments of a run."""
+
+    out: Path
+    coco: Path
+    model: str
+    epochs: int = 3
 
 
 @pytest.fixture(autouse=True)
@@ -91,3 +103,20 @@ def test_an_unknown_subcommand_is_refused(monkeypatch, capsys):
         detr_jax_command.main()
     assert exit.value.code == 2
     assert "no command 'find'; there are detect, evaluate" in capsys.readouterr().err
+
+
+def test_a_run_is_the_same_wherever_its_inputs_are(tmp_path):
+    """Settings of a run have the identity of detector and data in the place of their paths."""
+    splits = []
+    for name in ("here", "there"):
+        root = write_coco(tmp_path / name, [(20, 30)] * 4, [annotation(1, 1, (1, 2, 10, 12))], "train2017")
+        write_coco(root, [(20, 30)] * 2, [], "val2017")
+        splits.append(open_splits(root, 3, 1, 2))
+    here, there = (
+        cli.settings(Studied(Path(name), coco, "a.safetensors"), detector="0f", **split.fingerprints)
+        for name, coco, split in zip(("a", "b"), (tmp_path / "here", "there"), splits, strict=True)
+    )
+    assert here == there and here["epochs"] == 3 and here["fingerprint of the training"].endswith("[0:3]")
+    root = write_coco(tmp_path / "other", [(20, 31)] * 4, [], "train2017")
+    other = open_splits(write_coco(root, [(20, 30)] * 2, [], "val2017"), 3, 1, 2)
+    assert other.fingerprints["training"] != splits[0].fingerprints["training"]

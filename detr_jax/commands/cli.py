@@ -87,9 +87,8 @@ def settings(arguments: Any, **inputs: str) -> dict:
         arguments: of the command; those in `PLACES` are left out.
         inputs: fingerprints of the detector and the data, which are the same wherever they are.
     """
-    return {name: value for name, value in _as_json(arguments).items() if name not in PLACES} | {
-        f"fingerprint of the {name}": value for name, value in inputs.items()
-    }
+    kept = {name: value for name, value in _as_json(arguments).items() if name not in PLACES}
+    return kept | {f"fingerprint of the {name}": value for name, value in inputs.items()}
 
 
 def _as_json(arguments: Any) -> dict:

@@ -35,6 +35,11 @@ class Splits:
     validation: Dataset
 
     @property
+    def fingerprints(self) -> dict[str, str]:
+        """By use; the same wherever the data are."""
+        return {use: getattr(self, use).fingerprint for use in ("training", "calibration", "validation")}
+
+    @property
     def names(self) -> dict[str, str]:
         return {use: dataset.name for use, dataset in vars(self).items()}
 

@@ -239,7 +239,7 @@ def main(arguments: Arguments) -> None:
     held_out = arguments.search.calibration_images
     splits = open_splits(arguments.coco, arguments.train_images, held_out, arguments.eval_images)
     with frozen(own) as fingerprint:
-        settings = cli.settings(arguments) | {"fingerprint of the detector": fingerprint}
+        settings = cli.settings(arguments, detector=fingerprint, **splits.fingerprints)
         open_run(arguments.out, settings, OUTPUTS, resume=arguments.resume, overwrite=arguments.overwrite)
         study = Study(arguments, own, splits)
         mgs = study.train(own, [MGS], "gates-own")["mgs"]
