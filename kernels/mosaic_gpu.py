@@ -123,7 +123,7 @@ def _call(x, weights, lists, active, interpret):
         operands.append(_in_order_of_lists(active, lists, features).astype(x.dtype).reshape(*parts.shape[:2], features))
     run = plgpu.kernel(
         partial(_kernel, block_size, features, lists is not None, active is not None),
-        out_type=jax.ShapeDtypeStruct(parts.shape, x.dtype),
+        out_type=jax.ShapeDtypeStruct(parts.shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type),
         grid=(len(parts),),
         grid_names=("part",),
         num_threads=groups,

@@ -117,7 +117,7 @@ def _call(block_size, exact, interpret, indices, counts, x, *operands):
     ]
     return pl.pallas_call(
         partial(_kernel, block_size, exact),
-        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(tiles,),

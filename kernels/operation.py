@@ -86,6 +86,10 @@ def sparse_ffn(
         ValueError: if blocks of that size do not divide the neurons or consist of whole groups, or see
             `block_sparse_ffn`.
     """
+    return _on_each_shard(partial(_sparse_ffn, execution, shared_by), x, weights, active)
+
+
+def _sparse_ffn(execution, shared_by, x, weights, active):
     features, tokens = weights.w_in.shape[0], x.shape[-2]
     block_size = execution.dispatch(x, features, active.shape[-1]).block_size
     shared_by, tile_size = shared_by or tokens, execution.tile_size or tokens
@@ -147,12 +151,30 @@ def block_sparse_ffn(
     _check(x, weights, needed, tile_size, active)
     if 0 in x.shape:
         return jnp.zeros_like(x)
-    batch, tokens, d = *(x.shape[:-2],), *x.shape[-2:]
+    batch, d = x.shape[:-2], x.shape[-1]
     hidden = weights.w_in.shape[0]
     shape = FFNShape(x.dtype, tile_size, d, hidden, hidden // needed.shape[-1], math.prod(x.shape[:-1]))
-    flat = partial(jax.tree.map, lambda array: array.reshape(-1, *array.shape[len(batch) :]))
-    outputs = _differentiable(choose(shape, implementation), tile_size, flat(x), weights, flat(needed), flat(active))
-    return outputs.reshape(*batch, tokens, d)
+    run = partial(_differentiable, choose(shape, implementation), tile_size)
+
+    def flattened(x, weights, needed, active):
+        flat = partial(jax.tree.map, lambda array: array.reshape(-1, *array.shape[len(batch) :]))
+        return run(flat(x), weights, flat(needed), flat(active)).reshape(x.shape)
+
+    return _on_each_shard(flattened, x, weights, needed, active)
+
+
+def _on_each_shard(run, x, weights, *others):
+    """Runs on the images of each device, where the axes of the mesh are explicit; those of tokens are gathered.
+
+    Loops and branches over tiles cannot be partitioned by the types of their operands.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    if not mesh.explicit_axes:
+        return run(x, weights, *others)
+    images = jax.sharding.PartitionSpec(*jax.typeof(x).sharding.spec[:-2])
+    specs = (images, jax.sharding.PartitionSpec(), *(None if array is None else images for array in others))
+    operands = jax.sharding.reshard((x, weights, *others), specs)
+    return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=images))(*operands)
 
 
 def _check(x, weights, needed, tile_size, active):
@@ -220,6 +242,7 @@ def _mapped(dispatch: Dispatch, tile_size: int) -> Callable[..., jax.Array]:
 
 def _compute(dispatch, tile_size, x, weights, needed, active):
     """x (batch, tokens, d), needed (batch, tiles, B), active (batch, tokens, G) or None."""
+    x, weights, needed, active = _varying_alike(x, weights, needed, active)
     batch, tokens, d = x.shape
 
     def tiles(array):
@@ -240,3 +263,14 @@ def _compute(dispatch, tile_size, x, weights, needed, active):
         return sparse()
     branch = jnp.where(needed.all(), 2, jnp.where(needed.mean() > dispatch.break_even, 1, 0))
     return jax.lax.switch(branch, (sparse, masked, dense))
+
+
+def _varying_alike(*arrays):
+    """Arrays that vary over the same axes inside `jax.shard_map`, as all branches and the state of loops must."""
+    axes = frozenset().union(*(jax.typeof(array).manual_axis_type.varying for array in jax.tree.leaves(arrays)))
+
+    def varying(array):
+        missing = tuple(axes - jax.typeof(array).manual_axis_type.varying)
+        return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+    return jax.tree.map(varying, arrays)

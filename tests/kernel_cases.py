@@ -1,9 +1,11 @@
 """Random FFNs with maps of what their tiles need, and when two outputs count as equal."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 
-from detr_jax.kernels import FFNWeights
+from detr_jax.kernels import FFNWeights, dispatch
 
 
 def random_case(seed, *, batch=(), tokens=37, d=24, features=96, tile=16, blocks=12, share=0.4, dtype=jnp.float32):
@@ -26,3 +28,9 @@ def close(ours, theirs, dtype=jnp.float32):
         np.testing.assert_allclose(ours, theirs, atol=1e-5 * max(1, np.abs(theirs).max()), rtol=0)
     else:
         assert np.linalg.norm(ours - theirs) <= 1e-2 * np.linalg.norm(theirs)
+
+
+def change_backend(monkeypatch, name, **changes):
+    """A back end with other attributes, for the length of a test."""
+    backends = (dataclasses.replace(b, **changes) if b.name == name else b for b in dispatch.BACKENDS)
+    monkeypatch.setattr(dispatch, "BACKENDS", tuple(backends))

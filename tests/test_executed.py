@@ -1,16 +1,15 @@
 """A detector whose groups are really left out gives what the masked reference gives."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernel_cases import change_backend
 from tiny import TINY_CONFIG, tiny_detector, tiny_ffn
 
 from detr_jax import fingerprint, load_sparse
 from detr_jax.commands.execution_options import ExecutionOptions
-from detr_jax.kernels import Execution, xla
+from detr_jax.kernels import Execution
 from detr_jax.methods import Executed, InputMagnitude, Oracle, PartitionedSelector, PooledGate, Thresholded
 from detr_jax.models.ffn import forward
 from detr_jax.plan import Plan, load_plan, save_plan
@@ -88,9 +87,7 @@ def test_a_plan_is_checked_for_the_type_of_the_detector(monkeypatch):
         asked.append(shape.dtype)
         return None if shape.dtype == jnp.bfloat16 else "not in this type"
 
-    backend = dataclasses.replace(xla.BACKEND, unsupported_reason=reason)
-    monkeypatch.setattr("detr_jax.kernels.dispatch.BACKENDS", (backend,))
-    monkeypatch.setattr("detr_jax.kernels.dispatch.IMPLEMENTATIONS", ("xla",))
+    change_backend(monkeypatch, "xla", unsupported_reason=reason)
     selectors = {"encoder.0": Executed(Oracle(8), Execution(implementation="xla"))}
     check_fit(selectors, {}, tiny_detector(dtype=jnp.bfloat16), "the plan")
     assert set(asked) == {jnp.dtype("bfloat16")}

@@ -224,19 +224,51 @@ import sys
 sys.path.insert(0, "tests")
 from functools import partial
 import jax
-import jax.export
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
 from kernel_cases import close, random_case
+from tiny import TINY_CONFIG, tiny_detector
 from detr_jax import kernels
 from detr_jax.kernels.reference import block_sparse_ffn as definition
+from detr_jax.methods import Executed, Oracle
 
 jax.config.update("jax_default_matmul_precision", "highest")
-mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-x, weights, needed = random_case(12, batch=(8,))
 batch, everywhere = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
-for implementation in ("xla", None):
-    run = partial(kernels.block_sparse_ffn, tile_size=16, implementation=implementation)
-    sharded = jax.shard_map(run, mesh=mesh, in_specs=(batch, everywhere, batch), out_specs=batch, check_vma=False)
-    close(jax.jit(sharded)(x, weights, needed), definition(x, weights, needed, 16))
+specs = (batch, everywhere, batch)
+auto = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+explicit = jax.make_mesh((8,), ("data",))
+for tile, implementation in ((16, "xla"), (2, "xla"), (16, None)):
+    case = random_case(12, batch=(8,), tile=tile)
+    expected = definition(*case, tile)
+    run = partial(kernels.block_sparse_ffn, tile_size=tile, implementation=implementation)
+    for check in (False, True):
+        sharded = jax.shard_map(run, mesh=auto, in_specs=specs, out_specs=batch, check_vma=check)
+        close(jax.jit(sharded)(*case), expected)
+    with jax.set_mesh(explicit):
+        placed = jax.device_put(case, tuple(NamedSharding(explicit, spec) for spec in specs))
+        outputs = jax.jit(run)(*placed)
+        assert jax.typeof(outputs).sharding.spec[0] == "data"
+        close(outputs, expected)
+        gradient = jax.jit(jax.grad(lambda x, *others: run(x, *others).sum()))(*placed)
+        close(gradient, jax.grad(lambda x, *others: definition(x, *others, tile).sum())(*case))
+
+x, weights, _ = case
+active = jnp.asarray(np.random.default_rng(0).random((8, 37, 24)) < 0.2)
+for execution in (kernels.Execution(), kernels.Execution(8, 8, exact=True, ordered=True)):
+    run = partial(kernels.sparse_ffn, execution=execution)
+    expected = run(x, weights, active)
+    with jax.set_mesh(explicit):
+        placed = jax.device_put((x, weights, active), tuple(NamedSharding(explicit, spec) for spec in specs))
+        close(jax.jit(run)(*placed), expected)
+
+model = tiny_detector()
+images = jnp.asarray(np.random.default_rng(0).random((8, 32, 40, 3)), jnp.float32)
+selectors = dict.fromkeys(TINY_CONFIG.ffn_names, Executed(Oracle(4), kernels.Execution()))
+run = jax.jit(lambda model, images: model(images, selectors=selectors).logits)
+expected = run(model, images)
+sharded = jax.shard_map(run, mesh=auto, in_specs=(everywhere, batch), out_specs=batch)
+close(jax.jit(sharded)(model, images), expected)
 """
 
 

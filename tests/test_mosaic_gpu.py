@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ffn_baselines import fused_dense, sparse_ffn
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from kernel_cases import close, random_case
+from kernel_cases import change_backend, close, random_case
 from random_gates import RandomGate
 
 from detr_jax.kernels import BlockLists, FFNWeights, ffn, mask_to_indices
@@ -165,7 +165,7 @@ def test_lowers_for_hopper(block_size, tile, exact):
 
 
 def test_the_operation_lowers_for_two_gpus(monkeypatch):
-    monkeypatch.setattr("detr_jax.kernels.mosaic_gpu.unsupported_reason", unsupported)
+    change_backend(monkeypatch, "mosaic_gpu", unsupported_reason=unsupported)
     images = jax.sharding.PartitionSpec("images")
     run = jax.shard_map(
         lambda x, weights, needed: operation(x, weights, needed, 64, implementation="mosaic_gpu"),
@@ -236,7 +236,7 @@ def test_compiles_for_hopper(block_size, tile, exact, monkeypatch, capfd):
 
 def test_what_is_benchmarked_lowers_for_hopper(monkeypatch):
     """The gate, the lists and the kernel as one program, and the dense kernel for tokens that fill no tile."""
-    monkeypatch.setattr("detr_jax.kernels.mosaic_gpu.unsupported_reason", unsupported)
+    change_backend(monkeypatch, "mosaic_gpu", unsupported_reason=unsupported)
     _, (_, weights, _) = operands(64)
     x, kernel = jax.ShapeDtypeStruct((1050, 256), jnp.bfloat16), jax.ShapeDtypeStruct((256, 32), jnp.bfloat16)
     threshold = jax.ShapeDtypeStruct((), jnp.float32)

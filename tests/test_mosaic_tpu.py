@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from kernel_cases import close, random_case
+from kernel_cases import change_backend, close, random_case
 
 from detr_jax.kernels import BlockLists, FFNWeights, mask_to_indices
 from detr_jax.kernels.backend import FFNShape
@@ -64,9 +64,8 @@ def test_outputs_are_poisoned_before_the_call():
 
 def test_lists_in_any_order_with_repetitions(monkeypatch):
     """Through the operation, and as the kernel gets them: whole permutations, not sorted."""
-    path = "detr_jax.kernels.mosaic_tpu"
-    monkeypatch.setattr(f"{path}.unsupported_reason", unsupported)
-    monkeypatch.setattr(f"{path}.block_sparse_ffn", partial(block_sparse_ffn, interpret=INTERPRET))
+    interpreted = partial(block_sparse_ffn, interpret=INTERPRET)
+    change_backend(monkeypatch, "mosaic_tpu", unsupported_reason=unsupported, run=interpreted)
     x, weights, _ = random_case(23, tokens=30, tile=16, d=128, features=64, blocks=8)
     lists = BlockLists(indices=jnp.array([[5, 2, 5, 0, 7, 2], [1, -3, 8, 99, 4, 6]]), counts=jnp.array([6, 5]))
     needed = np.zeros((2, 8), bool)
