@@ -44,7 +44,7 @@ class Checkpoint:
             shapes: shape of every array of the detector.
 
         Raises:
-            ValueError: if entries are missing, left over or misshapen, or hold NaN or infinite values.
+            InputError: if entries are missing, left over or misshapen, or hold NaN or infinite values.
         """
         parts: dict[str, list[Place]] = {}
         for place in self.places or [Place(name, name, SAME) for name in shapes]:

@@ -1,10 +1,13 @@
 """Opening checkpoints: files and folders in any of the layouts."""
 
 import argparse
+import codecs
 import json
+import pathlib
 import pickle
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,41 +15,47 @@ import numpy as np
 import safetensors
 
 from detr_jax.convert.checkpoint import Checkpoint, Entry
+from detr_jax.convert.facts import Facts, official_facts, read_facts
 from detr_jax.convert.layouts import Shape
 from detr_jax.convert.own import FORMAT, own_checkpoint
-from detr_jax.convert.published import Facts, published_checkpoint, read_hugging_face_config
+from detr_jax.convert.published import published_checkpoint
 from detr_jax.errors import InputError, MissingDependencyError, MissingFileError
 
-SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def open_checkpoint(path: Path, preset: str | None = None) -> Checkpoint:
-    """Opens a checkpoint and recognises what it is; arrays are read later.
+def open_checkpoint(path: Path, preset: str | None = None, labels: tuple[str, ...] | None = None) -> Checkpoint:
+    """Opens a checkpoint and recognises its layout; arrays are read later.
 
     Args:
         path: an official `.pth`, a safetensors file of Hugging Face's DETR or of detr-jax, or a folder that holds
-            `model.safetensors` or its shards, and Hugging Face's `config.json` if it has one.
-        preset: name of the preset whose architecture it has; needed where the file cannot tell DC5.
+            `model.safetensors` or its shards. Hugging Face's `config.json` and `preprocessor_config.json` in the folder
+            or beside the file tell what the entries cannot.
+        preset: name of the preset whose architecture it has; needed where nothing tells DC5.
+        labels: class names, where nothing in the files tells them.
 
     Raises:
-        FileNotFoundError: if there is no such file or folder, or the folder holds no safetensors.
-        ImportError: if a `.pth` is to be read and torch is not installed.
-        ValueError: if the file is damaged or no detector of a known layout, or the preset contradicts it.
+        MissingFileError: if there is no such file or folder, or the folder holds no safetensors.
+        MissingDependencyError: if a `.pth` is to be read and torch is not installed.
+        InputError: if the file is damaged or no detector of a known layout, or the preset or a file beside it
+            contradicts it.
     """
+    if not path.exists():
+        raise MissingFileError(f"there is no checkpoint {path}")
+    header: dict[str, str] = {}
     if path.is_dir():
         entries, header = _read_folder(path)
-        facts = read_hugging_face_config(path / CONFIG) if (path / CONFIG).exists() else Facts()
-    elif not path.exists():
-        raise MissingFileError(f"there is no checkpoint {path}")
     elif path.suffix == ".safetensors":
         entries, header = _read_safetensors(path)
-        facts = Facts()
-    elif path.suffix in (".pth", ".pt"):
-        (entries, facts), header = _read_official(path), {}
-    else:
+    elif path.suffix not in (".pth", ".pt"):
         raise InputError(f"{path} is neither a folder nor a .safetensors, .pth or .pt file")
     if header.get("format") == FORMAT:
         return own_checkpoint(str(path), entries, header, preset)
+    facts = read_facts(path if path.is_dir() else path.parent)
+    if path.suffix in (".pth", ".pt") and path.is_file():
+        entries, facts = _read_official(path, facts)
+    if facts.labels is None:
+        facts = replace(facts, labels=labels)
     return published_checkpoint(str(path), entries, preset, facts)
 
 
@@ -80,7 +89,7 @@ def _read_folder(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         present = ", ".join(sorted(p.name for p in path.iterdir())) or "nothing"
         raise MissingFileError(f"{path} holds neither {SINGLE} nor {INDEX}; it holds {present}")
     try:
-        shards = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
+        shards = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path / INDEX} is no index of safetensors files: {error!r}") from error
     if absent := [shard for shard in shards if not (path / shard).exists()]:
@@ -91,22 +100,46 @@ def _read_folder(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     return entries, {}
 
 
-def _read_official(path: Path) -> tuple[Mapping[str, Entry], Facts]:
+def _read_official(path: Path, beside: Facts) -> tuple[Mapping[str, Entry], Facts]:
+    """Entries and facts of an official `.pth`, or of a fork's; `beside` are the facts that files beside it tell."""
     try:
         import torch
     except ImportError as error:
         raise MissingDependencyError(f"reading {path} needs torch: pip install 'detr-jax[torch]'") from error
     try:
-        # The official training script stores its arguments beside the model.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # Training scripts store their arguments beside the model, and some of them metrics and paths.
+        with torch.serialization.safe_globals(_harmless()):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "it ends too early"
-        raise InputError(f"{path} is damaged or cut short, or holds more than tensors: {reason}") from error
+        raise InputError(_torch_problem(path, str(error))) from error
     state = checkpoint.get("model") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise InputError(f"{path} is no official checkpoint: it must hold a dictionary of tensors under 'model'")
-    arguments = vars(checkpoint.get("args", argparse.Namespace()))
-    entries = {name: (value.float() if value.is_floating_point() else value).numpy() for name, value in state.items()}
-    heads = arguments.get("nheads")
-    return entries, Facts(dilation=arguments.get("dilation"), encoder_heads=heads, decoder_heads=heads)
+    arguments = checkpoint.get("args")
+    arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
+    facts = official_facts(path, arguments if isinstance(arguments, dict) else {}, beside)
+    entries = {name: value.detach() for name, value in state.items()}
+    return {name: (v.float() if v.is_floating_point() else v).numpy() for name, v in entries.items()}, facts
+
+
+def _harmless() -> list[Any]:
+    """Types beside the tensors that running no code can make."""
+    scalars = {type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"}
+    arrays = [np.dtype, np.ndarray, np._core.multiarray.scalar, np._core.multiarray._reconstruct]
+    # Files of NumPy 1 name the modules as they were.
+    renamed = [(thing, f"numpy.core.multiarray.{thing.__name__}") for thing in arrays[2:]]
+    paths = [pathlib.PosixPath, pathlib.PurePosixPath, pathlib.PureWindowsPath, pathlib.WindowsPath]
+    return [argparse.Namespace, codecs.encode, *arrays, *renamed, *scalars, *paths]
+
+
+def _torch_problem(path: Path, message: str) -> str:
+    message = re.sub(r"\x1b\[[0-9;]*m", "", message)
+    if culprit := re.search(r"GLOBAL (\S+)", message):
+        return (
+            f"{path} holds a {culprit[1]} beside its tensors, which could run code while it is read. If you trust the "
+            f"file, keep its tensors only: state = torch.load({path.name!r}, map_location='cpu', weights_only=False); "
+            "torch.save({'model': state['model']}, 'tensors.pth')"
+        )
+    # torch frames the reason with advice to load the file unsafely.
+    reason = re.sub(r".*WeightsUnpickler error:|Check the documentation of torch\.load.*", "", message, flags=re.DOTALL)
+    return f"{path} is damaged or cut short: {' '.join(reason.split()) or 'it ends too early'}"

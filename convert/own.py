@@ -37,7 +37,7 @@ def own_checkpoint(
     """A checkpoint from a file whose header says that it is ours.
 
     Raises:
-        ValueError: if the header is damaged or of a newer version, or the preset contradicts it.
+        InputError: if the header is damaged or of a newer version, or the preset contradicts it.
     """
     version = header.get("format_version", "")
     if not version.isdecimal():

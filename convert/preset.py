@@ -14,7 +14,7 @@ def check_preset(source: str, config: Any, preset: str | None) -> None:
     """Checks that a detector has the architecture of a preset.
 
     Raises:
-        ValueError: if it has another architecture, or there is no such preset.
+        InputError: if it has another architecture, or there is no such preset.
     """
     if preset is None:
         return

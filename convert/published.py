@@ -1,13 +1,11 @@
 """Published checkpoints: which layout their entries have, and which detector they are."""
 
-import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 
 from detr_jax.convert.checkpoint import Checkpoint, Entry
+from detr_jax.convert.facts import Facts
 from detr_jax.convert.layouts import LAYOUTS, Layout
 from detr_jax.convert.preset import check_preset
 from detr_jax.errors import InputError
@@ -19,22 +17,8 @@ from detr_jax.models.labels import COCO_LABELS
 IGNORED_SUFFIX = ".num_batches_tracked"
 
 STAGES = 4
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the entries of a checkpoint cannot tell; None where nothing else told it either.
-
-    Attributes:
-        dilation: whether the last stage is dilated (DC5).
-        labels: class names.
-        encoder_heads, decoder_heads: of the attention.
-    """
-
-    dilation: bool | None = None
-    labels: tuple[str, ...] | None = None
-    encoder_heads: int | None = None
-    decoder_heads: int | None = None
+_PRE_NORM = {"model.encoder.layernorm.weight", "transformer.encoder.norm.weight"}
+"""The norm after the encoder, which only detectors have whose layers normalise first."""
 
 
 def published_checkpoint(
@@ -49,11 +33,17 @@ def published_checkpoint(
         facts: what is known beyond the entries.
 
     Raises:
-        ValueError: if the layout is unknown, or the preset or the facts contradict the entries.
+        InputError: if the layout is unknown or of a detector that is not supported, or the preset or the facts
+            contradict the entries.
     """
     facts = facts or Facts()
     entries = {name: entry for name, entry in entries.items() if not name.endswith(IGNORED_SUFFIX)}
     layout = _recognise(source, entries)
+    if found := _PRE_NORM & entries.keys():
+        raise InputError(
+            f"{source} has {min(found)}: it normalises before its attention and FFNs (pre-norm, as Table Transformer "
+            "does), which is not supported yet"
+        )
     depths, encoder_layers, decoder_layers = _sizes(layout, entries)
     defaults = DetrConfig(BackboneConfig(depths))
     theirs = {place.ours: place.theirs for place in layout.places(defaults)}
@@ -81,38 +71,16 @@ def published_checkpoint(
         encoder_layers=encoder_layers,
         decoder_layers=decoder_layers,
         queries=rows("transformer.queries", defaults.queries),
+        preprocessing=facts.preprocessing or (preset_config(preset) if preset else defaults).preprocessing,
     )
+    for key, (name, stated) in facts.sizes.items():
+        if (found := getattr(backbone if hasattr(backbone, name) else config, name)) != stated:
+            raise InputError(f"{source}: its configuration says that {key} is {stated}, its entries say {found}")
     for part, heads in (("encoder", config.encoder_heads), ("decoder", config.decoder_heads)):
         if config.d_model % heads:
             raise InputError(f"{source}: {config.d_model} features cannot be divided among {heads} {part} heads")
     check_preset(source, config, preset)
     return Checkpoint(source, layout.name, config, entries, tuple(layout.places(config)))
-
-
-def read_hugging_face_config(path: Path) -> Facts:
-    """What a `config.json` of Hugging Face tells.
-
-    Raises:
-        ValueError: if it is no JSON, or describes a detector that is not a DETR like ours.
-    """
-    try:
-        values = json.loads(path.read_text())
-        names = {int(index): name for index, name in values.get("id2label", {}).items()}
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"{path} is not a configuration of Hugging Face: {error}") from error
-    heads = (values.get(f"{part}_attention_heads", DetrConfig.encoder_heads) for part in ("encoder", "decoder"))
-    required = {
-        "model_type": "detr",
-        "activation_function": "relu",
-        "position_embedding_type": "sine",
-    }
-    for name, value in required.items():
-        if (found := values.get(name, value)) != value:
-            raise InputError(f"{path}: {name} is {found!r}, but a DETR here has {value!r}")
-    if sorted(names) != list(range(len(names))):
-        raise InputError(f"{path}: id2label must name the classes 0 to {len(names) - 1}, but has {sorted(names)}")
-    labels = tuple("" if names[index] == "N/A" else names[index] for index in range(len(names)))
-    return Facts(bool(values.get("dilation", False)), labels or None, *heads)
 
 
 def _recognise(source: str, names: Iterable[str]) -> Layout:
@@ -155,5 +123,11 @@ def _labels(source: str, facts: Facts, classes: int) -> tuple[str, ...]:
         if len(facts.labels) != classes:
             raise InputError(f"{source} has {classes} classes, but its configuration names {len(facts.labels)}")
         return facts.labels
-    # The placeholders of Hugging Face.
-    return COCO_LABELS if classes == len(COCO_LABELS) else tuple(f"LABEL_{index}" for index in range(classes))
+    if classes != len(COCO_LABELS):
+        return tuple(f"LABEL_{index}" for index in range(classes))  # the placeholders of Hugging Face
+    warnings.warn(
+        f"{source} does not name its {classes} classes; guessed to be those of COCO, which are as many. For others "
+        'write a config.json beside it: {"model_type": "detr", "id2label": {"0": "N/A", "1": "cat", ...}}',
+        stacklevel=2,
+    )
+    return COCO_LABELS

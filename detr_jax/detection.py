@@ -6,7 +6,10 @@ What loads images in the background is imported when it is needed, so that `impo
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from detr_jax.data.dataset import Dataset
 from detr_jax.data.image_list import GivenImages, ImageLike, as_list, is_many
@@ -32,19 +35,19 @@ def detect(
 
     Args:
         model: the detector, dense or sparse.
-        images: one or many: files (as they are stored, without the rotation that EXIF data may ask for), PIL images,
-            or (height, width, 3) uint8 RGB arrays. A list, a tuple or an array with four axes are many.
+        images: one or many: files, PIL images, or (height, width, 3) uint8 RGB arrays. A list, a tuple or an array with
+            four axes are many. Files and PIL images are made upright where their EXIF data ask for it.
         threshold: least score, from 0 to 1.
         batch_size: images that are computed together.
         selectors: selector of each sparse FFN by name, for a dense detector.
 
     Returns:
-        What was found in the image, or a list of that for many.
+        Objects in the image, or a list of that for many. Boxes are in pixels of the upright image and clipped to it.
 
     Raises:
-        FileNotFoundError: if a file does not exist.
-        TypeError: if something is no image at all.
-        ValueError: if a file is not an image, an array has another shape or type than an image, the threshold is no
+        MissingFileError: if a file does not exist.
+        InputTypeError: if something is no image at all.
+        InputError: if a file is not an image, an array has another shape or type than an image, the threshold is no
             score, the batch size is not positive, or the detector's scores are not finite.
 
     >>> import detr_jax
@@ -69,7 +72,10 @@ def detect_each(
     batch_size: int = 1,
     selectors: Selectors | None = None,
 ) -> Iterator[tuple[int, ImageDetections]]:
-    """What is found in each image of a data set, with its id, image by image as they are loaded; as `detect`."""
+    """Objects in each image of a data set, with its id, image by image as they are loaded; see `detect`.
+
+    Boxes are clipped to the image here and not before AP is measured, as in the official post-processing.
+    """
     from detr_jax.evaluation.runs import predictions
 
     check_threshold(threshold)
@@ -78,14 +84,15 @@ def detect_each(
     passes = predictions(model, dataset, batch_size, selectors=selectors, progress=False)
     for batch, _, detections in passes:
         for i in batch.valid.nonzero()[0]:
-            yield int(batch.image_ids[i]), in_image(detections, i, threshold, model.labels)
+            found = in_image(detections, i, threshold, model.labels)
+            yield int(batch.image_ids[i]), replace(found, boxes=found.boxes.clip(0, np.tile(batch.sizes[i, ::-1], 2)))
 
 
 def check_threshold(threshold: float) -> None:
     """For the beginning of what takes long.
 
     Raises:
-        ValueError: if it is no score.
+        InputError: if it is no score.
     """
     if not 0 <= threshold <= 1:
         raise InputError(f"the threshold is a score from 0 to 1, not {threshold}")

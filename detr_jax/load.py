@@ -10,7 +10,7 @@ from detr_jax import hub
 from detr_jax.convert import Checkpoint, open_checkpoint, write_checkpoint
 from detr_jax.errors import InputError, MissingFileError
 from detr_jax.kernels import Execution
-from detr_jax.models import PRESETS, Detector
+from detr_jax.models import PRESETS, Detector, preset_config
 from detr_jax.models.parameters import named_parameters
 from detr_jax.models.registry import make_detector
 from detr_jax.plan.plan import Plan, load_plan
@@ -25,7 +25,7 @@ HUB = {
     "detr-r101": ("facebook/detr-resnet-101", "main"),
     "detr-r101-dc5": ("facebook/detr-resnet-101-dc5", "96317ca979e231bd960cb3cac31328e0165a3e94"),
 }
-_FILES = ["model*.safetensors", "model.safetensors.index.json", "config.json"]
+_FILES = ["model*.safetensors", "model.safetensors.index.json", "config.json", "preprocessor_config.json"]
 _REMEDY = (
     "load a file: detr_jax.load('model.safetensors', preset='detr-r50'). detr_jax.load('detr-tiny') needs no download."
 )
@@ -38,15 +38,17 @@ def load(name_or_path: str | Path, preset: str | None = None, dtype: jnp.dtype =
         name_or_path: the name of a preset (`detr-tiny` comes with the package, the others from the Hugging Face hub);
             a file or folder: an official `.pth` (needs the `torch` extra), safetensors of Hugging Face's DETR (with
             timm's or transformers' names for the backbone, whole or in shards) or of `detr_jax.save`; or the id of a
-            repository on the hub that holds such a folder.
+            repository on the hub that holds such a folder. A `config.json` and `preprocessor_config.json` of Hugging
+            Face beside a file or in the folder tell class names, heads, dilation and preprocessing.
         preset: name of the preset whose architecture the checkpoint has. Needed for official files and single files of
-            Hugging Face of a DC5 detector, because nothing in them says that they are DC5.
+            Hugging Face of a DC5 detector without a `config.json`, because nothing in them says that they are DC5.
         dtype: of the computation.
 
     Raises:
-        FileNotFoundError: if there is no such file, or it can neither be downloaded nor is in the hub's cache.
-        ImportError: if a `.pth` is to be read and torch is not installed.
-        ValueError: if the checkpoint is damaged, of an unknown layout, incomplete, or contradicts the preset.
+        MissingFileError: if there is no such file, or it can neither be downloaded nor is in the hub's cache.
+        MissingDependencyError: if a `.pth` is to be read and torch is not installed.
+        InputError: if the checkpoint is damaged, of an unknown layout, incomplete, contradicts the preset or the
+            `config.json` beside it, or that or the `preprocessor_config.json` says something that is not supported.
     """
     name = str(name_or_path)
     if name in PRESETS:
@@ -56,11 +58,14 @@ def load(name_or_path: str | Path, preset: str | None = None, dtype: jnp.dtype =
             with detector_file() as path:
                 return build(open_checkpoint(path, name), dtype)
         path = hub.download(*HUB[name], filename="model.safetensors", remedy=_REMEDY)
-        return build(open_checkpoint(path, name), dtype)
+        return build(open_checkpoint(path, name, labels=preset_config(name).labels), dtype)
     path = Path(name_or_path)
     if not path.exists():
         if not hub.is_id(name):
-            raise MissingFileError(f"{name!r} is no file or folder, no preset ({', '.join(PRESETS)}) and no hub id")
+            raise MissingFileError(
+                f"there is no file or folder {name!r}, and no preset of that name ({', '.join(PRESETS)}). A repository "
+                "on the Hugging Face hub is named owner/name, or hf://owner/name where a folder is named like its owner"
+            )
         path = hub.download_folder(name, patterns=_FILES, remedy=_REMEDY)
     return build(open_checkpoint(path, preset), dtype)
 
@@ -71,7 +76,7 @@ def load_sparse(
     *,
     implementation: str | Execution | None = None,
     preset: str | None = None,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: jnp.dtype | None = None,
 ) -> SparseDETR:
     """A frozen detector whose FFNs compute only what a plan says; called like the dense one.
 
@@ -82,13 +87,13 @@ def load_sparse(
         implementation: how FFNs are computed, see `SparseDETR.with_implementation`. None is what the plan says, and
             where it says nothing the masked reference, which computes everything: right everywhere, faster nowhere.
             "auto" leaves work out.
-        preset, dtype: as of `load`; not for a detector.
+        preset, dtype: see `load`; not for a detector, which has its own.
 
     Raises:
-        FileNotFoundError: if there is no such detector or plan, or no plan comes with the detector.
-        ImportError: if a `.pth` is to be read and torch is not installed.
-        ValueError: if the checkpoint or the plan is damaged, the plan was made for another detector, or the
-            implementation is unknown or cannot compute it.
+        MissingFileError: if there is no such detector or plan, or no plan comes with the detector.
+        MissingDependencyError: if a `.pth` is to be read and torch is not installed.
+        InputError: if the checkpoint or the plan is damaged, the plan was made for another detector, the
+            implementation is unknown or cannot compute it, or a preset or dtype is given for a detector.
 
     >>> import detr_jax
     >>> from detr_jax.data.scenes import ScenesDataset
@@ -101,9 +106,11 @@ def load_sparse(
     if isinstance(model, Detector):
         if plan is None:
             raise InputError("a detector does not say where its plan is: pass plan=, a path, a hub id or a Plan")
+        if (preset, dtype) != (None, None):
+            raise InputError("preset= and dtype= are for detectors that are loaded here; this one is loaded already")
         dense = model
     else:
-        dense = load(model, preset, dtype)
+        dense = load(model, preset, dtype or jnp.float32)
     if isinstance(plan, Plan):
         sparse = SparseDETR.of(dense, plan)
     else:
@@ -122,7 +129,7 @@ def build(checkpoint: Checkpoint, dtype: jnp.dtype = jnp.float32) -> Detector:
     """The detector of an opened checkpoint. No parameter is initialised, and each is placed as it is read.
 
     Raises:
-        ValueError: if entries are missing, left over or misshapen, or hold NaN or infinite values.
+        InputError: if entries are missing, left over or misshapen, or hold NaN or infinite values.
     """
     abstract = nnx.eval_shape(lambda: make_detector(checkpoint.config, dtype=dtype, rngs=nnx.Rngs(0)))
     graph, state = nnx.split(abstract)

@@ -16,6 +16,7 @@ from published import empty_entries, parameter_shapes
 
 import detr_jax
 from detr_jax import convert
+from detr_jax.errors import InputError, MissingFileError
 from detr_jax.load import build
 from detr_jax.models.labels import COCO_LABELS
 from detr_jax.models.parameters import named_parameters
@@ -170,21 +171,6 @@ def test_folder_with_labels_and_dilation(tmp_path):
         detr_jax.load(folder, preset="detr-r50")
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"model_type": "conditional_detr"}, "model_type is 'conditional_detr', but a DETR here has 'detr'"),
-        ({"position_embedding_type": "learned"}, "position_embedding_type is 'learned'"),
-        ({"id2label": {"1": "cat", "2": "dog"}}, r"id2label must name the classes 0 to 1, but has \[1, 2\]"),
-        ({"id2label": {"0": "cat"}}, "has 2 classes, but its configuration names 1"),
-        ({"id2label": {"cat": 0}}, "config.json is not a configuration of Hugging Face"),
-    ],
-)
-def test_bad_configurations(tmp_path, config, message):
-    with pytest.raises(ValueError, match=message):
-        detr_jax.load(write_hub_folder(tmp_path / "hub", config))
-
-
 def test_shards(tmp_path):
     folder = write_hub_folder(tmp_path / "hub", {})
     arrays = safetensors.numpy.load_file(folder / "model.safetensors")
@@ -206,9 +192,9 @@ def test_shards(tmp_path):
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"'detr-r52' is no file or folder, no preset .* and no hub id"):
+    with pytest.raises(FileNotFoundError, match=r"no file or folder 'detr-r52', and no preset .*hub is named"):
         detr_jax.load("detr-r52")
-    with pytest.raises(FileNotFoundError, match="is no file or folder"):
+    with pytest.raises(FileNotFoundError, match=r"no file or folder '.*absent\.pth'"):
         detr_jax.load(tmp_path / "absent.pth")
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(FileNotFoundError, match=r"holds neither model\.safetensors.* it holds pytorch_model\.bin"):
@@ -234,6 +220,32 @@ def test_preset_from_the_hub(tmp_path, monkeypatch):
     assert model.config == detr_jax.preset_config("detr-r50-dc5")
     assert model.config.labels == COCO_LABELS
     assert asked == [("facebook/detr-resnet-50-dc5", "model.safetensors", {"revision": "main"})]
+
+
+@pytest.mark.parametrize(
+    "name", ["runs/detr", "weights/detr", "./detr", "/weights/detr", "weights/a/detr", "a/detr.bin"]
+)
+def test_a_mistyped_path_is_not_looked_up_on_the_hub(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.chdir(tmp_path)
+    Path("weights").mkdir()
+    with pytest.raises(MissingFileError, match=r"no file or folder .* named owner/name, or hf://owner/name where"):
+        detr_jax.load(name)
+
+
+def test_a_hub_id_whose_owner_is_a_folder_too(tmp_path, monkeypatch):
+    folder = write_hub_folder(tmp_path / "someone", {"id2label": {"0": "cat", "1": "dog"}})
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name) or str(folder))
+    monkeypatch.chdir(tmp_path)
+    assert detr_jax.load("hf://someone/detr-pets").config.labels == ("cat", "dog")
+    assert asked == ["someone/detr-pets"]
+
+
+def test_a_detector_that_is_loaded_has_its_dtype(tiny):
+    for options in ({"dtype": jnp.bfloat16}, {"preset": "detr-tiny"}):
+        with pytest.raises(InputError, match="preset= and dtype= are for detectors that are loaded here"):
+            detr_jax.load_sparse(tiny, "detr-tiny", **options)
 
 
 def test_hub_id(tmp_path, monkeypatch):

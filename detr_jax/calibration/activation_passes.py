@@ -74,7 +74,7 @@ def profile_activations(
                 f"of {group_size}; choose another file"
             )
 
-    layouts = layout_batches(dataset.image_sizes(), model.preprocessing, batch_size)
+    layouts = layout_batches(dataset.image_sizes(), model.preprocessing, batch_size, image_name=dataset.image_name)
     report(sum(len(layout.indices) for layout in layouts[: profile.batches]))
 
     def compute(batch: Batch) -> tuple[int, dict[str, ActivationStatistics]]:

@@ -48,7 +48,8 @@ class ImageBatches:
         self._seed, self._progress = shuffle_seed, progress
 
     def __len__(self) -> int:
-        return len(layout_batches(self._dataset.image_sizes(), self._model.preprocessing, self._batch_size))
+        sizes, name = self._dataset.image_sizes(), self._dataset.image_name
+        return len(layout_batches(sizes, self._model.preprocessing, self._batch_size, image_name=name))
 
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[Any]:
         mesh, order = mesh_of(self._model), {"shuffle_seed": self._seed, "epoch": epoch, "start": start}

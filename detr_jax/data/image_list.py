@@ -134,9 +134,16 @@ def preprocess_images(
     >>> pixel_values.shape, pixel_mask.all()
     ((1, 128, 192, 3), np.True_)
     """
-    resized = [preprocess(pixels(image), preprocessing) for image in as_list(images)]
-    if not resized:
+    given = GivenImages(as_list(images))
+    if not len(given):
         raise InputError("there are no images to preprocess")
+    resized = []
+    for index in range(len(given)):
+        image = given[index].image
+        try:
+            resized.append(preprocess(image, preprocessing))
+        except InputError as error:
+            raise InputError(f"{given.image_name(index)}: {error}") from None
     size = np.max([image.shape[:2] for image in resized], axis=0)
     pixel_values = np.zeros((len(resized), *size, 3), np.float32)
     pixel_mask = np.zeros(pixel_values.shape[:3], bool)

@@ -1,7 +1,7 @@
 """Batches of preprocessed images in a few padded shapes, loaded while the last ones are computed."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import jax
@@ -91,6 +91,7 @@ def layout_batches(
     exact: bool = False,
     shuffle_seed: int | None = None,
     epoch: int = 0,
+    image_name: Callable[[int], str] = "image {}".format,
 ) -> list[BatchLayout]:
     """Arranges images in batches of one shape each. How many batches there are does not depend on the shuffle.
 
@@ -101,9 +102,10 @@ def layout_batches(
         exact: no padding and no copies: every size of image is a shape of its own.
         shuffle_seed: order images and batches by this seed and the epoch; None keeps the order within a shape.
         epoch: number of the pass over the data.
+        image_name: of an image by its index, for errors.
 
     Raises:
-        ValueError: if the batch size is not positive.
+        InputError: if the batch size is not positive, or an image is too elongated.
     """
     if batch_size < 1:
         raise InputError(f"a batch needs at least one image, not {batch_size}")
@@ -112,7 +114,10 @@ def layout_batches(
 
     by_shape = defaultdict(list)
     for index in order:
-        size = resized_size(sizes[index], preprocessing.shortest_side, preprocessing.longest_side)
+        try:
+            size = resized_size(sizes[index], preprocessing.shortest_side, preprocessing.longest_side)
+        except InputError as error:
+            raise InputError(f"{image_name(index)}: {error}") from None
         by_shape[size if exact else padded_size(size, preprocessing)].append(index)
 
     layouts = []
@@ -194,7 +199,15 @@ def batches(
             `start` batches.
     """
     sizes, ids = dataset.image_sizes(), np.array(dataset.image_ids())
-    layouts = layout_batches(sizes, preprocessing, batch_size, exact=exact, shuffle_seed=shuffle_seed, epoch=epoch)
+    layouts = layout_batches(
+        sizes,
+        preprocessing,
+        batch_size,
+        exact=exact,
+        shuffle_seed=shuffle_seed,
+        epoch=epoch,
+        image_name=dataset.image_name,
+    )
     if not 0 <= start <= len(layouts):
         raise ValueError(f"cannot start at batch {start} of {len(layouts)}")
     layouts = layouts[start:]

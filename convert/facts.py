@@ -1,0 +1,224 @@
+"""Facts beside the weights: Hugging Face's `config.json` and `preprocessor_config.json`, the official `args`.
+
+Every key that changes what a detector computes is applied, compared with the weights, or refused by its name.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from detr_jax.errors import InputError
+from detr_jax.models import Preprocessing
+
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+
+# A key that is missing or null has the value of a DETR.
+_DETR = {
+    "model_type": "detr",
+    "activation_function": "relu",
+    "position_embedding_type": "sine",
+    "num_channels": 3,
+    "scale_embedding": False,
+    "normalize_before": False,
+    "pre_norm": False,
+}
+_OFFICIAL = {"pre_norm": False, "activation": "relu"}
+_RESNET = {
+    "hidden_act": "relu",
+    "layer_type": "bottleneck",
+    "num_channels": 3,
+    "downsample_in_first_stage": False,
+    "downsample_in_bottleneck": False,
+}
+_TIMM = {"num_channels": 3, "in_chans": 3, "features_only": True}
+_SIZES = {key: key for key in ("d_model", "encoder_layers", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim")}
+_SIZES["num_queries"] = "queries"
+"""Keys that the weights tell too -> fields of our configuration."""
+_RESNET_DEPTHS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "resnet152": (3, 8, 36, 3)}
+
+_PREPROCESSING = {
+    "do_resize": True,
+    "resample": 2,
+    "do_center_crop": False,
+    "do_convert_rgb": True,
+    "pad_size": None,
+    "size_divisor": None,
+    "crop_size": None,
+}
+_APPLIED = {"size", "max_size", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"}
+_WITHOUT_EFFECT = {
+    *("image_processor_type", "feature_extractor_type", "processor_class", "auto_map", "format", "device"),
+    *("do_pad", "pad_and_return_pixel_mask"),  # padding is masked: it does not change what a detector sees
+    *("do_convert_annotations", "return_segmentation_masks", "masks_path", "return_tensors", "default_to_square"),
+    *("data_format", "input_data_format", "disable_grouping", "_valid_processor_keys", "image_seq_length"),
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Facts about a detector that the entries of its checkpoint cannot tell; None where nothing else told it either.
+
+    Attributes:
+        dilation: whether the last stage is dilated (DC5).
+        labels: class names.
+        encoder_heads, decoder_heads: of the attention.
+        preprocessing: how images become its inputs.
+        sizes: fields of the configuration that the entries tell too, and must agree with, by the key that says them.
+    """
+
+    dilation: bool | None = None
+    labels: tuple[str, ...] | None = None
+    encoder_heads: int | None = None
+    decoder_heads: int | None = None
+    preprocessing: Preprocessing | None = None
+    sizes: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
+
+
+def read_facts(folder: Path) -> Facts:
+    """The facts that Hugging Face's files in a folder tell; none where there are no such files.
+
+    Raises:
+        InputError: if a file is no JSON object, or describes what a DETR here has not.
+    """
+    facts = _config_facts(folder / CONFIG) if (folder / CONFIG).is_file() else Facts()
+    if (folder / PREPROCESSOR).is_file():
+        facts = replace(facts, preprocessing=_preprocessing(folder / PREPROCESSOR))
+    return facts
+
+
+def official_facts(path: Path, arguments: Mapping[str, Any], beside: Facts) -> Facts:
+    """The facts that an official file's training arguments tell, and those of the files beside it.
+
+    Raises:
+        InputError: if the arguments say what a DETR here has not, or the files beside it say another thing.
+    """
+    _require(f"{path}: args", arguments, _OFFICIAL, "a DETR here")
+    if (kind := arguments.get("position_embedding")) not in (None, "sine", "v2"):
+        raise InputError(f"{path}: args: position_embedding is {kind!r}, but a DETR here has 'sine'")
+    told = {"dilation": arguments.get("dilation")}
+    told |= dict.fromkeys(("encoder_heads", "decoder_heads"), arguments.get("nheads"))
+    told = {name: value for name, value in told.items() if value is not None}
+    for name, value in told.items():
+        if (other := getattr(beside, name)) not in (None, value):
+            raise InputError(f"{path} says that {name} is {value}, but {path.parent / CONFIG} says {other}")
+    return replace(beside, **told)
+
+
+def _config_facts(path: Path) -> Facts:
+    values = _read(path)
+    _require(path, values, _DETR, "a DETR here")
+    try:
+        names = {int(index): str(name) for index, name in (values.get("id2label") or {}).items()}
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{path}: id2label must map numbers to names: {error}") from error
+    if sorted(names) != list(range(len(names))):
+        raise InputError(f"{path}: id2label must name the classes 0 to {len(names) - 1}, but has {sorted(names)}")
+    labels = tuple("" if names[index] == "N/A" else names[index] for index in range(len(names)))
+    dilation, sizes = _backbone_facts(path, values)
+    sizes |= {key: (name, values[key]) for key, name in _SIZES.items() if values.get(key) is not None}
+    heads = (values.get(f"{part}_attention_heads") or 8 for part in ("encoder", "decoder"))
+    return Facts(dilation, labels or None, *heads, sizes=sizes)
+
+
+def _backbone_facts(path: Path, values: Mapping[str, Any]) -> tuple[bool, dict[str, tuple[str, Any]]]:
+    """Whether the last stage is dilated, and the sizes that the weights must have."""
+    dilation = bool(values.get("dilation"))
+    backbone = values.get("backbone_config") or {}
+    where = f"{path}: backbone_config"
+    if backbone.get("model_type", "timm_backbone") == "resnet":
+        _require(where, backbone, _RESNET, "a ResNet here")
+        stages = len(backbone.get("depths") or (3, 4, 6, 3))
+        for key, last in (("out_features", f"stage{stages}"), ("out_indices", stages)):
+            if (found := (backbone.get(key) or [last])[-1]) not in (last, -1):
+                raise InputError(f"{where}: {key} ends with {found!r}, but a DETR here takes {last!r}")
+        if dilation:
+            raise InputError(f"{path}: dilation is true, which only backbones of timm have")
+        widths, depths = backbone.get("hidden_sizes"), backbone.get("depths")
+        told = {
+            "depths": ("depths", depths and tuple(depths)),
+            "embedding_size": ("stem_width", backbone.get("embedding_size")),
+            "hidden_sizes": ("widths", widths and tuple(width // 4 for width in widths)),
+        }
+        return False, {f"backbone_config.{key}": told[key] for key in told if told[key][1] is not None}
+    if (kind := backbone.get("model_type", "timm_backbone")) != "timm_backbone":
+        raise InputError(f"{where}: model_type is {kind!r}, but a DETR here has 'resnet' or 'timm_backbone'")
+    options = {**(values.get("backbone_kwargs") or {}), **backbone}
+    _require(where, options, _TIMM, "a ResNet here")
+    if (stride := options.get("output_stride") or (16 if dilation else 32)) not in (16, 32):
+        raise InputError(f"{where}: output_stride is {stride!r}, but a DETR here has 32, or 16 where dilated")
+    if (last := (options.get("out_indices") or [4])[-1]) not in (4, -1):
+        raise InputError(f"{where}: out_indices ends with {last!r}, but a DETR here takes 4")
+    name = backbone.get("backbone") or values.get("backbone")
+    if name is None:
+        return stride == 16, {}
+    known = str(name).partition(".")[0].rpartition("/")[2].replace("-", "")
+    if known not in _RESNET_DEPTHS:
+        raise InputError(f"{path}: backbone is {name!r}, but a DETR here has {', '.join(_RESNET_DEPTHS)}")
+    return stride == 16, {"backbone": ("depths", _RESNET_DEPTHS[known])}
+
+
+def _preprocessing(path: Path) -> Preprocessing:
+    values = {key: value for key, value in _read(path).items() if value is not None}
+    kind = str(values.get("image_processor_type") or values.get("feature_extractor_type") or "DetrImageProcessor")
+    if not kind.startswith(("Detr", "ConditionalDetr", "DeformableDetr")):
+        raise InputError(f"{path}: {kind} is not the preprocessing of a DETR")
+    _require(path, values, _PREPROCESSING, "the preprocessing here")
+    if unknown := values.keys() - _PREPROCESSING.keys() - _APPLIED - _WITHOUT_EFFECT:
+        key = min(unknown)
+        raise InputError(f"{path}: {key} is {values[key]!r}, which the preprocessing here does not know")
+    defaults = Preprocessing()
+    shortest, longest = _sides(path, values, defaults)
+    rescale, mean, std = 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if values.get("do_rescale", True):
+        (rescale,) = _numbers(path, "rescale_factor", values.get("rescale_factor", defaults.rescale), 1)
+    if values.get("do_normalize", True):
+        mean = _numbers(path, "image_mean", values.get("image_mean", defaults.mean), 3)
+        std = _numbers(path, "image_std", values.get("image_std", defaults.std), 3)
+    if rescale <= 0 or min(std) <= 0:
+        raise InputError(f"{path}: rescale_factor and image_std must be above 0, not {rescale} and {list(std)}")
+    return Preprocessing(shortest, longest, mean, std, rescale)
+
+
+def _sides(path: Path, values: Mapping[str, Any], defaults: Preprocessing) -> tuple[int, int]:
+    size = values.get("size", {"shortest_edge": defaults.shortest_side, "longest_edge": defaults.longest_side})
+    if isinstance(size, int) and not isinstance(size, bool):
+        size = {"shortest_edge": size, "longest_edge": values.get("max_size", 1333)}
+    if not isinstance(size, dict) or set(size) != {"shortest_edge", "longest_edge"}:
+        raise InputError(
+            f"{path}: size is {size!r}, which is not supported yet; it must be a number or have a shortest_edge and a "
+            "longest_edge"
+        )
+    sides = size["shortest_edge"], size["longest_edge"]
+    if not all(isinstance(side, int) and side > 0 for side in sides):
+        raise InputError(f"{path}: size is {size!r}; its sides must be whole numbers above 0")
+    return sides
+
+
+def _numbers(path: Path, key: str, value: Any, count: int) -> tuple[float, ...]:
+    """As many numbers; one may stand alone."""
+    numbers = [value] if count == 1 else value
+    if (
+        not isinstance(numbers, list | tuple)
+        or len(numbers) != count
+        or not all(type(n) in (int, float) for n in numbers)
+    ):
+        raise InputError(f"{path}: {key} is {value!r}, not {'a number' if count == 1 else f'{count} numbers'}")
+    return tuple(map(float, numbers))
+
+
+def _require(where: Path | str, values: Mapping[str, Any], required: Mapping[str, Any], who: str) -> None:
+    for key, value in required.items():
+        if (found := values.get(key)) is not None and found != value:
+            raise InputError(f"{where}: {key} is {found!r}, but {who} has {value!r}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds a {type(values).__name__}, not an object")
+    return values
