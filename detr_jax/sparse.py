@@ -115,8 +115,7 @@ class SparseDETR:
         self, images: ImageLike | Sequence[ImageLike], threshold: float = 0.7, *, batch_size: int = 1
     ) -> ImageDetections | list[ImageDetections]:
         """Detects objects in files, PIL images or arrays; see `detr_jax.detect`."""
-        # The plan's facts stay outside: what the plan was measured to do is no reason to compile again.
-        return detect(self.detector, images, threshold, batch_size=batch_size, selectors=self.plan.selectors)
+        return detect(self, images, threshold, batch_size=batch_size)
 
     def inspect(self, pixel_values: jax.Array, pixel_mask: jax.Array | None = None) -> dict[str, FFNActivity]:
         """What happens in every FFN: hidden activations, gate maps, densities.

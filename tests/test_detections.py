@@ -1,3 +1,5 @@
+import dataclasses
+import warnings
 from dataclasses import dataclass
 
 import jax
@@ -8,9 +10,14 @@ from tiny import TINY_CONFIG, annotation, tiny_detector, write_coco
 
 from detr_jax.data.coco import CocoDataset
 from detr_jax.data.features import backbone_features
+from detr_jax.data.image_list import preprocess_images
+from detr_jax.detection import detect_each
+from detr_jax.errors import InputError
 from detr_jax.evaluation.padding import padding_effect
 from detr_jax.evaluation.runs import coco_results, detect, detect_dataset, measure_dataset, predictions
 from detr_jax.models import Selection
+from detr_jax.plan import Plan
+from detr_jax.sparse import SparseDETR
 from detr_jax.models.detections import Detections
 
 SIZES = [(20, 30), (30, 20), (20, 30), (20, 29)]
@@ -59,7 +66,7 @@ def test_the_batch_size_does_not_matter(model, dataset):
 
 def test_it_compiles_once_per_shape(model, dataset):
     detect.clear_cache()
-    shapes = {batch.pixel_mask.shape for batch, _, _ in predictions(model, dataset, 2, progress=False)}
+    shapes = {batch.pixel_mask.shape for batch, *_ in predictions(model, dataset, 2, progress=False)}
     assert len(shapes) == 2
     assert detect._cache_size() == len(shapes)
     detect_dataset(tiny_detector(1), dataset, 2, progress=False)  # other weights
@@ -96,7 +103,7 @@ def test_measuring_detects_the_same_and_counts_every_image_once(model, dataset):
 
 
 def test_boxes_become_width_and_height_and_copies_are_left_out(dataset):
-    batch = next(b for b, _, _ in predictions(tiny_detector(), dataset, 2, progress=False) if not b.valid.all())
+    batch = next(b for b, *_ in predictions(tiny_detector(), dataset, 2, progress=False) if not b.valid.all())
     boxes = np.array([[[1, 2, 4, 8]]] * 2, np.float32)
     found = Detections(np.full((2, 1), 0.5, np.float32), np.ones((2, 1), np.int32), boxes)
     (result,) = coco_results(batch, found)
@@ -116,3 +123,33 @@ def test_padding_changes_little(model, dataset):
     assert 0 < report["change"]["boxes"]["max"] < 0.1
     assert report["change"]["boxes"]["median"] < report["change"]["boxes"]["max"]
     assert set(report["AP"]) == {"padded", "exact"}
+
+
+def test_boxes_are_clipped_to_the_image_and_ap_does_not_see_it(model, dataset):
+    found = dict(detect_each(model, dataset, 0.0))
+    raw = by_image(detect_dataset(model, dataset, 1, progress=False))
+    outside = 0
+    for image_id, detected in found.items():
+        height, width = dataset.image_sizes()[dataset.image_ids().index(image_id)]
+        assert (detected.boxes >= 0).all() and (detected.boxes <= np.array([width, height] * 2)).all()
+        outside += sum(min(r["bbox"][:2]) < 0 for r in raw[image_id])
+    assert outside > 0  # as the official post-processing leaves them
+
+
+def test_a_plan_far_from_its_calibration_is_noticed(model, dataset):
+    selectors = {"encoder.0": FirstGroups(jnp.array(2))}  # half of one FFN of two
+    plan = Plan("toy", "", selectors, {}, {}, {"density": 0.75}, {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SparseDETR(model, plan).detect(dataset[0].image)
+    far = SparseDETR(model, dataclasses.replace(plan, measured={"density": 0.25}))
+    with pytest.warns(UserWarning, match=r"keeps 75\.0% of the hidden neurons on images, for 25\.0% on the images it was"):
+        far.detect(dataset[0].image)
+
+
+def test_an_image_that_is_too_elongated_is_named(model, tmp_path):
+    dataset = CocoDataset(write_coco(tmp_path, [(20, 30), (4, 3000)], []), "val2017")
+    with pytest.raises(InputError, match=r"000000000002\.png: an image of 3000x4 pixels is too elongated"):
+        detect_dataset(model, dataset, 1, progress=False)
+    with pytest.raises(InputError, match=r"image 1: an image of 3000x4 pixels is too elongated"):
+        preprocess_images([np.zeros((20, 30, 3), np.uint8), np.zeros((4, 3000, 3), np.uint8)], TINY_CONFIG.preprocessing)

@@ -118,6 +118,15 @@ def neurons_computed(trace: FFNTrace) -> jax.Array:
     return jnp.ones(trace.hidden.shape, bool) if active is None else expand_groups(active, features)
 
 
+def kept_share(traces: Mapping[str, FFNTrace]) -> jax.Array:
+    """(batch,) share of the hidden neurons that is kept for tokens that are no padding, mean over FFNs; jittable."""
+    shares = []
+    for trace in traces.values():
+        kept = (neurons_computed(trace) & trace.tokens[..., None]).sum((1, 2))
+        shares.append(kept / jnp.maximum(trace.tokens.sum(1) * trace.hidden.shape[-1], 1))
+    return jnp.mean(jnp.stack(shares), axis=0)
+
+
 def total_counts(batches: Iterable[Mapping[str, ActivityCounts]]) -> dict[str, ActivityCounts]:
     """The sum of the counts of batches, single or one for each device, in Python's unbounded integers."""
     totals: dict[str, dict[str, int]] = {}

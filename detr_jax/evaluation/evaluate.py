@@ -174,7 +174,7 @@ def evaluate(
     )
     scores = list(found.values())[-1]
     if plan:
-        warn_if_far_from_calibration(plan.measured, scores)
+        warn_if_far_from_calibration(plan.measured, scores.density, scores.data)
     return scores
 
 
@@ -238,20 +238,24 @@ def _or_none(numbers: Mapping[str, float]) -> dict[str, float | None]:
     return {name: None if np.isnan(value) else value for name, value in numbers.items()}
 
 
-def warn_if_far_from_calibration(measured: Mapping[str, Any], scores: Scores) -> None:
+def warn_if_far_from_calibration(
+    measured: Mapping[str, Any], density: float, data: str, tolerance: float = FAR_FROM_CALIBRATION
+) -> None:
     """Warns once where a plan keeps much more or less than on the images it was made with.
 
     Args:
         measured: of the plan.
-        scores: of the sparse detector, on other images.
+        density: of the sparse detector, on other images.
+        data: name of these images.
+        tolerance: ratio of the densities from which on a warning is given.
     """
     expected = calibrated_density(measured)
     if not expected:
         return
-    ratio = max(scores.density, 1e-9) / expected
-    if not 1 / FAR_FROM_CALIBRATION <= ratio <= FAR_FROM_CALIBRATION:
+    ratio = max(density, 1e-9) / expected
+    if not 1 / tolerance <= ratio <= tolerance:
         warnings.warn(
-            f"the plan keeps {scores.density:.1%} of the hidden neurons on {scores.data}, for {expected:.1%} on the "
+            f"the plan keeps {density:.1%} of the hidden neurons on {data}, for {expected:.1%} on the "
             "images it was made with: these images are unlike them, and accuracy and speed may be too; make a plan "
             "with images like these",
             stacklevel=3,

@@ -29,7 +29,7 @@ def padding_effect(model: Detector | SparseDETR, dataset: Dataset, batch_size: i
     outputs, results = {}, {}
     for name, exact in (("padded", False), ("exact", True)):
         outputs[name], results[name] = {}, []
-        for batch, raw, detections in predictions(model, dataset, batch_size, exact=exact):
+        for batch, raw, detections, _ in predictions(model, dataset, batch_size, exact=exact):
             arrays = _by_field(raw) | {"scores": detections.scores}
             results[name] += coco_results(batch, detections)
             for i in np.flatnonzero(batch.valid):

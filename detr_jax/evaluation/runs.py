@@ -16,14 +16,14 @@ from detr_jax.data.features import BackboneFeatures
 from detr_jax.data.loading import Batch, batches
 from detr_jax.data.prefetch import dispatch_ahead
 from detr_jax.errors import InputError
-from detr_jax.evaluation.counts import ActivityCounts, count_activity, total_counts
+from detr_jax.evaluation.counts import ActivityCounts, count_activity, kept_share, total_counts
 from detr_jax.evaluation.inspection import executed_share
 from detr_jax.mesh import local_slice, map_shards, mesh_of, replicate_like, shard_batch, to_host
 from detr_jax.models import Detector, Outputs, Selectors
 from detr_jax.models.detections import Detections
 
 
-@partial(jax.jit, static_argnames="mesh")
+@partial(jax.jit, static_argnames=("mesh", "with_density"))
 def detect(
     model: Detector,
     pixel_values: jax.Array,
@@ -32,7 +32,8 @@ def detect(
     selectors: Selectors | None = None,
     *,
     mesh: Mesh | None = None,
-) -> tuple[Outputs, Detections]:
+    with_density: bool = False,
+) -> tuple[Outputs, Detections, jax.Array | None]:
     """One batch, compiled once per shape and kind of detector, not per value of its weights or selectors.
 
     Args:
@@ -42,12 +43,15 @@ def detect(
         sizes: (batch, 2) original height and width in pixels.
         selectors: selector of each sparse FFN by name.
         mesh: devices that share the batch, see `detr_jax.mesh`.
+        with_density: also return, for every image, the share of the hidden neurons that the selectors keep.
     """
 
     def of_images(held, images):
         (model, selectors), (pixel_values, pixel_mask, sizes) = held, images
-        outputs = model(pixel_values, pixel_mask, selectors=selectors)
-        return outputs, model.detections(outputs, sizes)
+        outputs = model(pixel_values, pixel_mask, selectors=selectors, trace=with_density)
+        density = kept_share(outputs.traces) if with_density else None
+        outputs = dataclasses.replace(outputs, traces=None)
+        return outputs, model.detections(outputs, sizes), density
 
     return map_shards(mesh, of_images)((model, selectors), (pixel_values, pixel_mask, sizes))
 
@@ -85,7 +89,8 @@ def predictions(
     selectors: Selectors | None = None,
     exact: bool = False,
     progress: bool = True,
-) -> Iterator[tuple[Batch, Outputs, Detections]]:
+    with_density: bool = False,
+) -> Iterator[tuple[Batch, Outputs, Detections, np.ndarray | None]]:
     """What the detector says about every image of a data set, batch by batch, as numpy arrays.
 
     Args:
@@ -95,23 +100,24 @@ def predictions(
         selectors: selector of each sparse FFN by name.
         exact: without padding; compiles for every size of image.
         progress: show a bar with images per second.
+        with_density: also the share of the hidden neurons that is kept, see `detect`; else None.
 
     Raises:
-        ValueError: if a score is not finite, or the devices of the detector cannot share a batch.
+        InputError: if a score is not finite, or the devices of the detector cannot share a batch.
     """
     mesh = mesh_of(model)
     selectors = replicate_like(model, selectors)
 
-    def compute(batch: Batch) -> tuple[Batch, tuple[Outputs, Detections]]:
+    def compute(batch: Batch) -> tuple[Batch, tuple]:
         images = shard_batch(mesh, (batch.pixel_values, batch.pixel_mask, batch.sizes[batch.own]))
-        return batch, detect(model, *images, selectors, mesh=mesh)
+        return batch, detect(model, *images, selectors, mesh=mesh, with_density=with_density)
 
     loaded = batches(dataset, model.preprocessing, batch_size, exact=exact, mesh=mesh)
     with tqdm(total=len(dataset), unit="image", disable=not progress) as bar:
         for batch, computed in dispatch_ahead(map(compute, loaded)):
-            outputs, detections = to_host(computed)
+            outputs, detections, density = to_host(computed)
             _check_finite(batch, detections)
-            yield batch, outputs, detections
+            yield batch, outputs, detections, density
             bar.update(int(batch.valid.sum()))
 
 
@@ -139,7 +145,7 @@ def detect_dataset(
 ) -> list[dict]:
     """Every image's detections in COCO's results format; arguments and errors as in `predictions`."""
     passes = predictions(model, dataset, batch_size, selectors=selectors, exact=exact, progress=progress)
-    return [result for batch, _, detections in passes for result in coco_results(batch, detections)]
+    return [result for batch, _, detections, _ in passes for result in coco_results(batch, detections)]
 
 
 @dataclass(frozen=True)

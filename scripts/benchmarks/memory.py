@@ -61,7 +61,7 @@ def resident() -> int:
 def measure(model: DETR, dataset: Dataset, selectors: Selectors, keep: bool, arguments: Arguments) -> dict[int, int]:
     """Resident bytes by the number of images evaluated."""
     kept, found, images = [], {}, 0
-    for batch, _, detections in predictions(model, dataset, arguments.batch_size, selectors=selectors):
+    for batch, _, detections, _ in predictions(model, dataset, arguments.batch_size, selectors=selectors):
         results = coco_results(batch, detections)
         kept += results if keep else []
         images += int(batch.valid.sum())
