@@ -1,3 +1,4 @@
+import ast
 import errno
 import json
 import os
@@ -98,3 +99,19 @@ def test_where_nothing_can_be_written_is_known_before(tmp_path):
         refuse_existing(tmp_path / "file/result.json", overwrite=False)
     with pytest.raises(OutputError, match="cannot be written: it is a folder"):
         refuse_existing(tmp_path, overwrite=True)
+
+
+def test_text_is_utf8_whatever_the_locale_says():
+    """Every read and write of text names its encoding."""
+    root = Path(__file__).parent.parent
+    silent = []
+    for path in (p for folder in ("detr_jax", "kernels", "convert", "scripts") for p in (root / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            texts = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            opens = node.func.attr == "open" and any(mode in texts for mode in ("r", "w", "a"))
+            named = "encoding" in {keyword.arg for keyword in node.keywords}
+            if (opens or node.func.attr in ("read_text", "write_text")) and not named:
+                silent.append(f"{path.relative_to(root)}:{node.lineno}")
+    assert silent == []
