@@ -267,6 +267,7 @@ TABLE = {
             lambda t: detr_jax.load(detector_file(t, arrays={"class_head.bias": np.zeros(9)})),
         ),
         Bad("NaN", lambda t: detr_jax.load(detector_file(t, arrays={"class_head.bias": np.full(4, np.nan)}))),
+        Bad("a folder that is not there", lambda t: detr_jax.load(t / "runs/detr")),
         Bad("a preset that it is not", lambda t: detr_jax.load(detector_file(t), preset="detr-tiny")),
         Bad("a preset that does not exist", lambda t: detr_jax.load(detector_file(t), preset="detr-r18")),
     ],
@@ -323,6 +324,7 @@ TABLE = {
         Bad("pushed to no repository", lambda t: detr_jax.push_plan(plan(), "plans")),
     ],
     "Arguments": [
+        Bad("a dtype for a detector", lambda t: detr_jax.load_sparse(dense(), plan(), dtype=jnp.bfloat16)),
         Bad("no plan for a detector", lambda t: detr_jax.load_sparse(dense())),
         Bad("no plan for a file", lambda t: detr_jax.load_sparse(detector_file(t)), "scripts/train_gates.py --model "),
         Bad("an implementation that does not exist", lambda t: sparse().with_implementation("fast")),
