@@ -17,12 +17,7 @@ _TEMPORARY = ".detr-jax-unfinished-"
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Checks before anything is computed that a file may and can be written.
-
-    Raises:
-        ExistingFileError: if the file exists and may not be overwritten.
-        OutputError: if nothing can be written there.
-    """
+    """Raises an ExistingFileError or OutputError, before anything is computed, if a file may or can not be written."""
     if path.exists() and not overwrite:
         raise ExistingFileError(f"{path} exists; choose another name or pass --overwrite")
     folder = next(parent for parent in path.absolute().parents if parent.exists())
@@ -58,11 +53,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Writes JSON for people and programs; numbers that are undefined (NaN) become null.
-
-    Raises:
-        ValueError: if a number is infinite.
-    """
+    """Writes JSON for people and programs, see `to_json`."""
     with replacing(path) as temporary:
         temporary.write_text(to_json(values, indent=2) + "\n", encoding="utf-8")
 
@@ -82,8 +73,3 @@ def _null_for_nan(values: Any) -> Any:
     if isinstance(values, list | tuple):
         return [_null_for_nan(value) for value in values]
     return None if isinstance(values, float) and math.isnan(values) else values
-
-
-def printable(path: Path | str) -> str:
-    """A file's name for messages: bytes of it that are not UTF-8 are replaced."""
-    return str(path).encode("utf-8", "replace").decode("utf-8")

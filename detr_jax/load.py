@@ -141,7 +141,7 @@ def build(checkpoint: Checkpoint, dtype: jnp.dtype = jnp.float32) -> Detector:
 
 def _own_plan(name_or_path: str | Path) -> str | Path:
     """What `load_plan` finds the plan by that comes with a detector."""
-    if name_or_path == EMBEDDED or Path(name_or_path).is_dir():
+    if str(name_or_path) == EMBEDDED or Path(name_or_path).is_dir():
         return name_or_path
     if hub.is_id(name_or_path) and not Path(name_or_path).exists():
         return name_or_path

@@ -23,14 +23,13 @@ def open_run(
 
     Args:
         folder: of the run; all processes of a job have to see the same.
-        settings: whatever decides what the run computes, as JSON; a resumed run must have the same.
-        outputs: names of the files and folders that a run writes into its folder.
+        settings: whatever decides what the run computes; a resumed run must have the same.
+        outputs: names of the files and folders that a run writes.
         resume: go on with an unfinished run; None where a command cannot.
         overwrite: delete an earlier run.
 
     Raises:
-        UserError: if there is a run that may neither be resumed nor deleted, no run to resume or one with other
-            settings, another process in the folder, or no permission to write there.
+        UserError: if the run in the folder, its settings, another process or permissions forbid it.
     """
     refusal = None
     if is_first_process():
@@ -41,10 +40,7 @@ def open_run(
     if not first_process_agrees(refusal is None):
         raise refusal or InputError(f"the job's first process refuses {folder} and says why")
     if not (folder / "settings.json").exists():
-        raise MissingFileError(
-            f"{folder} on this host is not the folder of the job's first process; --out has to be one that all hosts "
-            "share, such as an NFS share"
-        )
+        raise MissingFileError(f"{folder} is not the folder of the job's first process; --out has to be a shared one")
 
 
 def _claim(folder: Path, settings: dict, outputs: Sequence[str], resume: bool | None, overwrite: bool) -> None:

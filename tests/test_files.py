@@ -1,17 +1,15 @@
 import ast
 import errno
 import json
-import os
 import resource
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from detr_jax.errors import OutputError
-from detr_jax.files import printable, refuse_existing, remove_leftovers, replacing, write_json
+from detr_jax.files import refuse_existing, remove_leftovers, replacing, write_json
 
 
 def test_results_are_written_whole_or_not_at_all(tmp_path):
@@ -29,11 +27,6 @@ def test_results_are_written_whole_or_not_at_all(tmp_path):
 def test_undefined_numbers_are_null(tmp_path):
     write_json(tmp_path / "result.json", {"AP": float("nan"), "interval": (np.float64("nan"), 0.5), "name": "ü"})
     assert json.loads((tmp_path / "result.json").read_bytes()) == {"AP": None, "interval": [None, 0.5], "name": "ü"}
-
-
-def test_names_that_are_not_utf8_can_be_printed():
-    assert printable(Path(os.fsdecode(b"caf\xe9.jpg"))) == "caf?.jpg"
-    assert printable("café.jpg") == "café.jpg"
 
 
 def test_finished_results_are_refused(tmp_path):

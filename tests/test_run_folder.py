@@ -1,5 +1,6 @@
 """The folder of a run is claimed by one job, and resumed or deleted only when asked."""
 
+import errno
 import subprocess
 import sys
 from functools import partial
@@ -7,7 +8,7 @@ from functools import partial
 import pytest
 
 from detr_jax.errors import ExistingFileError, InputError, MissingFileError, OutputError
-from detr_jax.files import write_json
+from detr_jax.files import replacing, write_json
 from detr_jax.run_folder import open_run
 
 open_run = partial(open_run, outputs=("part",), overwrite=False)
@@ -63,6 +64,19 @@ sys.stdin.read()
         process.kill()
         process.wait()
     open_run(tmp_path, {}, resume=True)
+
+
+def test_a_run_goes_on_after_the_disk_was_full(tmp_path):
+    open_run(tmp_path, {})
+    with (
+        pytest.raises(OutputError, match=r"part cannot be written: .*No space left"),
+        replacing(tmp_path / "part") as part,
+    ):
+        part.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+    (tmp_path / ".detr-jax-unfinished-1-part").touch()  # of a process that was killed as it wrote
+    open_run(tmp_path, {}, resume=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"run.lock", "settings.json"}
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

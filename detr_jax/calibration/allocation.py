@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from detr_jax.errors import InputError
+from detr_jax.errors import InputError, MissingFileError
 
 Choice = tuple[int, ...]
 """Of each FFN the index of a setting: a column of the tables of losses and costs."""
@@ -158,6 +158,8 @@ def cost_table(path: Path, names: Sequence[str], densities: np.ndarray) -> np.nd
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         rows = {name: sorted((float(d), float(cost)) for d, cost in row.items()) for name, row in table.items()}
+    except FileNotFoundError:
+        raise MissingFileError(f"there is no file {path} with costs") from None
     except (json.JSONDecodeError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{path} is no table of costs {{FFN: {{density: cost}}}}: {error}") from error
     costs = []

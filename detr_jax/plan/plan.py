@@ -115,7 +115,7 @@ def load_plan(name_or_path: Path | str, model: Detector, *, revision: str | None
         ValueError: if the file is damaged, no plan, of a newer version, or the plan of another detector.
     """
     path = Path(name_or_path)
-    if name_or_path == EMBEDDED:
+    if str(name_or_path) == EMBEDDED:
         with plan_file() as path:
             return _read(path, model)
     if path.is_dir():

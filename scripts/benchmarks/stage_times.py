@@ -35,7 +35,7 @@ class Arguments:
     """Name of a detector or path of a checkpoint."""
     preset: str | None = None
     """Architecture of a checkpoint that does not say which it is, e.g. detr-r50."""
-    plan: Path | None = None
+    plan: str | None = None
     """Plan of the detector: evaluate it sparse instead of dense."""
     computation: Annotated[ExecutionOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=ExecutionOptions)
     dtype: Literal["float32", "bfloat16"] = "float32"
