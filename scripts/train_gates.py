@@ -36,7 +36,7 @@ from detr_jax.methods.grouping import group_count
 from detr_jax.models import DETR
 from detr_jax.plan import Plan, save_plan
 from detr_jax.run_folder import RESULTS, open_run
-from detr_jax.training.budgets import Budget, GateTuning, MaxDivergence, MeanDensity, Progress, meet, tune_gates
+from detr_jax.training.budgets import Density, GateTuning, MaxDivergence, Progress, TrainedBudget, meet, tune_gates
 from detr_jax.training.gates import Gates, GateTraining, train_gates
 from detr_jax.viz.figures import GatedRun, plot_gates, save_figure
 from detr_jax.viz.tables import gate_table, table
@@ -153,17 +153,17 @@ def train(model: DETR, dataset: Dataset, arguments: Arguments) -> tuple[Gates, f
     return gates, float(arguments.training.batch_size / np.median(steps)) if len(steps) > 1 else None
 
 
-def budget_of(arguments: Arguments) -> Budget | None:
+def budget_of(arguments: Arguments) -> TrainedBudget | None:
     """The budget that is asked for, and what is wrong with it."""
     if arguments.density is not None and arguments.output_divergence is not None:
         raise InputError("--density and --output-change are different budgets; choose one")
     if arguments.density is not None:
-        return MeanDensity(arguments.density)
+        return Density(arguments.density)
     return None if arguments.output_divergence is None else MaxDivergence(arguments.output_divergence)
 
 
 def train_to(
-    budget: Budget,
+    budget: TrainedBudget,
     model: DETR,
     gates: Mapping[str, Thresholded],
     training_data: Dataset,
@@ -175,7 +175,7 @@ def train_to(
     stored = backbone_features(model, calibration_data, batch_size, "embedding calibration images")
     held_out = CachedBatches([batch.tokens for batch in stored], mesh=mesh_of(model))
     passes = ImageBatches(model, training_data, batch_size, arguments.training.seed)
-    start = meet(model, held_out, gates, budget, tuning.tile_size)
+    start = meet(model, held_out, gates, budget)
     with tqdm(total=tuning.epochs * len(passes), desc="training to a budget", unit="step") as bar:
 
         def report(step: int, progress: Progress | None) -> None:
@@ -185,7 +185,7 @@ def train_to(
             bar.update(step - bar.n)
 
         tuned = tune_gates(model, passes, start, budget, tuning, arguments.out / "tuned", report)
-    return meet(model, held_out, tuned, budget, tuning.tile_size)
+    return meet(model, held_out, tuned, budget)
 
 
 def measure(

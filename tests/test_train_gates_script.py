@@ -84,7 +84,7 @@ def test_the_papers_recipe_has_one_threshold_and_the_detectors_own_groups(inputs
 
 
 def test_gates_that_are_trained_to_a_budget_are_the_plan(inputs, tmp_path):
-    few = ["--epochs", "1", "--tuning.epochs", "2", "--tuning.tile-size", "4"]
+    few = ["--epochs", "1", "--tuning.epochs", "2"]
     run(NAME, *inputs, *few, "--density", "0.3", "--out", tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results["runs"])[1:] == ["all gated, threshold 0.5", "all gated, recall 0.99", "all gated, density 0.3"]

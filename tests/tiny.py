@@ -87,7 +87,7 @@ def every_selector(weights: FFNWeights, group_size: int, seed: int = 1) -> dict[
         "fixed set": selectors.Fixed(jnp.arange(groups) != 0, OutputLayer(random(features, d_model), random(d_model))),
         "fixed": selectors.PartitionedSelector(None, few, second=OutputLayer(random(few, d_model), random(d_model))),
         "sections": selectors.PartitionedSelector(of_part, few, features // 2),
-        "sections for images": selectors.PartitionedSelector(Thresholded(pooled, jnp.float32(0)), 0, few),
+        "sections for images": selectors.PartitionedSelector(Thresholded(pooled, jnp.float32(-4.5)), 0, few),
         "oracle": selectors.Oracle(group_size),
         "top k": selectors.TopK(linear, jnp.int32(2)),
         "sibs": selectors.IndicatorSelector(

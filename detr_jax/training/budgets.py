@@ -1,28 +1,28 @@
-"""Training gates to a budget, in the frozen detector: all of them in effect, a Lagrange multiplier per constraint."""
+"""Budgets of sparsity, and training gates to one: all gates in effect, a Lagrange multiplier per constraint."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from detr_jax.calibration.threshold_passes import measure_scores
 from detr_jax.calibration.thresholds import density_threshold
 from detr_jax.data.batches import BatchSource
 from detr_jax.errors import InputError
-from detr_jax.kernels import repeat_per_tile
 from detr_jax.mesh import mesh_of, replicate_like, replicated, to_host
 from detr_jax.methods import MGS, MGSContribution, Thresholded
-from detr_jax.methods.tiles import count_tiles, existing_tiles, existing_tokens
-from detr_jax.models import Detector, FFNTrace, FFNWeights, Selection
-from detr_jax.pytrees import pytree
+from detr_jax.methods.tiles import count_tiles
+from detr_jax.models import Detector, FFNTrace
 from detr_jax.training.checkpoints import Checkpoints
-from detr_jax.training.gates import batches_from
+from detr_jax.training.gates import adam_with_cosine, batches_from
+from detr_jax.training.straight_through import StraightThrough, mean_density
 
 _PROPORTIONAL = 10
 """Steps of ascent that the excess of one batch weighs at once, which damps the multipliers' swings about a solution."""
@@ -33,28 +33,42 @@ _HALVINGS = 14
 """Of an interval of 32 in log-odds: to 0.002."""
 
 
-class Budget(Protocol):
-    """What is made small, and what must not exceed a bound."""
+@dataclass(frozen=True)
+class Recall:
+    """In each FFN, the highest threshold at which a share of the active groups is kept.
+
+    Attributes:
+        share: from 0 to 1.
+    """
+
+    share: float = 0.99
+
+    def __post_init__(self):
+        if not 0 <= self.share <= 1:
+            raise InputError(f"a recall must be between 0 and 1, not {self.share}")
 
     @property
     def title(self) -> str:
-        """A few words for results."""
-
-    @property
-    def bounds(self) -> tuple[float, ...]:
-        """On each bounded value, above 0."""
-
-    def parts(self, loss: jax.Array, densities: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """The objective (), and the bounded values (n,).
-
-        Args:
-            loss: () of the gates.
-            densities: () of each FFN by name.
-        """
+        return f"recall {self.share:g}"
 
 
 @dataclass(frozen=True)
-class DensityOfEach:
+class Threshold:
+    """One threshold for all FFNs.
+
+    Attributes:
+        value: of gates a probability, of other methods in the units of their score.
+    """
+
+    value: float = 0.5
+
+    @property
+    def title(self) -> str:
+        return f"threshold {self.value:g}"
+
+
+@dataclass(frozen=True)
+class DensityPerFFN:
     """Least loss with a density for each FFN, a multiplier for each.
 
     Attributes:
@@ -67,20 +81,24 @@ class DensityOfEach:
         for density in self.densities.values():
             _check_density(density)
 
+    def __hash__(self) -> int:
+        return hash(tuple(self.densities.items()))
+
     @property
     def title(self) -> str:
-        return "densities of each FFN"
+        return "a density per FFN"
 
     @property
     def bounds(self) -> tuple[float, ...]:
         return tuple(self.densities.values())
 
     def parts(self, loss: jax.Array, densities: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """The objective (), and the bounded values (n,), from the gates' loss () and the density () of each FFN."""
         return loss, jnp.stack([densities[name] for name in self.densities])
 
 
 @dataclass(frozen=True)
-class MeanDensity:
+class Density:
     """Least loss with a mean density over the FFNs, which training shares among them.
 
     Attributes:
@@ -101,33 +119,40 @@ class MeanDensity:
         return (self.density,)
 
     def parts(self, loss: jax.Array, densities: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """See `DensityPerFFN.parts`."""
         return loss, jnp.stack(list(densities.values())).mean(keepdims=True)
 
 
 @dataclass(frozen=True)
 class MaxDivergence:
-    """Least mean density with a bound on the change of the detector's outputs: the dual.
+    """Least mean density with a bound on the divergence of the detector's outputs: the dual.
 
     Attributes:
-        change: the bound on the mean of `Detector.divergence`.
+        divergence: the bound on the mean over images.
     """
 
-    change: float
+    divergence: float
 
     def __post_init__(self):
-        if not self.change > 0:
-            raise InputError(f"a bound on the change of the outputs must be above 0, not {self.change}")
+        if not self.divergence > 0:
+            raise InputError(f"a bound on the divergence of the outputs must be above 0, not {self.divergence}")
 
     @property
     def title(self) -> str:
-        return f"change {self.change:g}"
+        return f"divergence {self.divergence:g}"
 
     @property
     def bounds(self) -> tuple[float, ...]:
-        return (self.change,)
+        return (self.divergence,)
 
     def parts(self, loss: jax.Array, densities: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """See `DensityPerFFN.parts`."""
         return jnp.stack(list(densities.values())).mean(), loss[None]
+
+
+TrainedBudget = DensityPerFFN | Density | MaxDivergence
+"""Budgets that gates can be trained to."""
+Budget = TrainedBudget | Recall | Threshold
 
 
 def _check_density(density: float) -> None:
@@ -139,91 +164,26 @@ def _check_density(density: float) -> None:
 class GateTuning:
     """How gates are trained to a budget."""
 
-    loss: Literal["output-change", "firing", "contribution"] = "output-change"
-    """The change of the detector's outputs, end to end through the frozen detector; or the labels of MGS or
-    `MGSContribution`, on the inputs that the other gates leave."""
+    loss: Literal["divergence", "mgs", "mgs-contribution"] = "divergence"
+    """The divergence of the detector's outputs, end to end through the frozen detector; or the labels of a method, on
+    the inputs that the other gates leave."""
     epochs: int = 2
     """Passes over the training images."""
     sampled: bool = True
-    """Draw decisions by their probabilities while training, instead of by the threshold."""
+    """Decisions are drawn by their probabilities while training; --tuning.no-sampled decides by the threshold."""
     seed: int = 0
     """Of the draws."""
     learning_rate: float = 3e-3
     """Peak learning rate of Adam, which decays to 0 along a cosine."""
     multiplier_rate: float = 0.02
     """Ascent of a multiplier per step and relative excess, in units of the objective at the start."""
-    tile_size: int = 1
-    """Consecutive tokens that are computed together, each what one of them needs; densities are those of tiles."""
     checkpoint_steps: int = 200
     """Steps between checkpoints."""
 
     def __post_init__(self):
-        for name in ("epochs", "tile_size", "checkpoint_steps"):
+        for name in ("epochs", "checkpoint_steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
-
-
-@pytree
-@dataclass(frozen=True)
-class StraightThrough:
-    """A selector whose decisions have the gradient of probabilities (Bengio et al. 2013, arXiv 1308.3432).
-
-    Where decisions are drawn by their probabilities, an open gate feels what closing it would cost; one that is open
-    for certain has a gradient as if its neurons were worth nothing by themselves.
-
-    Attributes:
-        of: decides; its scores are in log-odds.
-        key: to draw decisions with; None decides as `of` does.
-        tile_size: consecutive tokens that are computed together: each gets what one of them needs.
-    """
-
-    of: Thresholded
-    key: jax.Array | None = None
-    tile_size: int = field(default=1, metadata={"static": True})
-
-    def logits(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> jax.Array:
-        """(images, tokens, G) by how much the scores exceed the threshold; arguments as of a call."""
-        decisions = self.of.score(ffn, x, tokens) - self.of.threshold
-        return repeat_per_tile(decisions, tokens.shape[-1], self.of.score.traits.tile_size)
-
-    def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> Selection:
-        logits = self.logits(ffn, x, tokens)
-        images, count, groups = logits.shape
-        if self.key is not None:
-            # Tokens that share a decision share the draw, or one of many would nearly always open the group.
-            together = max(self.tile_size, self.of.score.traits.tile_size or count)
-            draws = jax.random.logistic(self.key, (images, -(-count // together), groups))
-            logits += repeat_per_tile(draws, count, together)
-        mask = repeat_per_tile(tile_unions(logits, tokens, self.tile_size), count, self.tile_size)
-        return Selection(active=mask > 0, mask=mask)
-
-
-def tile_unions(logits: jax.Array, tokens: jax.Array, tile_size: int) -> jax.Array:
-    """1 where a token of a tile has a margin of at least 0, otherwise 0, with the gradient of a soft "or".
-
-    That is 1 - prod(1 - p) over a tile's tokens, p = sigmoid(margin): the chunk sparsity of Song et al. 2025,
-    "BlockFFN". Where a token surely needs the group, the others have no gradient: closing them saves nothing.
-
-    Args:
-        margins: (images, tokens, G).
-        tokens: (images, tokens) bool, false for padding.
-        tile_size: tokens per tile; one gives a decision per token with the gradient of p.
-
-    Returns:
-        (images, tiles, G) float.
-    """
-    needed = existing_tokens(logits >= 0, tokens, tile_size, False).any(2)
-    # The logarithm of the product is a sum that neither overflows nor loses small probabilities.
-    none_needs = existing_tokens(jax.nn.log_sigmoid(-logits), tokens, tile_size, 0).sum(2)
-    soft = -jnp.expm1(none_needs)
-    return needed.astype(soft.dtype) + (soft - jax.lax.stop_gradient(soft))
-
-
-def union_density(logits: jax.Array, tokens: jax.Array, tile_size: int) -> jax.Array:
-    """The share () of the pairs of tile and group that are computed; arguments and gradient as of `tile_unions`."""
-    counted = existing_tiles(tokens, tile_size)
-    total = jnp.where(counted[..., None], tile_unions(logits, tokens, tile_size), 0).sum()
-    return total / jnp.maximum(counted.sum() * logits.shape[-1], 1)
 
 
 class Progress(NamedTuple):
@@ -242,14 +202,14 @@ class Progress(NamedTuple):
 
 def tune_gates(
     model: Detector,
-    passes: BatchSource,
+    batches: BatchSource,
     selectors: Mapping[str, Thresholded],
-    budget: Budget,
+    budget: TrainedBudget,
     tuning: GateTuning,
     folder: Path,
     report: Callable[[int, Progress | None], None],
 ) -> dict[str, Thresholded]:
-    """Trains scores and thresholds of all FFNs together, or goes on from the latest checkpoint in `folder`.
+    """Trains scores and thresholds of all FFNs together, or resumes from the latest checkpoint in `folder`.
 
     The Lagrangian is objective / unit + sum_i m_i (value_i / bound_i - 1), the unit being the objective before the
     first step. Gates descend, the multipliers m_i >= 0 ascend from 0. Gates are hard in the forward pass and
@@ -258,60 +218,74 @@ def tune_gates(
 
     Args:
         model: the detector, frozen.
-        passes: training data, batches of features, as `Detector.embed` returns them.
+        batches: training data, batches of features, as `Detector.embed` returns them.
         selectors: of each FFN by name, to start from: trained, with scores in log-odds, and finite thresholds.
         budget: what is made small within which bounds.
         tuning: the recipe.
         folder: for checkpoints.
         report: called after every step with the number of steps taken so far and what it found; once with None when
-            training goes on from a checkpoint.
+            training resumes from a checkpoint.
 
     Returns:
         the selectors, trained. `meet` sets their thresholds on held-out images.
 
     Raises:
-        ValueError: if the bound is one on the change of the outputs and the loss something else.
+        InputError: if the bound is one on the divergence of the outputs and the loss something else.
     """
-    if isinstance(budget, MaxDivergence) and tuning.loss != "output-change":
-        raise InputError(f"a bound on the change of the outputs needs that as the loss, not {tuning.loss!r}")
-    total = tuning.epochs * len(passes)
-    optimise = optax.adam(optax.cosine_decay_schedule(tuning.learning_rate, total))
-
-    @partial(jax.jit, out_shardings=replicated(mesh_of(model)))
-    def take_step(state, model, batch, step, bounds):
-        selectors, memory, multipliers, unit = state
-
-        def value(selectors):
-            loss, densities = _loss_and_densities(tuning, model, batch, selectors, step)
-            objective, bounded = budget.parts(loss, densities)
-            excess = bounded / bounds - 1
-            # A batch of padding alone says nothing about either.
-            seen = jnp.where(batch.valid.any(), jnp.clip(jax.lax.stop_gradient(excess), -1, 1), 0)
-            first = (unit == 0) & batch.valid.any()
-            scale = jnp.where(first, jnp.maximum(jax.lax.stop_gradient(objective), _LEAST_UNIT), unit)
-            pressure = jnp.maximum(multipliers + _PROPORTIONAL * tuning.multiplier_rate * seen, 0)
-            lagrangian = objective / jnp.where(scale > 0, scale, 1) + (pressure * excess).sum()
-            return lagrangian, (seen, scale, loss, densities)
-
-        gradients, (seen, unit, loss, densities) = jax.grad(value, has_aux=True)(selectors)
-        updates, memory = optimise.update(gradients, memory)
-        multipliers = jnp.maximum(multipliers + tuning.multiplier_rate * seen, 0)
-        state = (optax.apply_updates(selectors, updates), memory, multipliers, unit)
-        return state, Progress(loss, densities, multipliers)
+    if isinstance(budget, MaxDivergence) and tuning.loss != "divergence":
+        raise InputError(f"a bound on the divergence of the outputs needs that as the loss, not {tuning.loss!r}")
+    total = tuning.epochs * len(batches)
+    optimiser = adam_with_cosine(tuning.learning_rate, total)
 
     selectors = dict(selectors)
-    state = replicate_like(model, (selectors, optimise.init(selectors), jnp.zeros(len(budget.bounds)), jnp.float32(0)))
+    state = replicate_like(model, (selectors, optimiser.init(selectors), jnp.zeros(len(budget.bounds)), jnp.float32(0)))
     checkpoints = Checkpoints(folder)
     start, state = checkpoints.restore(state) or (0, state)
     if start:
         report(start, None)
-    for step, batch in enumerate(batches_from(passes, tuning.epochs, start), start + 1):
-        state, progress = take_step(state, model, batch, step, jnp.array(budget.bounds))
+    static = {"budget": budget, "tuning": tuning, "optimiser": optimiser, "mesh": mesh_of(model)}
+    for step, batch in enumerate(batches_from(batches, tuning.epochs, start), start + 1):
+        state, progress = _take_step(state, model, batch, step, jnp.array(budget.bounds), **static)
         report(step, progress)
         if step % tuning.checkpoint_steps == 0 or step == total:
             checkpoints.save(step, state)
     checkpoints.close()
     return {name: state[0][name] for name in selectors}
+
+
+@partial(jax.jit, static_argnames=("budget", "tuning", "optimiser", "mesh"))
+def _take_step(
+    state: Any,
+    model: Detector,
+    batch: Any,
+    step: jax.Array,
+    bounds: jax.Array,
+    *,
+    budget: TrainedBudget,
+    tuning: GateTuning,
+    optimiser: optax.GradientTransformation,
+    mesh: Mesh | None,
+) -> tuple[Any, Progress]:
+    selectors, memory, multipliers, unit = state
+
+    def value(selectors):
+        loss, densities = _loss_and_densities(tuning, model, batch, selectors, step)
+        objective, bounded = budget.parts(loss, densities)
+        excess = bounded / bounds - 1
+        # A batch of padding alone says nothing about either.
+        seen = jnp.where(batch.valid.any(), jnp.clip(jax.lax.stop_gradient(excess), -1, 1), 0)
+        first = (unit == 0) & batch.valid.any()
+        scale = jnp.where(first, jnp.maximum(jax.lax.stop_gradient(objective), _LEAST_UNIT), unit)
+        pressure = jnp.maximum(multipliers + _PROPORTIONAL * tuning.multiplier_rate * seen, 0)
+        lagrangian = objective / jnp.where(scale > 0, scale, 1) + (pressure * excess).sum()
+        return lagrangian, (seen, scale, loss, densities)
+
+    gradients, (seen, unit, loss, densities) = jax.grad(value, has_aux=True)(selectors)
+    updates, memory = optimiser.update(gradients, memory)
+    multipliers = jnp.maximum(multipliers + tuning.multiplier_rate * seen, 0)
+    state = (optax.apply_updates(selectors, updates), memory, multipliers, unit)
+    stepped = state, Progress(loss, densities, multipliers)
+    return stepped if mesh is None else jax.lax.with_sharding_constraint(stepped, replicated(mesh))
 
 
 def _loss_and_densities(
@@ -320,7 +294,7 @@ def _loss_and_densities(
     """The loss () of gates that are in effect, and the density () of each FFN."""
     keys = jax.random.split(jax.random.fold_in(jax.random.key(tuning.seed), step), len(selectors))
     running = {
-        name: StraightThrough(selector, key if tuning.sampled else None, tuning.tile_size)
+        name: StraightThrough(selector, key if tuning.sampled else None)
         for (name, selector), key in zip(selectors.items(), keys, strict=True)
     }
     outputs = model.transform(batch, selectors=running, trace=True)
@@ -331,31 +305,31 @@ def _loss_and_densities(
     for name, selector in running.items():
         trace = traces[name]
         logits = selector.logits(weights[name], trace.inputs, trace.tokens)
-        densities[name] = union_density(logits, trace.tokens, tuning.tile_size)
-    if tuning.loss == "output-change":
+        densities[name] = mean_density(logits, trace.tokens)
+    if tuning.loss == "divergence":
         changes = model.divergence(model.transform(batch), outputs)
         loss = jnp.where(batch.valid, changes, 0).sum() / jnp.maximum(batch.valid.sum(), 1)
     else:
-        label_loss = {"firing": MGS, "contribution": MGSContribution}[tuning.loss]().loss
+        label_loss = {"mgs": MGS, "mgs-contribution": MGSContribution}[tuning.loss]().loss
         losses = [label_loss(s.logits, weights[name], traces[name]) for name, s in running.items()]
         loss = jnp.stack(losses).mean()
     return loss, densities
 
 
 def measure(
-    model: Detector, passes: BatchSource, selectors: Mapping[str, Thresholded], tile_size: int = 1
+    model: Detector, batches: BatchSource, selectors: Mapping[str, Thresholded], tile_size: int = 1
 ) -> tuple[float, dict[str, float]]:
-    """The mean change of the outputs over the images of one pass, and the density of each FFN by name, of tiles.
+    """The mean divergence of the outputs over the images of one pass, and the density of each FFN by name, of tiles.
 
     Args:
         model: the detector.
-        passes: batches of features, as `Detector.embed` returns them.
+        batches: of features, as `Detector.embed` returns them.
         selectors: of each sparse FFN by name, in effect.
         tile_size: consecutive tokens that are computed together.
     """
     count = partial(_measure, tile_size=tile_size)
     selectors = replicate_like(model, dict(selectors))
-    measured = [to_host(count(model, batch, selectors)) for batch in passes.batches()]
+    measured = [to_host(count(model, batch, selectors)) for batch in batches.batches()]
     changes, valid, tiles = zip(*measured, strict=True)
     densities = {name: sum((t[name] for t in tiles[1:]), tiles[0][name]).density for name in selectors}
     return float(np.sum(changes) / np.sum(valid)), densities
@@ -377,12 +351,17 @@ def _measure(model, batch, selectors, *, tile_size):
 
 
 def meet(
-    model: Detector, held_out: BatchSource, selectors: Mapping[str, Thresholded], budget: Budget, tile_size: int = 1
+    model: Detector,
+    held_out: BatchSource,
+    selectors: Mapping[str, Thresholded],
+    budget: TrainedBudget,
+    tile_size: int = 1,
 ) -> dict[str, Thresholded]:
     """The selectors with thresholds that meet a budget exactly on images that nothing was trained on.
 
     Densities of each FFN are calibrated in the order in which the FFNs run, with the others on. A mean density or a
-    bound on the change takes one number that all thresholds are shifted by, so that the densities keep their ratios.
+    bound on the divergence takes one number that all thresholds are shifted by, so that the densities
+    keep their ratios.
 
     Args:
         model: the detector.
@@ -392,9 +371,9 @@ def meet(
         tile_size: consecutive tokens that are computed together.
     """
     chosen = dict(selectors)
-    if isinstance(budget, DensityOfEach):
+    if isinstance(budget, DensityPerFFN):
         for name, density in budget.densities.items():
-            scores = {name: chosen[name].score}
+            scores = {n: selector.score for n, selector in chosen.items()}  # one program measures each of them
             running = {n: StraightThrough(selector, tile_size=tile_size) for n, selector in chosen.items()}
             histogram = measure_scores(model, held_out, scores, running, tile_size=tile_size)[name]
             chosen[name] = chosen[name].at(density_threshold(histogram, density))
@@ -406,7 +385,7 @@ def meet(
     def too_low(shift: float) -> bool:
         change, densities = measure(model, held_out, shifted(shift), tile_size)
         if isinstance(budget, MaxDivergence):
-            return change <= budget.change
+            return change <= budget.divergence
         return np.mean(list(densities.values())) > budget.density
 
     low, high = -_WIDEST_SHIFT, _WIDEST_SHIFT

@@ -30,16 +30,16 @@ from detr_jax.run_folder import RESULTS, open_run
 from detr_jax.search.candidates import CANDIDATE_KINDS
 from detr_jax.search.search import PlanSearch, SearchSettings
 from detr_jax.training.budgets import (
-    DensityOfEach,
+    Density,
+    DensityPerFFN,
     GateTuning,
-    MeanDensity,
     Progress,
-    StraightThrough,
     measure,
     meet,
     tune_gates,
 )
 from detr_jax.training.gates import Gates, GateTraining
+from detr_jax.training.straight_through import StraightThrough
 from detr_jax.viz.figures import save_figure
 
 GRID = (1.0, 0.7, 0.5, 0.4, 0.3, 0.25, 0.2, 0.16, 0.12, 0.09, 0.06, 0.04, 0.02)
@@ -209,9 +209,9 @@ class Study:
                         bar.set_postfix(loss=f"{float(progress.loss):.4f}", refresh=False)
                     bar.update(step - bar.n)
 
-                budget = DensityOfEach(densities)
+                budget = DensityPerFFN(densities)
                 trained = tune_gates(self.model, self._training, start, budget, arguments.tuning, folder, report)
-            met = meet(self.model, self._held_out, trained, MeanDensity(density), tile_size)
+            met = meet(self.model, self._held_out, trained, Density(density), tile_size)
             self.gated(recipe, f"density {density:g}", self.model, met)
 
     def points(self) -> list[dict]:
