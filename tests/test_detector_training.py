@@ -19,6 +19,7 @@ from detr_jax.models.parameters import named_parameters
 from detr_jax.training.detector.train import (
     DetectorTraining,
     hoyer_weight,
+    take_step,
     targets_of,
     train_detector,
     training_batches,
@@ -65,8 +66,9 @@ def test_a_killed_training_goes_on_bit_identically(tmp_path):
     with pytest.raises(Killed):
         train_detector(CONFIG, TRAINING, tmp_path / "killed", kill)
     resumed = {}
+    compiled = take_step._cache_size()
     model = train_detector(CONFIG, TRAINING, tmp_path / "killed", lambda step, parts: resumed.update({step: parts}))
-    assert list(resumed) == [2, 3]
+    assert list(resumed) == [2, 3] and take_step._cache_size() == compiled, "a second training compiles nothing"
     assert {name: float(value) for name, value in resumed[3].items()} == losses[3]
     for name, array in arrays(model).items():
         np.testing.assert_array_equal(array, whole[name], err_msg=name)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from detr_jax.models import DetrOutputs, FFNTrace, Selection
-from detr_jax.training.detector.losses import Targets, dense_loss, hoyer_penalty
+from detr_jax.models.detr.matching import Targets
+from detr_jax.training.detector.losses import dense_loss, hoyer_penalty
 from detr_jax.training.detector.losses import detection_loss as eager_detection_loss
 
 detection_loss = jax.jit(eager_detection_loss)

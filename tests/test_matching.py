@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from detr_jax.models.boxes import generalised_iou
-from detr_jax.training.detector.matching import match
+from detr_jax.models.detr.matching import match
 
 QUERIES, OBJECTS, CLASSES = 5, 4, 3
 

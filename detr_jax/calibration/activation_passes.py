@@ -24,10 +24,9 @@ from detr_jax.mesh import is_first_process, mesh_of, shard_batch, to_host
 from detr_jax.methods.grouping import group_count
 from detr_jax.models import Detector, FFNSpec
 from detr_jax.models.base import HasFFNs
+from detr_jax.models.detr.matching import Targets, match
 from detr_jax.models.parameters import fingerprint
 from detr_jax.models.standalone import sum_by_name
-from detr_jax.training.detector.losses import Targets
-from detr_jax.training.detector.matching import match
 
 KINDS = {"image": ("background", "object"), "query": ("unmatched", "matched")}
 """Image tokens whose centre is over no object, and over one; object queries that the set matching leaves, and those it

@@ -4,35 +4,17 @@
 only to make the embedded detector: neither belongs to the sparsity method.
 """
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 
 from detr_jax.models import DetrOutputs, FFNTrace
 from detr_jax.models.boxes import corners, generalised_iou
+from detr_jax.models.detr.matching import Targets, match
 from detr_jax.training.detector.dense_head import token_centres
-from detr_jax.training.detector.matching import match
 
 NO_OBJECT_WEIGHT = 0.1
 BOX_WEIGHT = 5.0
 GIOU_WEIGHT = 2.0
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Targets:
-    """Objects of a batch of images, padded to the same number.
-
-    Attributes:
-        labels: (batch, objects) int32 class indices.
-        boxes: (batch, objects, 4) float32, (cx, cy, w, h) as fractions of the image.
-        valid: (batch, objects) bool, false for padding.
-    """
-
-    labels: jax.Array
-    boxes: jax.Array
-    valid: jax.Array
 
 
 def _class_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -19,9 +19,10 @@ from detr_jax.data.scenes import MAX_OBJECTS, SIDE, ScenesDataset
 from detr_jax.data.transforms import normalise
 from detr_jax.errors import InputError
 from detr_jax.models import DETR, DetrConfig
+from detr_jax.models.detr.matching import Targets
 from detr_jax.training.checkpoints import Checkpoints
 from detr_jax.training.detector.dense_head import DenseHead
-from detr_jax.training.detector.losses import Targets, dense_loss, detection_loss, hoyer_penalty
+from detr_jax.training.detector.losses import dense_loss, detection_loss, hoyer_penalty
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,40 @@ def fit_batch_norm(model: DETR, images: np.ndarray) -> None:
     model.backbone.set_attributes(fit=False)
 
 
+def _losses(parameters, graph, statistics, training, images, targets, step):
+    """The weighted sum of the losses, and each by name."""
+    model, dense_head = nnx.merge(graph, parameters, statistics)
+    outputs = model(normalise(images, model.preprocessing), auxiliary=True, trace=True)
+    grid = (len(images), *model.token_grids(images.shape[1:3])[0])
+    before, after = (tokens.reshape(*grid, -1) for tokens in outputs.encoder)
+    # The encoder finds out where its tokens are: what the decoder reads must say so in the heads' own terms.
+    dense = dense_loss(*dense_head(before), targets) + dense_loss(*model.heads(after), targets)
+    parts = {
+        "detection": detection_loss(outputs, targets),
+        "dense": dense,
+        "hoyer": hoyer_penalty(outputs.traces),
+    }
+    total = parts["detection"] + training.dense_weight * dense + hoyer_weight(training, step) * parts["hoyer"]
+    return total, parts
+
+
+@partial(jax.jit, static_argnames=("graph", "training", "mesh"))
+def take_step(state, statistics, images, targets, step, *, graph, training, mesh):
+    """Parameters and the optimiser's memory after a step on a batch that devices share, and the losses by name."""
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("batch"), P("batch"), P()), out_specs=P(), check_vma=False)
+    def step_of_shard(state, images, targets, step):
+        parameters, memory = state
+        gradients, parts = jax.grad(_losses, has_aux=True)(
+            parameters, graph, statistics, training, images, targets, step
+        )
+        gradients, parts = jax.lax.pmean((gradients, parts), "batch")
+        updates, memory = optimiser(training).update(gradients, memory, parameters)
+        return (optax.apply_updates(parameters, updates), memory), parts
+
+    return step_of_shard(state, images, targets, step)
+
+
 def train_detector(
     config: DetrConfig,
     training: DetectorTraining,
@@ -142,40 +177,15 @@ def train_detector(
     fit_batch_norm(model, next(training_batches(training, 0))[0])
     dense_head = DenseHead(config, rngs=nnx.Rngs(training.seed + 1))
     graph, parameters, statistics = nnx.split((model, dense_head), nnx.Param, nnx.BatchStat)
-    optimise = optimiser(training)
     mesh = jax.make_mesh((jax.device_count(),), ("batch",), axis_types=(AxisType.Auto,))
     # Placed as the step returns it, so that the step is compiled once.
-    state = jax.device_put((parameters, optimise.init(parameters)), NamedSharding(mesh, P()))
-
-    def loss_of(parameters, images, targets, step):
-        model, dense_head = nnx.merge(graph, parameters, statistics)
-        outputs = model(normalise(images, model.preprocessing), auxiliary=True, trace=True)
-        grid = (len(images), *model.token_grids(images.shape[1:3])[0])
-        before, after = (tokens.reshape(*grid, -1) for tokens in outputs.encoder)
-        # The encoder finds out where its tokens are: what the decoder reads must say so in the heads' own terms.
-        dense = (dense_loss(*dense_head(before), targets), dense_loss(*model.heads(after), targets))
-        parts = {
-            "detection": detection_loss(outputs, targets),
-            "dense": sum(dense),
-            "hoyer": hoyer_penalty(outputs.traces),
-        }
-        total = (
-            parts["detection"] + training.dense_weight * parts["dense"] + hoyer_weight(training, step) * parts["hoyer"]
-        )
-        return total, parts
-
-    @jax.jit
-    @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("batch"), P("batch"), P()), out_specs=P(), check_vma=False)
-    def take_step(state, images, targets, step):
-        parameters, memory = state
-        gradients, parts = jax.lax.pmean(jax.grad(loss_of, has_aux=True)(parameters, images, targets, step), "batch")
-        updates, memory = optimise.update(gradients, memory, parameters)
-        return (optax.apply_updates(parameters, updates), memory), parts
+    state = jax.device_put((parameters, optimiser(training).init(parameters)), NamedSharding(mesh, P()))
 
     checkpoints = Checkpoints(folder)
     start, state = checkpoints.restore(state) or (0, state)
+    step_on = partial(take_step, graph=graph, training=training, mesh=mesh)
     for step, (images, targets) in enumerate(training_batches(training, start), start):
-        state, parts = take_step(state, images, targets, step)
+        state, parts = step_on(state, statistics, images, targets, step)
         report(step, parts)
         if (step + 1) % training.checkpoint_steps == 0 or step + 1 == training.steps:
             checkpoints.save(step + 1, state)

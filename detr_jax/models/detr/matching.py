@@ -1,5 +1,7 @@
 """One-to-one matching of object queries to objects (Carion et al. 2020, section 3.1)."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -9,6 +11,22 @@ from detr_jax.models.boxes import generalised_iou
 CLASS_COST = 1.0
 BOX_COST = 5.0
 GIOU_COST = 2.0
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Targets:
+    """Objects of a batch of images, padded to the same number.
+
+    Attributes:
+        labels: (batch, objects) int32 class indices.
+        boxes: (batch, objects, 4) float32, (cx, cy, w, h) as fractions of the image.
+        valid: (batch, objects) bool, false for padding.
+    """
+
+    labels: jax.typing.ArrayLike
+    boxes: jax.typing.ArrayLike
+    valid: jax.typing.ArrayLike
 
 
 def match(
