@@ -29,6 +29,7 @@ from detr_jax.calibration.sensitivity import OutputDivergence, SensitivityTable,
 from detr_jax.calibration.threshold_passes import calibrate, measure_scores, selectors_at_densities
 from detr_jax.calibration.thresholds import density_threshold, recall_threshold
 from detr_jax.commands import cli
+from detr_jax.commands.data_options import DataOptions
 from detr_jax.data.dataset import Dataset, Subset
 from detr_jax.errors import InputError
 from detr_jax.evaluation.comparison import Comparison, Row, describe, one_at_a_time
@@ -72,8 +73,7 @@ class Arguments:
     """Name of a detector or path of a checkpoint."""
     preset: str | None = None
     """Architecture of a checkpoint that does not say which it is, e.g. detr-r50."""
-    coco: Path | None = None
-    """Folder with train2017/, val2017/ and annotations/; without it, scenes are generated."""
+    data: Annotated[DataOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=DataOptions)
     train_images: int | None = None
     """Images to train gates on; default 4096 scenes, or all of COCO's training images that are not held out. What the
     transformer gets of all images is kept in memory."""
@@ -348,9 +348,9 @@ def main(arguments: Arguments) -> None:
     model = detr_jax.load(arguments.model, preset=arguments.preset)
     check(arguments, model)
     wanted = arguments.train_images
-    if arguments.coco is None and wanted is None:
+    if arguments.data.name == "scenes" and wanted is None:
         wanted = SCENES_TRAINING_IMAGES
-    splits = open_splits(arguments.coco, wanted, arguments.calibration_images, arguments.eval_images)
+    splits = open_splits(arguments.data, model, wanted, arguments.calibration_images, arguments.eval_images)
     with frozen(model) as fingerprint:
         settings = cli.settings(arguments, detector=fingerprint, **splits.fingerprints)
         open_run(arguments.out, settings, OUTPUTS, resume=arguments.resume, overwrite=arguments.overwrite)

@@ -17,6 +17,7 @@ for name, value in COMPILATION.items():
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from fixtures_coco import mixed_shapes as mixed_shapes  # noqa: E402
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 sys.path += [str(SCRIPTS), str(SCRIPTS / "studies"), str(SCRIPTS / "benchmarks")]

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 from commands import refusal, run
+from fixtures_coco import varied_detector
 from PIL import Image
-from tiny import annotation, tiny_detector, write_coco
 
 import detr_jax
 from detr_jax.plan import load_plan
@@ -16,12 +16,7 @@ SCRIPT = "compare_selectors.py"
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("inputs")
-    boxes = [annotation(i, i, (4, 4, 20, 20), category_id=1 + i % 2) for i in range(1, 9)]
-    for split in ("train2017", "val2017"):
-        write_coco(root, [(32, 40)] * 12, boxes, split)
-    detr_jax.save(tiny_detector(), root / "detector.safetensors")
+def inputs(mixed_shapes):
     sizes = ["--calibration-images", "4", "--allocation-images", "4", "--eval-images", "8", "--eval-batch-size", "4"]
     training = ["--group-size", "4", "--batch-size", "2", "--epochs", "2", "--tuning-epochs", "1"]
     chosen = [
@@ -36,7 +31,7 @@ def inputs(tmp_path_factory):
         "--sibs-indicators",
         "4",
     ]
-    return ["--model", str(root / "detector.safetensors"), "--coco", str(root), *sizes, *training, *chosen]
+    return [*mixed_shapes.options, *sizes, *training, *chosen]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +52,7 @@ def test_it_measures_every_selector(finished):
         assert low <= high and 0 < row["flops_share"]["detector"] < 2
     static = next(row for row in rows if row["selector"] == METHODS[0])
     assert static["density"] == pytest.approx(0.5, abs=0.15) and not static["dynamic"]
-    assert results["fingerprint"] == detr_jax.fingerprint(tiny_detector())
+    assert results["fingerprint"] == detr_jax.fingerprint(varied_detector())
     text = (finished / "comparison.md").read_text()
     assert all(f"| {name} " in text for name in METHODS) and "2510.09380" in text
     for name in ("accuracy", "sizes", "tile_density", "activations", "layers"):
@@ -65,7 +60,7 @@ def test_it_measures_every_selector(finished):
 
 
 def test_it_keeps_the_best_gates_as_a_plan(finished):
-    model = tiny_detector()
+    model = varied_detector()
     plan = load_plan(finished / "plan.safetensors", model)
     assert set(plan.selectors) == set(plan.orders) == set(model.config.ffn_names)
     assert "trained with the others on" in plan.measured["setting"]

@@ -2,19 +2,36 @@
 
 import json
 
-from commands import run
+from commands import refusal, run
 from recipe_report import best_table, points_table
 
-FEW = ("--train-images", 16, "--eval-images", 8, "--epochs", 1, "--allocation-images", 8, "--tuning.epochs", 1)
-FEW += ("--search.statistics-images", 16, "--search.calibration-images", 8, "--search.latency-images", 4)
-FEW += ("--search.batch-size", 8, "--search.repeats", 1, "--search.fixed", 0.3, "--search.dynamic", 0.2)
+FEW = ("--train-images", 8, "--eval-images", 6, "--epochs", 1, "--allocation-images", 4, "--tuning.epochs", 1)
+FEW += ("--search.statistics-images", 8, "--search.calibration-images", 4, "--search.latency-images", 4)
+FEW += (
+    "--batch-size",
+    2,
+    "--group-size",
+    4,
+    "--tile-size",
+    4,
+    "--search.rank",
+    4,
+    "--search.batch-size",
+    2,
+    "--search.repeats",
+    1,
+    "--search.fixed",
+    0.3,
+    "--search.dynamic",
+    0.2,
+)
 FEW += ("--thresholds", 0.5, "--densities", 0.3, "--tuned-densities", 0.3, "--shares", 0.4)
 
 
-def test_every_recipe_is_measured_in_three_ways(tmp_path):
-    run("studies/recipes.py", *FEW, "--out", tmp_path / "run")
+def test_every_recipe_is_measured_in_three_ways(mixed_shapes, tmp_path):
+    run("studies/recipes.py", *mixed_shapes.options, *FEW, "--out", tmp_path / "run")
     points = json.loads((tmp_path / "run" / "results.json").read_text())["points"]
-    # From so few scenes most FFNs have no sets to choose for an image, and those recipes no points.
+    # From so few images some FFNs have no sets to choose for an image, and those recipes no points.
     assert {point["recipe"] for point in points} >= {
         *("the paper's recipe", "+ a threshold for each FFN", "+ groups by co-firing"),
         *("+ trained through the detector", "labels by contribution", "one gate for an image"),
@@ -46,3 +63,15 @@ def test_the_best_points_are_those_that_lose_little():
     assert [cell.strip() for cell in b.strip("|").split("|")] == ["b", *["-"] * 5]
     rows = points_table(points).splitlines()[2:]
     assert len(rows) == 4 and rows[0].split("|")[4].strip() == "0.500"  # the densest first
+
+
+def test_inputs_are_checked_before_the_folder_is_claimed(mixed_shapes, tmp_path, capsys):
+    for options, message in (
+        (("--model", "mistyped"), "mistyped"),
+        (("--coco", "nowhere"), "nowhere"),
+        (("--thresholds", 1.5), "--thresholds must be above 0 and at most 1, not 1.5"),
+        (("--search.block-size", 6), "--block-size must be a multiple of --group-size 4, not 6"),
+    ):
+        arguments = (*mixed_shapes.options, *FEW, *options, "--out", tmp_path / "run")
+        assert message in refusal(capsys, "studies/recipes.py", *arguments)
+    assert not (tmp_path / "run").exists()

@@ -16,9 +16,11 @@ from tqdm import tqdm
 import detr_jax
 from detr_jax.commands import cli
 from detr_jax.commands.data_options import DataOptions
+from detr_jax.data.classes import with_classes
 from detr_jax.data.dataset import Dataset, Subset
 from detr_jax.data.features import backbone_features
 from detr_jax.errors import InputError
+from detr_jax.evaluation.coco_ap import require_usable_ap
 from detr_jax.evaluation.comparison import Comparison, Row
 from detr_jax.evaluation.flops import mean_dense_flops
 from detr_jax.files import write_json
@@ -88,34 +90,32 @@ def read_budget(text: str) -> tuple[str, float]:
     return kind, value
 
 
-def open_data(arguments: Arguments) -> tuple[Dataset, Dataset, Dataset]:
-    """Training images for statistics, others for thresholds, and others for AP."""
+def open_data(arguments: Arguments, model: DETR) -> dict[str, Dataset]:
+    """Training images for statistics, others for thresholds, others for AP, and validation images."""
     settings = arguments.search
     held_out = settings.calibration_images + arguments.accuracy_images
-    training = arguments.data.open("train", settings.statistics_images + held_out)
+    training, _ = with_classes(arguments.data.open("train", settings.statistics_images + held_out), model.config.labels)
     if len(training) <= held_out:
         raise InputError(f"{training.name} has {len(training)} images, too few to hold out {held_out}")
+    validation, _ = with_classes(arguments.data.open("val", arguments.eval_images), model.config.labels)
     ends = (0, len(training) - held_out, len(training) - arguments.accuracy_images, len(training))
-    sample, calibration, accuracy = (Subset(training, *part) for part in itertools.pairwise(ends))
-    return sample, calibration, accuracy
+    parts = [Subset(training, *part) for part in itertools.pairwise(ends)]
+    return dict(zip(("statistics", "calibration", "accuracy"), parts, strict=True)) | {"validation": validation}
 
 
 class Judge:
     """Measures plans on images, in the masked reference; the dense detector at once.
 
     Raises:
-        InputError: if a loss of AP is the budget and the dense detector has no AP to lose.
+        InputError: if a loss of AP is the budget and the dense detector's AP is undefined or next to zero.
     """
 
     def __init__(self, model: DETR, dataset: Dataset, settings: SearchSettings, title: str, needs_ap: bool = False):
         features = list(backbone_features(model, dataset, settings.batch_size, title))
         flops = mean_dense_flops(model, dataset.image_sizes())
         self._comparison = Comparison(features, dataset.ground_truth(), flops, settings.group_size, model)
-        if needs_ap and not self._comparison.dense_ap > 0:
-            raise InputError(
-                f"the dense detector has no AP on {dataset.name}, so there is none to lose: check its annotations and "
-                "class names, or give a budget of latency or density"
-            )
+        if needs_ap:
+            require_usable_ap(self._comparison.dense)
 
     def __call__(self, search: PlanSearch, choice: dict[str, int]) -> Row:
         """AP and its difference to dense with their intervals, densities and work; see `Comparison.row`."""
@@ -176,14 +176,14 @@ def main(arguments: Arguments) -> None:
     model = detr_jax.load(arguments.model, preset=arguments.preset)
     settings = arguments.search
     settings.check(model)
-    sample, calibration, accuracy = open_data(arguments)
-    validation = arguments.data.open("val", arguments.eval_images)
-    data = {"statistics": sample, "calibration": calibration, "accuracy": accuracy, "validation": validation}
-    data = {use: dataset.name for use, dataset in data.items()}
-    open_run(arguments.out, cli.settings(arguments), OUTPUTS, resume=None, overwrite=arguments.overwrite)
+    data = open_data(arguments, model)
+    names = {use: dataset.name for use, dataset in data.items()}
+    fingerprints = {use: dataset.fingerprint for use, dataset in data.items()}
+    run = cli.settings(arguments, detector=detr_jax.fingerprint(model), **fingerprints)
+    open_run(arguments.out, run, OUTPUTS, overwrite=arguments.overwrite)
     if kind == "ap-loss":
-        judge = Judge(model, accuracy, settings, "embedding images for AP", needs_ap=True)
-    search = PlanSearch(model, sample, calibration, settings)
+        judge = Judge(model, data["accuracy"], settings, "embedding images for AP", needs_ap=True)
+    search = PlanSearch(model, data["statistics"], data["calibration"], settings)
     if kind == "ap-loss":
         choices = {title: within_loss(search, judge, bound, kinds) for title, kinds in CHOICES.items()}
     else:
@@ -199,7 +199,7 @@ def main(arguments: Arguments) -> None:
     dense, *others = sum(seconds.values())
     shares = dict(zip(choices, (float(other / dense) for other in others), strict=True))
 
-    judge = Judge(model, validation, settings, "embedding validation images")
+    judge = Judge(model, data["validation"], settings, "embedding validation images")
     measured = {title: point(judge, search, choice, shares[title]) for title, choice in choices.items()}
     curves = {
         unit: {
@@ -211,7 +211,7 @@ def main(arguments: Arguments) -> None:
         }
         for unit in ("latency", "density")
     }
-    plan = plan_of(search, model, choices["any"], measured["any"], arguments, data)
+    plan = plan_of(search, model, choices["any"], measured["any"], arguments, names)
     save_plan(plan, arguments.out / "plan.safetensors")
     ffns = {
         name: {
@@ -225,7 +225,7 @@ def main(arguments: Arguments) -> None:
     }
     report(measured, ffns)
     device = jax.devices()[0].device_kind
-    title = f"{arguments.model}, {arguments.budget}, {validation.name}, {device}"
+    title = f"{arguments.model}, {arguments.budget}, {names['validation']}, {device}"
     save_figure(plot_search(title, curves, measured["any"], ffns), arguments.out / "search.png")
     candidates = {
         name: [
@@ -236,7 +236,7 @@ def main(arguments: Arguments) -> None:
     }
     taken = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
-    results = {"choices": measured, "ffns": ffns, "curves": curves, "candidates": candidates, "data": data}
+    results = {"choices": measured, "ffns": ffns, "curves": curves, "candidates": candidates, "data": names}
     results |= {"seconds": taken, "peak_memory_bytes": peak}
     write_json(arguments.out / RESULTS, results | cli.provenance(arguments))
     print(f"\nplan.safetensors, results.json and search.png are in {arguments.out}")

@@ -28,7 +28,7 @@ class Comparison:
 
     Attributes:
         image_ids: of the images.
-        dense_ap: AP of the dense detector.
+        dense: scores of the dense detector.
     """
 
     def __init__(
@@ -41,8 +41,8 @@ class Comparison:
     ):
         self._embedded, self._ground_truth, self._flops, self._group_size = embedded, ground_truth, flops, group_size
         self.image_ids = [int(i) for batch in embedded for i in batch.image_ids[batch.valid]]
-        scores = self._score(self.detect(dense, {}))
-        self.dense_ap, self._dense_samples = scores.numbers["AP"], bootstrap(scores)
+        self.dense = self._score(self.detect(dense, {}))
+        self._dense_samples = bootstrap(self.dense)
 
     def detect(self, model: Detector, selectors: Mapping[str, Selector]) -> MeasuredDetections:
         """What the detector finds and computes with some FFNs sparse.
@@ -105,7 +105,7 @@ class Comparison:
             "numbers": scores.numbers,
             "category_AP": scores.category_ap,
             "AP_interval": confidence_interval(samples),
-            "AP_minus_dense": scores.numbers["AP"] - self.dense_ap,
+            "AP_minus_dense": scores.numbers["AP"] - self.dense.numbers["AP"],
             # The same images are drawn for every row, so the replicates are pairs.
             "AP_minus_dense_interval": confidence_interval(samples - self._dense_samples),
         }

@@ -12,10 +12,11 @@ import numpy as np
 from tqdm import tqdm
 
 import detr_jax
+from detr_jax.commands.data_options import DataOptions
 from detr_jax.data.batches import CachedBatches
+from detr_jax.data.classes import with_classes
 from detr_jax.data.dataset import Dataset, Subset
 from detr_jax.data.features import BackboneFeatures, backbone_features
-from detr_jax.data.registry import open_dataset
 from detr_jax.errors import InputError
 from detr_jax.evaluation.coco_ap import bootstrap, confidence_interval, score
 from detr_jax.evaluation.runs import measure_dataset
@@ -43,12 +44,17 @@ class Splits:
     def names(self) -> dict[str, str]:
         return {use: dataset.name for use, dataset in vars(self).items()}
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {use: dataset.fingerprint for use, dataset in vars(self).items()}
 
-def open_splits(coco: Path | None, train: int | None, calibration: int, validation: int) -> Splits:
-    """Opens the data of a study.
+
+def open_splits(data: DataOptions, model: DETR, train: int | None, calibration: int, validation: int) -> Splits:
+    """Opens the data of a study, its categories matched to the detector's classes.
 
     Args:
-        coco: folder in COCO's layout; None generates scenes.
+        data: of the command.
+        model: the detector.
         train: images to train on; None takes all that are not held out.
         calibration: training images to hold out, after those to train on.
         validation: validation images.
@@ -56,12 +62,12 @@ def open_splits(coco: Path | None, train: int | None, calibration: int, validati
     Raises:
         InputError: if no images are left to train on.
     """
-    dataset = open_dataset(coco, "train", None if train is None else train + calibration)
+    dataset, _ = with_classes(data.open("train", None if train is None else train + calibration), model.config.labels)
     split = len(dataset) - calibration
     if split < 1:
         raise InputError(f"{dataset.name} has {len(dataset)} images, too few to hold out {calibration} for calibration")
-    held_out = Subset(dataset, split, len(dataset))
-    return Splits(Subset(dataset, 0, split), held_out, open_dataset(coco, "val", validation))
+    evaluated, _ = with_classes(data.open("val", validation), model.config.labels)
+    return Splits(Subset(dataset, 0, split), Subset(dataset, split, len(dataset)), evaluated)
 
 
 def embed(model: DETR, dataset: Dataset, batch_size: int, use: str) -> list[BackboneFeatures]:

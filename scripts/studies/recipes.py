@@ -21,6 +21,7 @@ from detr_jax.calibration.sensitivity import OutputDivergence, SensitivityTable,
 from detr_jax.calibration.threshold_passes import measure_scores
 from detr_jax.calibration.thresholds import density_threshold
 from detr_jax.commands import cli
+from detr_jax.commands.data_options import DataOptions
 from detr_jax.data.dataset import Subset
 from detr_jax.files import replacing, write_json
 from detr_jax.kernels import Execution
@@ -60,8 +61,7 @@ class Arguments:
     """Name of a detector or path of a checkpoint."""
     preset: str | None = None
     """Architecture of a checkpoint that does not say which it is, e.g. detr-r50."""
-    coco: Path | None = None
-    """Folder with train2017/, val2017/ and annotations/; without it, scenes are generated."""
+    data: Annotated[DataOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=DataOptions)
     train_images: int = 4096
     """Images to train gates on; what the transformer gets of them is kept in memory."""
     eval_images: int = 500
@@ -237,7 +237,7 @@ def main(arguments: Arguments) -> None:
     own = detr_jax.load(arguments.model, preset=arguments.preset)
     check(arguments, own)
     held_out = arguments.search.calibration_images
-    splits = open_splits(arguments.coco, arguments.train_images, held_out, arguments.eval_images)
+    splits = open_splits(arguments.data, own, arguments.train_images, held_out, arguments.eval_images)
     with frozen(own) as fingerprint:
         settings = cli.settings(arguments, detector=fingerprint, **splits.fingerprints)
         open_run(arguments.out, settings, OUTPUTS, resume=arguments.resume, overwrite=arguments.overwrite)

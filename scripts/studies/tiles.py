@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import numpy as np
+import tyro
 from common import check_options, embed
 from ffn_study import image_batches, read_ffns
 from tile_study import Measurement, Setting, TokenOrder, measure_settings, settings_of, token_counts
@@ -24,8 +25,8 @@ from detr_jax.calibration.permutation import (
 )
 from detr_jax.calibration.top_p import measure_top_p
 from detr_jax.commands import cli
+from detr_jax.commands.data_options import DataOptions
 from detr_jax.data.batches import CachedBatches
-from detr_jax.data.registry import open_dataset
 from detr_jax.errors import InputError
 from detr_jax.files import refuse_existing, replacing, write_json
 from detr_jax.methods.grouping import group_count
@@ -51,8 +52,7 @@ class Arguments:
     """Name of a detector or path of a checkpoint."""
     preset: str | None = None
     """Architecture of a checkpoint that does not say which it is, e.g. detr-r50."""
-    coco: Path | None = None
-    """Folder with train2017/, val2017/ and annotations/; without it, scenes are generated."""
+    data: Annotated[DataOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=DataOptions)
     arrays: Path | None = None
     """Instead of a detector: .npz file of FFNs, see scripts/studies/ffns.py. The first half of its images is for the
     orders, the other half is measured."""
@@ -96,7 +96,7 @@ def open_detector(arguments: Arguments) -> Study:
     check_blocks(model, arguments)
     found, images = {}, {}
     for use, split, wanted in (("fit", "train", arguments.fit_images), ("test", "val", arguments.images)):
-        dataset = open_dataset(arguments.coco, split, wanted)
+        dataset = arguments.data.open(split, wanted)
         images[use] = len(dataset)
         found[use] = [batch.tokens for batch in embed(model, dataset, arguments.batch_size, use)]
     return Study(f"{arguments.model}, {dataset.name}", model, **found, images=images)
