@@ -28,6 +28,10 @@ def varied_detector() -> detr_jax.DETR:
             value[...] *= 10
         elif path == ("input_projection", "kernel"):
             value[...] *= 100
+        elif path[-1] == "w_in":
+            value[...] *= 3
+        elif path[-1] == "b_in":
+            value[...] -= 1
     return model
 
 

@@ -39,7 +39,8 @@ def obs_ranking(weights: FFNWeights, moments: "Moments") -> np.ndarray:
     order, left = [], neurons
     gone = np.zeros(len(left), bool)
     for _ in range(len(neurons)):
-        costs = np.where(gone, np.inf, (rows**2).sum(1) / np.maximum(np.diag(inverse), np.finfo(np.float64).tiny))
+        variances = np.maximum(np.diag(inverse), np.finfo(np.float64).tiny)
+        costs = np.divide((rows**2).sum(1), variances, out=np.full(len(left), np.inf), where=~gone)
         out = int(costs.argmin())
         order.append(left[out])
         gone[out] = True
