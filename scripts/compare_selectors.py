@@ -145,7 +145,7 @@ class Workbench:
         if arguments.neuron_order == "coactivation":
             self.orders = {name: coactivation_permutation(s.coactive, size) for name, s in statistics.items()}
         if arguments.neuron_order == "kmeans":
-            self.orders = {n: kmeans_permutation(np.asarray(f.w_in[...]), size) for n, f in model.ffns.items()}
+            self.orders = {n: kmeans_permutation(np.asarray(f.w_in), size) for n, f in model.ffn_weights().items()}
         self.ordered = model.with_permutations(self.orders)
         self.statistics = self._statistics(self.ordered, sample, "activations-ordered.safetensors")
         self.weights = self.ordered.ffn_weights()

@@ -94,10 +94,10 @@ def open_data(arguments: Arguments, model: DETR) -> dict[str, Dataset]:
     """Training images for statistics, others for thresholds, others for AP, and validation images."""
     settings = arguments.search
     held_out = settings.calibration_images + arguments.accuracy_images
-    training, _ = with_classes(arguments.data.open("train", settings.statistics_images + held_out), model.config.labels)
+    training, _ = with_classes(arguments.data.open("train", settings.statistics_images + held_out), model.labels)
     if len(training) <= held_out:
         raise InputError(f"{training.name} has {len(training)} images, too few to hold out {held_out}")
-    validation, _ = with_classes(arguments.data.open("val", arguments.eval_images), model.config.labels)
+    validation, _ = with_classes(arguments.data.open("val", arguments.eval_images), model.labels)
     ends = (0, len(training) - held_out, len(training) - arguments.accuracy_images, len(training))
     parts = [Subset(training, *part) for part in itertools.pairwise(ends)]
     return dict(zip(("statistics", "calibration", "accuracy"), parts, strict=True)) | {"validation": validation}

@@ -44,10 +44,6 @@ class Splits:
     def names(self) -> dict[str, str]:
         return {use: dataset.name for use, dataset in vars(self).items()}
 
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        return {use: dataset.fingerprint for use, dataset in vars(self).items()}
-
 
 def open_splits(data: DataOptions, model: DETR, train: int | None, calibration: int, validation: int) -> Splits:
     """Opens the data of a study, its categories matched to the detector's classes.
@@ -62,11 +58,11 @@ def open_splits(data: DataOptions, model: DETR, train: int | None, calibration: 
     Raises:
         InputError: if no images are left to train on.
     """
-    dataset, _ = with_classes(data.open("train", None if train is None else train + calibration), model.config.labels)
+    dataset, _ = with_classes(data.open("train", None if train is None else train + calibration), model.labels)
     split = len(dataset) - calibration
     if split < 1:
         raise InputError(f"{dataset.name} has {len(dataset)} images, too few to hold out {calibration} for calibration")
-    evaluated, _ = with_classes(data.open("val", validation), model.config.labels)
+    evaluated, _ = with_classes(data.open("val", validation), model.labels)
     return Splits(Subset(dataset, 0, split), Subset(dataset, split, len(dataset)), evaluated)
 
 
