@@ -13,7 +13,7 @@ from detr_jax.kernels import Execution
 from detr_jax.models import PRESETS, Detector, preset_config
 from detr_jax.models.parameters import named_parameters
 from detr_jax.models.registry import make_detector
-from detr_jax.plan.plan import Plan, load_plan
+from detr_jax.plan import Plan, load_plan
 from detr_jax.sparse import SparseDETR
 from detr_jax.weights import EMBEDDED, detector_file
 
@@ -115,7 +115,7 @@ def load_sparse(
         sparse = SparseDETR.of(dense, plan)
     else:
         loaded = load_plan(_own_plan(model) if plan is None else plan, dense)
-        sparse = SparseDETR(dense.with_permutations(loaded.orders), loaded)
+        sparse = SparseDETR(dense.with_permutations(loaded.permutations), loaded)
     return sparse if implementation is None else sparse.with_implementation(implementation)
 
 

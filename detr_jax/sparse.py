@@ -19,8 +19,9 @@ from detr_jax.methods import at_threshold, executed
 from detr_jax.models import Detector, Outputs, Preprocessing, Selectors
 from detr_jax.models.detections import Detections, ImageDetections
 from detr_jax.models.parameters import fingerprint
+from detr_jax.plan import Plan, load_plan
 from detr_jax.plan.checks import check_fit
-from detr_jax.plan.plan import Plan, load_plan
+from detr_jax.plan.plan import same_permutations
 
 
 @jax.tree_util.register_dataclass
@@ -50,8 +51,8 @@ class SparseDETR:
         """
         if plan.fingerprint != (own := fingerprint(model)):
             raise InputError(f"the plan was made for the detector {plan.fingerprint[:12]}, this one is {own[:12]}")
-        check_fit(plan.selectors, plan.orders, model, "the plan")
-        return cls(model.with_permutations(plan.orders), plan)
+        check_fit(plan.selectors, plan.permutations, model, "the plan")
+        return cls(model.with_permutations(plan.permutations), plan)
 
     @property
     def config(self) -> Any:
@@ -76,7 +77,8 @@ class SparseDETR:
     @property
     def dense(self) -> Detector:
         """The frozen detector as it was loaded, its neurons in their own order."""
-        return self.detector.with_permutations({name: np.argsort(order) for name, order in self.plan.orders.items()})
+        inverse = {name: np.argsort(permutation) for name, permutation in self.plan.permutations.items()}
+        return self.detector.with_permutations(inverse)
 
     def __call__(
         self,
@@ -179,14 +181,13 @@ class SparseDETR:
         """
         if not isinstance(plan, Plan):
             plan = load_plan(plan, self.dense)
-        orders = self.plan.orders
-        if plan.orders.keys() == orders.keys() and all(np.array_equal(plan.orders[n], orders[n]) for n in orders):
+        if same_permutations(plan.permutations, self.plan.permutations):
             if plan.fingerprint != self.plan.fingerprint:
                 raise InputError(
                     f"the plan was made for the detector {plan.fingerprint[:12]}, this one is "
                     f"{self.plan.fingerprint[:12]}"
                 )
-            check_fit(plan.selectors, plan.orders, self.detector, "the plan")
+            check_fit(plan.selectors, plan.permutations, self.detector, "the plan")
             return SparseDETR(self.detector, plan)
         return SparseDETR.of(self.dense, plan)
 

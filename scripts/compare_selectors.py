@@ -340,7 +340,7 @@ def save_best(bench: Workbench, selectors: Mapping[str, Selector], results: dict
     training = {"recipe": results["arguments"]["training"], "data": results["data"]}
     training |= {"order": bench.arguments.neuron_order}
     plan = Plan("mgs", results["fingerprint"], dict(selectors), bench.orders, training, measured, results["versions"])
-    save_plan(plan, path)
+    save_plan(plan, path, overwrite=True)
 
 
 def main(arguments: Arguments) -> None:

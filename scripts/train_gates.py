@@ -301,7 +301,7 @@ def main(arguments: Arguments) -> None:
         **{key: results[best_title][key] for key in ("numbers", "AP_interval", "mean_group_sparsity", "ffns")},
     }
     plan = Plan("mgs", before, selections[best_title], orders, training, measured, provenance["versions"])
-    save_plan(plan, arguments.out / "plan.safetensors")
+    save_plan(plan, arguments.out / "plan.safetensors", overwrite=True)
     figure = plot_gates(
         f"MGS on {arguments.model}, {len(validation)} images of {validation.name}, "
         f"groups of {arguments.training.group_size}" + (f" by {arguments.order}" if orders else ""),

@@ -34,7 +34,9 @@ def main(inputs: Path, out: Path, *options: str) -> None:
     plan = load_plan(out / "plan.safetensors", model)
     # The implementation that leaves work out has to run on each device by itself.
     selectors = executed(plan.selectors, Execution(None, 4, implementation="xla"))
-    results = detect_dataset(model.with_permutations(plan.orders), dataset, BATCH, selectors=selectors, progress=False)
+    results = detect_dataset(
+        model.with_permutations(plan.permutations), dataset, BATCH, selectors=selectors, progress=False
+    )
     found = {
         "detections": np.array([[r["image_id"], r["category_id"], r["score"], *r["bbox"]] for r in results]),
         "moments": measure_moments(model, ImageBatches(model, dataset, BATCH)),

@@ -314,7 +314,7 @@ TABLE = {
         ),
         Bad(
             "in code, an order that is none",
-            lambda t: sparse().with_plan(dataclasses.replace(plan(), orders={"encoder.0": np.arange(9)})),
+            lambda t: sparse().with_plan(dataclasses.replace(plan(), permutations={"encoder.0": np.arange(9)})),
         ),
         Bad(
             "on the hub, which cannot be reached",

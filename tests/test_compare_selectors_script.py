@@ -62,7 +62,7 @@ def test_it_measures_every_selector(finished):
 def test_it_keeps_the_best_gates_as_a_plan(finished):
     model = varied_detector()
     plan = load_plan(finished / "plan.safetensors", model)
-    assert set(plan.selectors) == set(plan.orders) == set(model.config.ffn_names)
+    assert set(plan.selectors) == set(plan.permutations) == set(model.config.ffn_names)
     assert "trained with the others on" in plan.measured["setting"]
 
 

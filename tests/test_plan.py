@@ -1,5 +1,6 @@
 """Plan files: there and back, and everything that can be wrong with one."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -63,8 +64,8 @@ def test_a_plan_comes_back_as_it_was(path, model):
     kernel = np.float32(np.random.default_rng(0).standard_normal((16, 4)))
     np.testing.assert_array_equal(plan.selectors["encoder.0"].score.kernel, kernel)
     assert plan.selectors["encoder.0"].threshold == jnp.float32(0.2)
-    assert list(plan.orders) == ["decoder.0"]
-    np.testing.assert_array_equal(plan.orders["decoder.0"], ORDER)
+    assert list(plan.permutations) == ["decoder.0"]
+    np.testing.assert_array_equal(plan.permutations["decoder.0"], ORDER)
     assert [p.name for p in path.parent.iterdir()] == ["plan.safetensors"]
 
 
@@ -115,7 +116,8 @@ def with_score(score: dict) -> dict:
         ({"header": {"format_version": "0"}}, "has format version 0, which this detr-jax does not read any more"),
         ({"header": {"format_version": "1"}}, "is damaged: it is no version 1 of a plan"),
         ({"header": {"format_version": "2"}}, "is damaged: it is no version 2 of a plan"),
-        ({"header": {"format_version": "4"}}, "has format version 4; this detr-jax reads up to 3: update it"),
+        ({"header": {"format_version": "3"}, "selectors": {"encoder.0": {}}}, "has a selector|is missing or wrong"),
+        ({"header": {"format_version": "5"}}, "has format version 5; this detr-jax reads up to 4: update it"),
         ({"header": {"format_version": "new"}}, "is damaged: its format_version is 'new', not a number"),
         ({"header": {"format_version": None}}, "is damaged: its format_version is ''"),
         ({"header": {"description": "{"}}, "header has no description"),
@@ -137,8 +139,11 @@ def with_score(score: dict) -> dict:
         ({"arrays": {KERNEL: np.zeros(16), BIAS: np.zeros(2)}}, r"not fit its FFN.*kernel.*\(16,\)"),
         ({"arrays": {THRESHOLD: np.zeros(4)}}, r"threshold has the shape \(4,\)"),
         ({"arrays": {KERNEL: np.zeros((16, 5)), BIAS: np.zeros(5)}}, r"not fit its FFN.*\(16, 5\)"),
-        ({"arrays": {"decoder.0.order": np.zeros(32, np.int32)}}, "decoder.0.order does not name each of 32"),
-        ({"arrays": {"decoder.7.order": np.arange(32)}}, r"has orders for \['decoder.7'\]"),
+        (
+            {"arrays": {"decoder.0.permutation": np.zeros(32, np.int32)}},
+            "decoder.0.permutation does not name each of 32",
+        ),
+        ({"arrays": {"decoder.7.permutation": np.arange(32)}}, r"has permutations for \['decoder.7'\]"),
         (
             {"arrays": {"decoder.0.selector.score.bias": np.full(4, np.nan, np.float32)}},
             "decoder.0.selector.score.bias holds NaN",
@@ -194,7 +199,7 @@ def test_files_of_earlier_versions_load(embedded, version):
     plan = load_plan(path, embedded)
     assert (plan.method, plan.training["data"]) == ("mgs", "scenes-train[0:512]")
     assert set(plan.selectors) == set(embedded.config.ffn_names)
-    assert set(plan.orders) == (set(plan.selectors) if version == 2 else set())
+    assert set(plan.permutations) == (set(plan.selectors) if version == 2 else set())
     rng = np.random.default_rng(0)
     x = 4 * rng.standard_normal((1, 50, embedded.config.d_model)).astype(np.float32)
     for name, selector in plan.selectors.items():
@@ -204,5 +209,41 @@ def test_files_of_earlier_versions_load(embedded, version):
         sure = np.abs(probability - stored[f"{name}.threshold"]) > 1e-5
         np.testing.assert_array_equal(active[sure], (probability >= stored[f"{name}.threshold"])[sure])
         assert 0 < active.mean() < 1
-    for name, order in plan.orders.items():
+    for name, order in plan.permutations.items():
         np.testing.assert_array_equal(order, stored[f"{name}.order"])
+
+
+OLD_NAMES = {
+    "PartitionedSelector": "Sectioned",
+    "LowRankCompensation": "Compensated",
+    "OutputLayer": "SecondLayer",
+    "IndicatorSelector": "Sibs",
+    "Random": "Lots",
+}
+
+
+@pytest.mark.parametrize("name", ["fixed", "sections for images", "fixed set", "compensated groups", "sibs", "lots"])
+def test_files_of_version_3_load_with_the_names_of_that_time(tmp_path, model, name):
+    path = tmp_path / "plan.safetensors"
+    save_plan(plan_with(model, {"encoder.0": SELECTORS[name]}, {"decoder.0": ORDER}), path)
+    with safe_open(path, framework="numpy") as file:
+        description = file.metadata()["description"]
+    for new, old in OLD_NAMES.items():
+        description = description.replace(f'"class": "{new}"', f'"class": "{old}"')
+    header = {"format_version": "3", "description": description}
+    rewrite(path, header=header, arrays={"decoder.0.permutation": None, "decoder.0.order": np.int32(ORDER)})
+    found = load_plan(path, model)
+    assert jax.tree.structure(found.selectors["encoder.0"]) == jax.tree.structure(SELECTORS[name])
+    jax.tree.map(np.testing.assert_array_equal, found.selectors["encoder.0"], SELECTORS[name])
+    np.testing.assert_array_equal(found.permutations["decoder.0"], ORDER)
+
+
+def test_a_plan_is_not_overwritten_without_being_told(path, model):
+    plan, before = load_plan(path, model), path.read_bytes()
+    with pytest.raises(
+        FileExistsError, match=r"plan\.safetensors exists; save the plan under another name or pass over"
+    ):
+        save_plan(dataclasses.replace(plan, method="other"), path)
+    assert path.read_bytes() == before
+    save_plan(dataclasses.replace(plan, method="other"), path, overwrite=True)
+    assert load_plan(path, model).method == "other"

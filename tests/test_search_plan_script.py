@@ -48,7 +48,7 @@ def test_the_plan_computes_what_was_measured(folder):
     plan = load_plan(folder / "plan.safetensors", model)
     assert plan.training["budget"] == "density=0.4"
     images = jnp.asarray(np.random.default_rng(0).standard_normal((2, 32, 40, 3)), jnp.float32)
-    permuted, mask = model.with_permutations(plan.orders), jnp.ones((2, 32, 40), bool)
+    permuted, mask = model.with_permutations(plan.permutations), jnp.ones((2, 32, 40), bool)
     dense = jax.jit(type(model).__call__)(permuted, images, mask)
     np.testing.assert_allclose(dense.logits, model(images, mask).logits, atol=1e-3)  # orders change nothing
     sparse = permuted(images, mask, selectors=plan.selectors)

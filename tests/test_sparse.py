@@ -78,7 +78,7 @@ def assert_same(one, other, atol=1e-5):
 
 def test_it_is_called_like_the_dense_one(dense, plan, sparse, pixels):
     by_hand = jax.jit(lambda model, selectors: model(*pixels, selectors=selectors))
-    expected = by_hand(dense.with_permutations(plan.orders), plan.selectors)
+    expected = by_hand(dense.with_permutations(plan.permutations), plan.selectors)
     outputs = call(sparse, *pixels)
     assert_same(outputs, expected)
     assert type(outputs) is detr_jax.DetrOutputs
@@ -127,15 +127,15 @@ def test_it_goes_through_transformations(sparse, pixels):
 def test_it_is_a_pytree(sparse, pixels):
     copy = jax.tree.map(lambda leaf: leaf, sparse)
     assert (copy.plan.method, copy.plan.measured) == ("mgs", {"AP": 0.5})
-    assert list(copy.plan.orders) == ["encoder.0"]
-    reloaded = detr_jax.load_sparse(tiny_detector(), plan_of(tiny_detector(), gates(), sparse.plan.orders))
+    assert list(copy.plan.permutations) == ["encoder.0"]
+    reloaded = detr_jax.load_sparse(tiny_detector(), plan_of(tiny_detector(), gates(), sparse.plan.permutations))
     call(sparse, *pixels)
     compiled = call._cache_size()
     assert_same(call(reloaded, *pixels), call(sparse, *pixels))
     assert call._cache_size() == compiled
     other = dataclasses.replace(sparse.plan, measured={"AP": 0.4})
     assert jax.tree.structure(other) != jax.tree.structure(sparse.plan)
-    assert jax.tree.structure(dataclasses.replace(sparse.plan, orders={})) != jax.tree.structure(sparse.plan)
+    assert jax.tree.structure(dataclasses.replace(sparse.plan, permutations={})) != jax.tree.structure(sparse.plan)
 
 
 def test_thresholds(dense, sparse, pixels):

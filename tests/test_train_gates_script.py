@@ -72,7 +72,7 @@ def test_by_default_it_takes_the_embedded_detector_and_scenes(tmp_path):
     model = detr_jax.load("detr-tiny")
     plan = load_plan(tmp_path / "plan.safetensors", model)
     assert plan.measured["data"] == "scenes-val"
-    assert set(plan.orders) == set(model.config.ffn_names)
+    assert set(plan.permutations) == set(model.config.ffn_names)
 
 
 def test_the_papers_recipe_has_one_threshold_and_the_detectors_own_groups(inputs, tmp_path):
@@ -80,7 +80,7 @@ def test_the_papers_recipe_has_one_threshold_and_the_detectors_own_groups(inputs
     run(NAME, *inputs[:-2], "--epochs", "1", "--recipe", "paper", "--out", tmp_path)
     assert list(json.loads((tmp_path / "results.json").read_text())["runs"]) == ["dense", "all gated, threshold 0.5"]
     plan = load_plan(tmp_path / "plan.safetensors", tiny_detector())
-    assert not plan.orders and {float(s.threshold) for s in plan.selectors.values()} == {0.0}
+    assert not plan.permutations and {float(s.threshold) for s in plan.selectors.values()} == {0.0}
 
 
 def test_gates_that_are_trained_to_a_budget_are_the_plan(inputs, tmp_path):

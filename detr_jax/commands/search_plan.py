@@ -146,7 +146,7 @@ def plan_of(
         method="search",
         fingerprint=detr_jax.fingerprint(model),
         selectors={name: c.selector for name, c in sparse.items()},
-        orders={name: search.orders[name][c.order] for name, c in sparse.items()},
+        permutations={name: search.orders[name][c.order] for name, c in sparse.items()},
         training={"budget": arguments.budget, "data": data} | cli.settings(arguments),
         measured=measured,
         versions=cli.provenance(arguments)["versions"],
@@ -212,7 +212,7 @@ def main(arguments: Arguments) -> None:
         for unit in ("latency", "density")
     }
     plan = plan_of(search, model, choices["any"], measured["any"], arguments, names)
-    save_plan(plan, arguments.out / "plan.safetensors")
+    save_plan(plan, arguments.out / "plan.safetensors", overwrite=True)
     ffns = {
         name: {
             "kind": candidate.kind,

@@ -12,26 +12,27 @@ from detr_jax.models import Detector, FFNWeights, Selector, Selectors
 from detr_jax.models.ffn import forward
 
 
-def check_fit(selectors: Selectors, orders: Mapping[str, np.ndarray], model: Detector, source: str) -> None:
-    """Checks the selectors and orders of a plan without running the detector.
+def check_fit(selectors: Selectors, permutations: Mapping[str, np.ndarray], model: Detector, source: str) -> None:
+    """Checks the selectors and permutations of a plan without running the detector.
 
     Args:
         selectors: selector of each sparse FFN by name.
-        orders: (F,) of the hidden neurons by name.
+        permutations: (F,) of the hidden neurons by name.
         model: the detector.
         source: where they are from, for errors.
 
     Raises:
-        ValueError: if they name FFNs that the detector does not have, an order is no permutation, numbers are NaN or
-            infinite (thresholds may be infinite), or shapes do not fit.
+        InputError: if they name FFNs that the detector does not have, a permutation does not name every neuron once,
+            numbers are NaN or infinite (thresholds may be infinite), or shapes do not fit.
     """
     specs = model.ffn_specs()
-    for what, names in (("selectors", selectors), ("orders", orders)):
+    for what, names in (("selectors", selectors), ("permutations", permutations)):
         if unknown := set(names) - set(specs):
             raise InputError(f"{source} has {what} for {sorted(unknown)}; this detector has {tuple(specs)}")
-    for name, order in orders.items():
+    for name, order in permutations.items():
         if not np.array_equal(np.sort(order, axis=None), np.arange(specs[name].hidden)):
-            raise InputError(f"{source}: {name}.order does not name each of {specs[name].hidden} hidden neurons once")
+            hidden = specs[name].hidden
+            raise InputError(f"{source}: {name}.permutation does not name each of {hidden} hidden neurons once")
     weights = jax.eval_shape(model.ffn_weights)
     for name, selector in selectors.items():
         _check_numbers(f"{name}.selector", selector, source)

@@ -1,12 +1,21 @@
 """Plan files of earlier versions, each turned into the next one."""
 
 import json
+from typing import Any
 
 import numpy as np
 
 from detr_jax.methods import log_odds
 from detr_jax.safetensors_io import Arrays, Header, Migration
 
+_RENAMED = {
+    "Compensated": "LowRankCompensation",
+    "Lots": "Random",
+    "SecondLayer": "OutputLayer",
+    "Sectioned": "PartitionedSelector",
+    "Sibs": "IndicatorSelector",
+}
+"""Classes of version 3 by their names in version 4."""
 _GATE = ("kernel", "bias", "threshold")
 _PLACES = ("score.kernel", "score.bias", "threshold")
 
@@ -35,4 +44,20 @@ def _from_2(header: Header, arrays: Arrays) -> tuple[Header, Arrays]:
     return header | {"description": json.dumps(description | {"selectors": selectors})}, migrated
 
 
-MIGRATIONS: dict[int, Migration] = {1: _from_1, 2: _from_2}
+def _from_3(header: Header, arrays: Arrays) -> tuple[Header, Arrays]:
+    """Version 4 has the terms of the field for orders of neurons and for some classes."""
+    description = json.loads(header["description"])
+    renamed = {name.removesuffix(".order") + ".permutation" * name.endswith(".order"): a for name, a in arrays.items()}
+    if isinstance(description, dict) and "selectors" in description:
+        description["selectors"] = _with_new_names(description["selectors"])
+    return header | {"description": json.dumps(description)}, renamed
+
+
+def _with_new_names(structure: Any) -> Any:
+    if not isinstance(structure, dict):
+        return structure
+    named = {key: _with_new_names(value) for key, value in structure.items()}
+    return named | {"class": _RENAMED.get(named["class"], named["class"])} if "class" in named else named
+
+
+MIGRATIONS: dict[int, Migration] = {1: _from_1, 2: _from_2, 3: _from_3}

@@ -116,7 +116,7 @@ def main(arguments: Arguments) -> None:
     refuse_existing(arguments.out, arguments.overwrite)
     model = detr_jax.load(arguments.model, preset=arguments.preset)
     plan = load_plan(arguments.plan, model)
-    model = model.with_permutations(plan.orders)
+    model = model.with_permutations(plan.permutations)
     for block_size in arguments.block_sizes:
         for spec in model.ffn_specs().values():
             if block_size < 1 or spec.hidden % block_size:

@@ -65,7 +65,7 @@ def profile(arguments: Arguments) -> None:
     selectors = {}
     if arguments.plan is not None:
         plan = load_plan(arguments.plan, model)
-        model, selectors = model.with_permutations(plan.orders), arguments.computation.of(plan.selectors)
+        model, selectors = model.with_permutations(plan.permutations), arguments.computation.of(plan.selectors)
     trace = contextlib.nullcontext if arguments.trace is None else partial(jax.profiler.trace, arguments.trace)
     common = (model, dataset, arguments.batch_size)
     if arguments.run == "evaluation":
