@@ -1,6 +1,8 @@
 """The folder of a long run: claimed by one job, and resumed or deleted only when asked."""
 
+import importlib.metadata
 import json
+import platform
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +16,14 @@ RESULTS = "results.json"
 """Written last: a folder that holds it holds a finished run."""
 _LOCKS: dict[Path, IO[str]] = {}
 """Held until this process ends, however it does."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that make a result, by name."""
+    packages = ("detr-jax", "jax", "flax", "numpy", "pillow", "pycocotools")
+    return {"python": platform.python_version()} | {
+        package: importlib.metadata.version(package) for package in packages
+    }
 
 
 def open_run(

@@ -26,7 +26,7 @@ BATCH, EPOCHS = 8, 30
 
 def main(inputs: Path, out: Path, *options: str) -> None:
     detector = inputs / "detector.safetensors"
-    sizes = ["--calibration-images", 3, "--group-size", 4, "--batch-size", BATCH, "--epochs", EPOCHS]
+    sizes = ["--split.calib", 3, "--group-size", 4, "--batch-size", BATCH, "--epochs", EPOCHS]
     data = ["--model", detector, "--coco", inputs, *sizes, "--checkpoint-steps", 5]
     run("train_gates.py", *data, "--learning-rate", 0.05, "--out", out, *options)
 

@@ -45,18 +45,18 @@ def commands(tmp_path_factory) -> dict[str, list[str]]:
     """One for each kind of run, as small as it can be."""
     detector = tmp_path_factory.mktemp("detector") / "detector.safetensors"
     detr_jax.save(tiny_detector(), detector)
-    images = ["--train-images", "40", "--calibration-images", "4", "--eval-images", "8"]
+    comparison = ["--train-images", "40", "--calibration-images", "4", "--eval-images", "8"]
     training = ["--group-size", "4", "--batch-size", "2", "--checkpoint-steps", "3", "--epochs"]
-    gates = [*training, "5", "--order-images", "8"]
-    comparison = [*training, "1", "--tuning-epochs", "1", "--statistics-images", "8", "--allocation-images", "4"]
+    few = ["--split.train", "40", "--split.calib", "4", "--split.val", "8", "--split.statistics", "8"]
+    comparison += [*training, "1", "--tuning-epochs", "1", "--statistics-images", "8", "--allocation-images", "4"]
     comparison += ["--methods", "mgs", "--densities", "0.5", "--sibs-taus", "0.9", "--sibs-indicators", "4"]
 
     def script(name: str, *arguments: str) -> list[str]:
-        return [sys.executable, str(SCRIPTS / name), "--model", str(detector), *images, *arguments]
+        return [sys.executable, str(SCRIPTS / name), "--model", str(detector), *arguments]
 
     return {
         "statistics": [sys.executable, "-c", STATISTICS, str(detector)],
-        "gate training": script("train_gates.py", *gates),
+        "gate training": script("train_gates.py", *few, *training, "5"),
         "comparison": script("compare_selectors.py", *comparison),
     }
 

@@ -29,14 +29,14 @@ def inputs(tmp_path_factory):
         write_coco(root, [(32, 40)] * 12, boxes, split)
     detr_jax.save(tiny_detector(), root / "detector.safetensors")
     model = ["--model", str(root / "detector.safetensors"), "--coco", str(root)]
-    training = ["--calibration-images", "4", "--group-size", "4", "--batch-size", "2", "--epochs", "25"]
-    return [*model, *training, "--checkpoint-steps", "3", "--order", "own"]
+    training = ["--split.calib", "4", "--group-size", "4", "--batch-size", "2", "--epochs", "25"]
+    return [*model, *training, "--checkpoint-steps", "3", "--neuron-order", "own"]
 
 
 @pytest.fixture(scope="module")
 def finished(inputs, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "finished"
-    run(NAME, *inputs, "--each-layer", "--out", out)
+    run(NAME, *inputs, "--per-layer", "--out", out)
     return out
 
 
@@ -58,14 +58,15 @@ def test_it_writes_a_plan_results_and_a_figure(finished):
     assert set(plan.selectors) == set(model.config.ffn_names)
     for name, selector in plan.selectors.items():
         assert calibrated[name]["threshold"] == float(expit(selector.threshold))
+    assert list(plan.measured["calibration"]["density"]) == list(plan.selectors)
     assert plan.measured["images"] == 12 and plan.training["calibration"]["recall"] == 0.99
     width, height = Image.open(finished / "gates.png").size
     assert width > 1000 and height > 300
 
 
 def test_by_default_it_takes_the_embedded_detector_and_scenes(tmp_path):
-    sizes = ["--train-images", "32", "--calibration-images", "8", "--eval-images", "1", "--epochs", "1"]
-    run(NAME, *sizes, "--order-images", "16", "--out", tmp_path)
+    sizes = ["--split.train", "32", "--split.calib", "8", "--split.val", "1", "--epochs", "1"]
+    run(NAME, *sizes, "--split.statistics", "16", "--out", tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["model"] == "detr-tiny"
     assert results["validation"] == {"data": "scenes-val", "images": 1}
@@ -76,7 +77,7 @@ def test_by_default_it_takes_the_embedded_detector_and_scenes(tmp_path):
 
 
 def test_the_papers_recipe_has_one_threshold_and_the_detectors_own_groups(inputs, tmp_path):
-    assert inputs[-2:] == ["--order", "own"]
+    assert inputs[-2:] == ["--neuron-order", "own"]
     run(NAME, *inputs[:-2], "--epochs", "1", "--recipe", "paper", "--out", tmp_path)
     assert list(json.loads((tmp_path / "results.json").read_text())["runs"]) == ["dense", "all gated, threshold 0.5"]
     plan = load_plan(tmp_path / "plan.safetensors", tiny_detector())
@@ -105,10 +106,10 @@ def test_gates_that_are_trained_to_a_budget_are_the_plan(inputs, tmp_path):
         (["--resume", "--overwrite"], "choose one"),
         (["--threshold", "1.5"], "--threshold must be between 0 and 1, not 1.5"),
         (["--density", "1.5"], "a density must be above 0 and at most 1, not 1.5"),
-        (["--density", "0.1", "--output-change", "1"], "different budgets; choose one"),
+        (["--density", "0.1", "--max-divergence", "1"], "different budgets; choose one"),
         (["--recall", "-1"], "--recall must be between 0 and 1, not -1"),
         (["--group-size", "5"], "32 hidden neurons cannot be divided into groups of 5"),
-        (["--calibration-images", "12"], "too few to hold out 12"),
+        (["--split.calib", "12"], "too few to hold out 12"),
         (["--coco", "nowhere"], "nowhere"),
     ],
 )
@@ -129,7 +130,7 @@ def test_a_killed_run_is_refused_then_resumed_to_the_same_gates(inputs, finished
     process.wait()
     assert not (tmp_path / "results.json").exists()
 
-    for extra, message in (([], "pass --resume"), (["--resume", "--epochs", "26"], "with other settings: training")):
+    for extra, message in (([], "pass --resume"), (["--resume", "--epochs", "26"], "with other settings: method")):
         assert message in refusal(capsys, NAME, *inputs, "--out", tmp_path, *extra)
     settings = (tmp_path / "settings.json").read_text()
     (tmp_path / "settings.json").write_text(settings.replace(detr_jax.fingerprint(model), "another"))

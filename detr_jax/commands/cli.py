@@ -3,11 +3,9 @@
 import contextlib
 import dataclasses
 import importlib
-import importlib.metadata
 import io
 import json
 import os
-import platform
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,6 +17,7 @@ import tyro
 
 from detr_jax.errors import UserError
 from detr_jax.mesh import is_first_process, join_cluster
+from detr_jax.run_folder import versions
 
 Arguments = TypeVar("Arguments")
 PLACES = ("out", "resume", "overwrite", "model", "preset", "data", "coco", "plan")
@@ -69,12 +68,10 @@ def _show(message: Warning | str, category: type[Warning], *place: Any) -> None:
 
 def provenance(arguments: Any) -> dict:
     """What made a result: the command's arguments, the versions of what it used, and the device."""
-    packages = ("detr-jax", "jax", "flax", "numpy", "pillow", "pycocotools")
     return {
         "command": Path(sys.argv[0]).name,
         "arguments": _as_json(arguments),
-        "versions": {"python": platform.python_version()}
-        | {package: importlib.metadata.version(package) for package in packages},
+        "versions": versions(),
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
     }

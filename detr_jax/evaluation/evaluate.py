@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from detr_jax.models import Detector, Selectors
 
 if TYPE_CHECKING:
     from detr_jax.kernels import Execution
+    from detr_jax.plan import Plan
     from detr_jax.sparse import SparseDETR
 
 Interval = tuple[float, float]
@@ -106,6 +108,11 @@ class Scores:
                 for name, counts in self.counts.items()
             },
         }
+
+    def record(self, plan: Plan, **about: str) -> Plan:
+        """The plan with these scores as what was measured with it, and what is said about how."""
+        scores = {key: value for key, value in self.to_json().items() if key != "category_AP"}
+        return dataclasses.replace(plan, measured=plan.measured | scores | about)
 
     def __str__(self) -> str:
         lines = [f"{self.data}, {self.images} images"]
@@ -264,6 +271,6 @@ def warn_if_far_from_calibration(
 
 def calibrated_density(measured: Mapping[str, Any]) -> float | None:
     """The mean density over the FFNs that a plan says it has; None where it says nothing."""
-    if "density" in measured:
-        return float(measured["density"])
+    if "calibration" in measured:
+        return float(np.mean(list(measured["calibration"]["density"].values())))
     return 1 - float(measured["mean_group_sparsity"]) if "mean_group_sparsity" in measured else None

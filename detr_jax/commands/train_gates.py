@@ -1,0 +1,228 @@
+"""Fits a method to every FFN of a frozen detector, MGS by default, and measures its cost in AP and its sparsity."""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax.numpy as jnp
+import tyro
+from scipy.special import expit
+
+import detr_jax
+from detr_jax.commands import cli
+from detr_jax.commands.data_options import DataOptions
+from detr_jax.commands.execution_options import ExecutionOptions
+from detr_jax.errors import InputError
+from detr_jax.evaluation.coco_ap import shown
+from detr_jax.evaluation.evaluate import DENSE, Scores, evaluate_selections
+from detr_jax.files import write_json
+from detr_jax.mesh import is_first_process
+from detr_jax.methods import PAPER_THRESHOLD, Method, Thresholded, at_threshold, named
+from detr_jax.models import Selector
+from detr_jax.plan import save_plan
+from detr_jax.run_folder import RESULTS
+from detr_jax.sparsify import fit
+from detr_jax.training.budgets import GateTuning
+from detr_jax.training.fit import Density, FitOptions, MaxDivergence, Recall, Threshold, in_log_odds
+from detr_jax.training.gates import GateTraining
+from detr_jax.viz.figures import GatedRun, plot_gates, save_figure
+from detr_jax.viz.tables import gate_table, table
+
+MANY_PROCESSES = True
+SCENES_TRAINING_IMAGES = 4096
+
+
+@dataclass(frozen=True)
+class Split:
+    """Numbers of images."""
+
+    train: int | None = None
+    """To train on; default 4096 scenes, or all training images of other data that are not held out."""
+    statistics: int = 256
+    """Of those, for the neuron order by co-activation and for statistics."""
+    calib: int = 128
+    """Held-out training images for the thresholds."""
+    val: int | None = None
+    """To evaluate; default all validation images."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Fits a method to every FFN of a frozen detector, MGS's gates by default, and measures AP and sparsity.
+
+    Without options: detr-tiny on generated scenes. On COCO, for example:
+    `python scripts/train_gates.py --model detr-r50 --coco coco --batch-size 2 --out runs/gates-r50`.
+    Writes plan.safetensors, results.json and gates.png into the output folder. `detr_jax.sparsify` makes the same plan.
+    """
+
+    model: str = "detr-tiny"
+    """Name of a detector or path of a checkpoint."""
+    preset: str | None = None
+    """Architecture of a checkpoint that does not say which it is, e.g. detr-r50."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the detector's computation; gates are float32."""
+    data: Annotated[DataOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=DataOptions)
+    split: Split = field(default_factory=Split)
+    method: str = "mgs"
+    """Name in `detr_jax.methods.METHODS`."""
+    recipe: Literal["default", "paper"] = "default"
+    """default: groups by co-activation, and a threshold for each layer; paper: the detector's own groups, and one
+    threshold for all."""
+    neuron_order: Literal["own", "coactivation", "kmeans"] | None = None
+    """Order of the hidden neurons, which decides what a group is: the detector's own, those together that are active
+    for the same tokens of training images, or those together that have similar input weights; default: the recipe's."""
+    training: Annotated[GateTraining, tyro.conf.OmitArgPrefixes] = field(default_factory=GateTraining)
+    threshold: float = PAPER_THRESHOLD
+    """Uniform threshold that is reported beside the calibrated ones; of gates a probability."""
+    recall: float = 0.99
+    """Share of the active groups that each gate must find at its calibrated threshold."""
+    density: float | None = None
+    """Also meet this mean density over the FFNs, to which gates are trained on, all in effect; the plan is this one."""
+    max_divergence: float | None = None
+    """Also find the least mean density at which the detector's outputs diverge by this much, see
+    `detr_jax.models.detr.divergence`, to which gates are trained on, all in effect; the plan is this one."""
+    tuning: GateTuning = field(default_factory=GateTuning)
+    computation: Annotated[ExecutionOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=ExecutionOptions)
+    per_layer: bool = False
+    """Also measure AP with each FFN alone gated at the uniform threshold."""
+    out: Path = Path("runs/train_gates")
+    """Folder for the results."""
+    resume: bool = False
+    """Resume an interrupted run in the output folder."""
+    overwrite: bool = False
+    """Delete an earlier run in the output folder."""
+
+
+def budgets_of(method: Method, arguments: Arguments) -> dict[str, Any]:
+    """The budgets to meet by title, that of the plan last."""
+    for name in ("threshold", "recall"):
+        if not 0 <= getattr(arguments, name) <= 1:
+            raise InputError(f"--{name} must be between 0 and 1, not {getattr(arguments, name)}")
+    if arguments.density is not None and arguments.max_divergence is not None:
+        raise InputError("--density and --max-divergence are different budgets; choose one")
+    if method.tuned_by == "nothing":
+        return {f"all by {method.name}": None}
+    budgets: list[Any] = []
+    if in_log_odds(method):
+        budgets.append(Threshold(arguments.threshold))
+    if arguments.recipe == "default" and method.tuned_by == "threshold" and method.decides != "channel":
+        budgets.append(Recall(arguments.recall))
+    if arguments.density is not None:
+        budgets.append(Density(arguments.density))
+    if arguments.max_divergence is not None:
+        budgets.append(MaxDivergence(arguments.max_divergence))
+    if not budgets:
+        raise InputError(f"{method.name} needs a --density or a --max-divergence")
+    gated = "gated" if in_log_odds(method) else f"by {method.name}"
+    return {f"all {gated}, {budget.title}": budget for budget in budgets}
+
+
+def alone(name: str, uniform: Mapping[str, Selector]) -> dict[str, Selector]:
+    """One FFN sparse: the others keep everything, in the same program."""
+    return {n: selector if n == name else at_threshold(selector, -math.inf) for n, selector in uniform.items()}
+
+
+def thresholds_of(method: Method, selectors: Mapping[str, Selector]) -> dict[str, float | None]:
+    """The threshold of every FFN, of gates as a probability; None without one."""
+    found = {}
+    for name, selector in selectors.items():
+        threshold = float(selector.threshold) if isinstance(selector, Thresholded) else None
+        found[name] = float(expit(threshold)) if threshold is not None and in_log_odds(method) else threshold
+    return found
+
+
+def summary(scores: Mapping[str, Scores]) -> str:
+    """A row for each way of running the detector."""
+    rows = []
+    for title, one in scores.items():
+        interval = "-" if one.interval is None else "[{:.3f}, {:.3f}]".format(*one.interval)
+        difference = ""
+        if one.difference_interval is not None:
+            difference = "{:+.3f} [{:+.3f}, {:+.3f}]".format(one.difference, *one.difference_interval)
+        rows.append([title, shown(one.ap), interval, difference, shown(one.divergence, ".2e"), one.group_sparsity])
+    header = ("FFNs", "AP", "interval", "minus dense (paired)", "output divergence", "mean group sparsity")
+    return table(header, rows)
+
+
+def main(arguments: Arguments) -> None:
+    started = time.perf_counter()
+    model = detr_jax.load(arguments.model, preset=arguments.preset, dtype=jnp.dtype(arguments.dtype))
+    method = arguments.training.method(type(named(arguments.method)))
+    budgets = budgets_of(method, arguments)
+    order = arguments.neuron_order or ("own" if arguments.recipe == "paper" else "coactivation")
+    options = FitOptions(
+        *(order, arguments.split.statistics, arguments.training.batch_size, arguments.training.checkpoint_steps),
+        tuning=arguments.tuning,
+    )
+    wanted = arguments.split.train
+    if wanted is None and arguments.data.name == "scenes":
+        wanted = SCENES_TRAINING_IMAGES
+    data = arguments.data.open("train", None if wanted is None else wanted + arguments.split.calib)
+    validation = arguments.data.open("val", arguments.split.val)
+
+    fitted = fit(
+        *(model, data, method, arguments.split.calib, options, arguments.out),
+        budgets=list(budgets.values()),
+        resume=arguments.resume,
+        overwrite=arguments.overwrite,
+    )
+    plans = {title: fitted.plan(budget) for title, budget in budgets.items()}
+    selections = {title: plan.selectors for title, plan in plans.items()}
+    if arguments.per_layer:
+        uniform = next(iter(selections.values()))
+        selections |= {f"{name} alone, threshold {arguments.threshold:g}": alone(name, uniform) for name in uniform}
+    computed = {title: arguments.computation.of(selectors) for title, selectors in selections.items()}
+    scores = evaluate_selections(
+        *(fitted.permuted, validation, {DENSE: {}} | computed, arguments.training.batch_size),
+        group_size=fitted.group_size,
+    )
+    fitted.check_frozen()
+    if not is_first_process():
+        return
+
+    thresholds = {title: thresholds_of(method, selectors) for title, selectors in selections.items()}
+    for title in plans:
+        print(f"\n{title}")
+        print(gate_table(scores[title].counts, thresholds[title]))
+    print(f"\nAP on {len(validation)} images of {validation.name}, 95 % intervals over images")
+    print(summary(scores))
+
+    title, plan = list(plans.items())[-1]
+    provenance = cli.provenance(arguments)
+    ran = "masked" if arguments.computation.implementation == "plan" else arguments.computation.implementation
+    plan = scores[title].record(plan, implementation=ran, device=provenance["device"])
+    save_plan(plan, arguments.out / "plan.safetensors")
+    runs = {title: GatedRun(title, one.ap, one.interval, one.counts) for title, one in scores.items()}
+    figure = plot_gates(
+        f"{method.name} on {arguments.model}, {len(validation)} images of {validation.name}, "
+        f"groups of {fitted.group_size}" + (f" by {order}" if fitted.permutations else ""),
+        runs[DENSE],
+        [runs[title] for title in plans],
+    )
+    save_figure(figure, arguments.out / "gates.png")
+    results = {
+        title: one.to_json()
+        | {
+            "ffns": {
+                n: ffn | {"threshold": thresholds.get(title, {}).get(n)} for n, ffn in one.to_json()["ffns"].items()
+            }
+        }
+        for title, one in scores.items()
+    }
+    seconds = time.perf_counter() - started
+    write_json(
+        arguments.out / RESULTS,
+        {
+            "model": arguments.model,
+            "fingerprint": plan.fingerprint,
+            "training": plan.training | {"images_per_second": fitted.images_per_second},
+            "validation": {"data": validation.name, "images": len(validation)},
+            "runs": results,
+            "seconds": seconds,
+            **provenance,
+        },
+    )
+    print(f"\nplan.safetensors, results.json and gates.png are in {arguments.out} after {math.ceil(seconds)} s")

@@ -1,0 +1,134 @@
+"""From a detector to a sparse one in one call: neuron permutation, gates or statistics, budget, plan."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from detr_jax.errors import InputError
+from detr_jax.methods import METHODS, Method, named
+from detr_jax.methods.grouping import group_count
+from detr_jax.models import DETR
+from detr_jax.models.parameters import fingerprint
+from detr_jax.sparse import SparseDETR
+
+if TYPE_CHECKING:
+    from detr_jax.data.dataset import Dataset
+    from detr_jax.training.fit import Budget, Fit, FitOptions
+
+CALIBRATION_IMAGES = 128
+
+
+def sparsify(
+    detector: DETR,
+    data: Dataset,
+    method: str | Method = "mgs",
+    budget: Budget | None = None,
+    *,
+    calibration: Dataset | int = CALIBRATION_IMAGES,
+    options: FitOptions | None = None,
+    folder: Path | str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> SparseDETR:
+    """Makes a frozen detector sparse: fits a method on images and gives it thresholds that meet a budget.
+
+    Hidden neurons are permuted so that those of a group are active together, gates are trained or statistics measured,
+    and the budget is met on images that nothing was fitted on. Annotations are not needed. The detector stays as it
+    is, bit for bit. `scripts/train_gates.py` makes the same plans.
+
+    Args:
+        detector: dense.
+        data: images to fit on, see `detr_jax.open_dataset`.
+        method: one of `detr_jax.methods.METHODS`, by name or with options, such as `methods.MGS(epochs=2)`.
+        budget: how much is left out.
+
+            - `Recall(0.99)`, the default: in each FFN the highest threshold that keeps 99 % of the active groups.
+            - `Density(0.06)`: 6 % of the groups on average over the FFNs. Gates are trained on to it, all in effect;
+              other methods share it among the FFNs by what it changes in the outputs.
+            - `MaxDivergence(0.01)`: the lowest density at which the detector's outputs diverge by that much.
+            - `Threshold(0.5)`: one for all; of gates a probability, of other methods in the units of their score.
+        calibration: images to meet the budget on, or how many from the end of `data` are held out for it.
+        options: neuron order, batch size and the like.
+        folder: for checkpoints, statistics and `plan.safetensors`; None keeps nothing.
+        resume: resume an interrupted run in the folder, which must have had the same arguments.
+        overwrite: delete an earlier run in the folder.
+        progress: show bars.
+
+    Raises:
+        InputError: if there are too few images, there is no such method, it cannot meet such a budget, or its groups
+            do not divide the hidden neurons.
+        ExistingFileError, MissingFileError: if the folder holds a run that may neither be resumed nor deleted, or none
+            to resume.
+
+    >>> import detr_jax
+    >>> detector, data = detr_jax.load("detr-tiny"), detr_jax.open_dataset("scenes", "train", 24)
+    >>> sparse = detr_jax.sparsify(detector, data, "teal-hidden", detr_jax.Density(0.1), calibration=8, progress=False)
+    >>> sparse.plan.method, list(sparse.plan.selectors) == list(detector.ffn_specs())
+    ('teal-hidden', True)
+    """
+    from detr_jax.files import write_json
+    from detr_jax.mesh import is_first_process
+    from detr_jax.plan import save_plan
+    from detr_jax.run_folder import RESULTS
+
+    with contextlib.ExitStack() as stack:
+        where = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
+        fitted = fit(
+            *(detector, data, method, calibration, options, where),
+            budgets=[budget],
+            resume=resume,
+            overwrite=overwrite,
+            progress=progress,
+        )
+        plan = fitted.plan(budget)
+        fitted.check_frozen()
+        if folder is not None and is_first_process():
+            save_plan(plan, where / "plan.safetensors")
+            write_json(where / RESULTS, {"training": plan.training, "measured": plan.measured})
+    return SparseDETR.of(detector, plan)
+
+
+def fit(
+    detector: DETR,
+    data: Dataset,
+    method: str | Method,
+    calibration: Dataset | int,
+    options: FitOptions | None,
+    folder: Path,
+    *,
+    budgets: list[Budget | None],
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Fit:
+    """Checks everything, claims the folder and fits a method, which can be given several budgets then.
+
+    Args:
+        budgets: that it will be asked for.
+        detector, data, method, calibration, options, folder, resume, overwrite, progress: as of `sparsify`.
+    """
+    from detr_jax.run_folder import open_run
+    from detr_jax.training.fit import OUTPUTS, Fit, FitOptions, check_budget, hold_out
+
+    method, options = named(method) if isinstance(method, str) else method, options or FitOptions()
+    if not isinstance(method, Method):
+        raise InputError(f"a method is one of {', '.join(METHODS)}, or an object of its class, not {method!r}")
+    for budget in budgets:
+        check_budget(method, budget)
+    data, held_out = hold_out(data, calibration)
+    for hidden in {weights.w_in.shape[0] for weights in detector.ffn_weights().values()}:
+        group_count(hidden, getattr(method, "group_size", 1))
+    settings: dict[str, Any] = {
+        "method": {"name": method.name} | dataclasses.asdict(method),
+        "options": dataclasses.asdict(options),
+        "fingerprint of the detector": fingerprint(detector),
+        "fingerprint of the data": data.fingerprint,
+        "fingerprint of the calibration data": held_out.fingerprint,
+    }
+    open_run(folder, settings, OUTPUTS, resume=resume, overwrite=overwrite)
+    return Fit(detector, data, held_out, method, options, folder, progress=progress)

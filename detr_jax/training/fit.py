@@ -1,0 +1,388 @@
+"""Fitting a method to a frozen detector: neuron permutation, gates or statistics, and budgets on held-out images."""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from detr_jax.calibration.activation_passes import measure_activations, profile_activations
+from detr_jax.calibration.allocation import greedy
+from detr_jax.calibration.moment_passes import measure_moments
+from detr_jax.calibration.permutation import coactivation_permutation, kmeans_permutation, permute_neurons
+from detr_jax.calibration.sensitivity import OutputDivergence, layer_sensitivity
+from detr_jax.calibration.threshold_passes import calibrate, measure_scores
+from detr_jax.calibration.thresholds import density_threshold, recall_threshold
+from detr_jax.data.batches import CachedBatches, ImageBatches
+from detr_jax.data.dataset import Dataset, Subset
+from detr_jax.data.features import BackboneFeatures, backbone_features
+from detr_jax.errors import InputError
+from detr_jax.mesh import mesh_of, replicate, replicate_like, to_host
+from detr_jax.methods import FitMaterial, Method, Score, Thresholded, TrainedMethod, log_odds
+from detr_jax.models import DETR, Selector, Selectors
+from detr_jax.models.parameters import fingerprint
+from detr_jax.plan import Plan
+from detr_jax.run_folder import versions
+from detr_jax.training.budgets import GateTuning, MaxDivergence, Progress, meet, tune_gates
+from detr_jax.training.budgets import MeanDensity as Density
+from detr_jax.training.gates import train_gates
+
+OUTPUTS = ("checkpoints", "tuned", "activations.safetensors", "plan.safetensors")
+GRID = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03, 0.02, 0.01)
+"""Densities that an allocation among FFNs chooses from."""
+_HALVINGS = 10
+
+
+@dataclass(frozen=True)
+class Recall:
+    """In each FFN, the highest threshold at which this share of the active groups is kept.
+
+    Attributes:
+        share: from 0 to 1.
+    """
+
+    share: float = 0.99
+
+    def __post_init__(self):
+        if not 0 <= self.share <= 1:
+            raise InputError(f"a recall must be between 0 and 1, not {self.share}")
+
+    @property
+    def title(self) -> str:
+        return f"recall {self.share:g}"
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """One threshold for all FFNs.
+
+    Attributes:
+        value: of gates a probability, of other methods in the units of their score.
+    """
+
+    value: float = 0.5
+
+    @property
+    def title(self) -> str:
+        return f"threshold {self.value:g}"
+
+
+Budget = Recall | Density | MaxDivergence | Threshold
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """Options that methods have in common."""
+
+    neuron_order: Literal["coactivation", "own", "kmeans"] = "coactivation"
+    """Order of the hidden neurons, which decides what a group is: those together that are active for the same tokens
+    of training images, the detector's own, or those together that have similar input weights."""
+    statistics_images: int = 256
+    """Training images for the order by co-activation and for the statistics of methods in closed form."""
+    batch_size: int = 8
+    """Images per step and per batch of statistics, over all devices."""
+    checkpoint_steps: int = 200
+    """Steps between checkpoints."""
+    allocation_images: int = 64
+    """Held-out images on which a density is shared among the FFNs by methods whose gates are not trained to it."""
+    tuning: GateTuning = field(default_factory=GateTuning)
+    """Training of gates to a density or a divergence."""
+
+    def __post_init__(self):
+        for name in ("statistics_images", "batch_size", "checkpoint_steps", "allocation_images"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+def hold_out(data: Dataset, calibration: Dataset | int) -> tuple[Dataset, Dataset]:
+    """Disjoint images to fit on and to meet budgets on.
+
+    Args:
+        data: images to fit on.
+        calibration: other images, or how many from the end of `data` are held out.
+    """
+    if not isinstance(calibration, int):
+        return data, calibration
+    if not 0 < calibration < len(data):
+        raise InputError(
+            f"{data.name} has {len(data)} images, too few to hold out {calibration} for calibration"
+            if calibration > 0
+            else f"at least one image must be held out for calibration, not {calibration}"
+        )
+    split = len(data) - calibration
+    return Subset(data, 0, split), Subset(data, split, len(data))
+
+
+class Fit:
+    """A method fitted to a detector, which can be given several budgets.
+
+    An interrupted fit in the same folder is resumed from its statistics and checkpoints.
+
+    Args:
+        detector: frozen, its neurons in their own order.
+        data: images to fit on; annotations are not needed.
+        held_out: images to meet budgets on.
+        method: with its options.
+        options: see there.
+        folder: for statistics and checkpoints.
+        progress: show bars.
+
+    Attributes:
+        permuted: the detector with the neurons in the order of the plan.
+        permutations: (F,) by FFN; empty for the detector's own order.
+        images_per_second: of gate training, after the first steps, which compile; None where nothing was trained.
+    """
+
+    def __init__(
+        self,
+        detector: DETR,
+        data: Dataset,
+        held_out: Dataset,
+        method: Method,
+        options: FitOptions,
+        folder: Path,
+        *,
+        progress: bool = True,
+    ):
+        self._detector, self._data, self._held_out = replicate(detector), data, held_out
+        self.method, self._options, self._folder, self._progress = method, options, folder, progress
+        self._fingerprint = fingerprint(detector)
+        self.images_per_second: float | None = None
+        self.permutations = self._permutations()
+        self.permuted = permute_neurons(self._detector, self.permutations)
+        self._weights = self.permuted.ffn_weights()
+        self._material = self._fit_material()
+
+    @property
+    def group_size(self) -> int:
+        """Hidden neurons per group."""
+        return getattr(self.method, "group_size", 8)
+
+    def plan(self, budget: Budget | None = None) -> Plan:
+        """The plan that meets a budget.
+
+        Args:
+            budget: see `detr_jax.sparsify`.
+
+        Raises:
+            InputError: if the method cannot meet such a budget.
+        """
+        budget = check_budget(self.method, budget)
+        selectors = self._selectors(budget)
+        density = kept_density(self.permuted, self._calibration, selectors)
+        calibration: dict[str, Any] = {"data": self._held_out.name}
+        if isinstance(budget, Recall):
+            calibration["recall"] = budget.share
+        elif budget is not None:
+            calibration["budget"] = budget.title
+        options = dataclasses.asdict(self._options)
+        training = {
+            "recipe": dataclasses.asdict(self.method) | {"batch_size": options["batch_size"]},
+            "data": self._data.name,
+            "order": options["neuron_order"],
+            "calibration": calibration,
+        }
+        if self._tunes(budget):
+            training["tuning"] = options["tuning"]
+        measured = {"calibration": {"images": len(self._held_out), "density": density}}
+        return Plan(self.method.name, self._fingerprint, selectors, self.permutations, training, measured, versions())
+
+    def check_frozen(self) -> None:
+        """Raises an AssertionError if the detector is another one than at the beginning."""
+        if fingerprint(self._detector) != self._fingerprint:
+            raise AssertionError("the frozen detector changed")
+
+    def _permutations(self) -> dict[str, np.ndarray]:
+        size, order = self.group_size, self._options.neuron_order
+        if order == "own":
+            return {}
+        if order == "kmeans":
+            ffns = tqdm(self._detector.ffns.items(), "clustering neurons", unit="FFN", disable=not self._progress)
+            return {name: kmeans_permutation(np.asarray(ffn.w_in[...]), size) for name, ffn in ffns}
+        sample, path = self._sample, self._folder / "activations.safetensors"
+        with self._bar(len(sample), "counting co-activation", "image") as bar:
+            profile = profile_activations(self._detector, sample, self._options.batch_size, size, path, bar.update)
+        return {name: coactivation_permutation(of.coactive, size) for name, of in profile.statistics.items()}
+
+    def _fit_material(self) -> dict[str, FitMaterial]:
+        """What `method.requires` names, for each FFN."""
+        requires = self.method.requires
+        found: dict[str, Mapping[str, Any]] = {}
+        if "gate" in requires:
+            found["gate"] = self._train()
+        if requires - {"gate"}:
+            batches = self._cached(self._sample, "embedding training images")
+            if "activations" in requires:
+                found["activations"] = measure_activations(self.permuted, batches, self.group_size)
+            if requires & {"input_moments", "hidden_moments"}:
+                moments = measure_moments(self.permuted, batches)
+                found |= dict(zip(("input_moments", "hidden_moments"), moments, strict=True))
+        return {
+            name: FitMaterial(weights, **{key: found[key][name] for key in requires})
+            for name, weights in self._weights.items()
+        }
+
+    def _train(self) -> dict[str, Score]:
+        method, batch_size = self.method, self._options.batch_size
+        batches = ImageBatches(self.permuted, self._data, batch_size, method.seed)
+        times: list[float] = []
+        with self._bar(method.epochs * len(batches), "training gates", "step") as bar:
+
+            def report(step: int, loss: jax.Array) -> None:
+                bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)  # waits for the step, so the times are its
+                bar.update(step - bar.n)
+                times.append(time.perf_counter())
+
+            gates = train_gates(
+                *(self.permuted, batches, {method.name: method}, self._folder / "checkpoints", report),
+                checkpoint_steps=self._options.checkpoint_steps,
+            )[method.name]
+        # The median leaves out the steps that compiled a new shape.
+        if len(times) > 2:
+            self.images_per_second = float(batch_size / np.median(np.diff(times)))
+        return gates
+
+    @cached_property
+    def _sample(self) -> Dataset:
+        return Subset(self._data, 0, min(self._options.statistics_images, len(self._data)))
+
+    @cached_property
+    def _scores(self) -> dict[str, Score]:
+        return {name: self.method.fit(material) for name, material in self._material.items()}
+
+    @cached_property
+    def _features(self) -> list[BackboneFeatures]:
+        title = "embedding calibration images" if self._progress else None
+        return list(backbone_features(self.permuted, self._held_out, self._options.batch_size, title))
+
+    @cached_property
+    def _calibration(self) -> CachedBatches:
+        return CachedBatches([batch.tokens for batch in self._features], mesh=mesh_of(self.permuted))
+
+    def _cached(self, data: Dataset, title: str) -> CachedBatches:
+        features = backbone_features(self.permuted, data, self._options.batch_size, title if self._progress else None)
+        return CachedBatches([batch.tokens for batch in features], mesh=mesh_of(self.permuted))
+
+    def _bar(self, total: int, title: str, unit: str) -> tqdm:
+        return tqdm(total=total, desc=title, unit=unit, disable=not self._progress)
+
+    def _selectors(self, budget: Budget | None) -> dict[str, Selector]:
+        if budget is None:
+            return dict(self._scores)
+        if self._tunes(budget):
+            return self._tuned(budget)
+        if isinstance(budget, Density | MaxDivergence):
+            return self._allocated(budget)
+        if isinstance(budget, Recall):
+            found = calibrate(
+                self.permuted, self._calibration, self._scores, partial(recall_threshold, recall=budget.share)
+            )
+        else:
+            of_score = log_odds(budget.value) if in_log_odds(self.method) else budget.value
+            found = {name: Thresholded(score, jnp.float32(of_score)) for name, score in self._scores.items()}
+        return {name: self.method.finish(selector, self._weights[name]) for name, selector in found.items()}
+
+    def _tunes(self, budget: Budget | None) -> bool:
+        return isinstance(budget, Density | MaxDivergence) and in_log_odds(self.method)
+
+    def _tuned(self, budget: Density | MaxDivergence) -> dict[str, Thresholded]:
+        """Gates that are trained to a budget from the uniform threshold on, all of them in effect."""
+        tuning = self._options.tuning
+        batches = ImageBatches(self.permuted, self._data, self._options.batch_size, self.method.seed)
+        uniform = {name: Thresholded(gate, jnp.float32(0)) for name, gate in self._scores.items()}
+        start = meet(self.permuted, self._calibration, uniform, budget, tuning.tile_size)
+        with self._bar(tuning.epochs * len(batches), "training to a budget", "step") as bar:
+
+            def report(step: int, progress: Progress | None) -> None:
+                if progress is not None:
+                    density = np.mean([float(of_one) for of_one in progress.densities.values()])
+                    bar.set_postfix(loss=f"{float(progress.loss):.4f}", density=f"{density:.3f}", refresh=False)
+                bar.update(step - bar.n)
+
+            folder = self._folder / "tuned" / budget.title.replace(" ", "-")
+            tuned = tune_gates(self.permuted, batches, start, budget, tuning, folder, report)
+        return meet(self.permuted, self._calibration, tuned, budget, tuning.tile_size)
+
+    def _allocated(self, budget: Budget | None) -> dict[str, Selector]:
+        """Densities that are shared among the FFNs by what they change in the outputs."""
+        batches = -(-self._options.allocation_images // self._options.batch_size)
+        divergence = OutputDivergence(self.permuted, self._features[:batches])
+        histograms = {}
+        if self.method.tuned_by == "threshold":
+            histograms = measure_scores(self.permuted, self._calibration, self._scores)
+        settings = {
+            name: self.method.at_densities(of, partial(density_threshold, histograms.get(name)), GRID)
+            for name, of in self._material.items()
+        }
+        table = layer_sensitivity(divergence, GRID, settings)
+        costs = np.broadcast_to(table.densities / len(table.names), table.losses.shape)
+
+        def shared(density: float) -> dict[str, Selector]:
+            return table.selectors(greedy(table.losses, costs, density))
+
+        if isinstance(budget, Density):
+            return shared(budget.density)
+        low, high = GRID[-1], 1.0
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if divergence(shared(middle)) <= budget.change else (middle, high)
+        return shared(high)
+
+
+def in_log_odds(method: Method) -> bool:
+    """Whether the scores of a method are log-odds, so that its threshold is a probability."""
+    return isinstance(method, TrainedMethod) and type(method).fit is TrainedMethod.fit
+
+
+def check_budget(method: Method, budget: Budget | None) -> Budget | None:
+    """The budget of a method, its default for None.
+
+    Raises:
+        InputError: if the method cannot meet such a budget.
+    """
+    if method.tuned_by == "nothing":
+        if budget is not None:
+            fields = ", ".join(field.name for field in dataclasses.fields(method)) or "none"
+            raise InputError(f"{method.name} takes no budget; its density follows from its options: {fields}")
+        return None
+    if budget is None and method.tuned_by == "threshold" and method.decides in ("group", "neuron"):
+        return Recall()
+    if not isinstance(budget, Recall | Density | MaxDivergence | Threshold):
+        raise InputError(
+            f"{method.name} needs a budget: Density(0.1), MaxDivergence(0.01)"
+            + (", Recall(0.99) or Threshold(0.5)" if method.tuned_by == "threshold" else "")
+            + f"; got {budget!r}"
+        )
+    if method.tuned_by == "density" and not isinstance(budget, Density | MaxDivergence):
+        raise InputError(f"{method.name} has no threshold: its budget is a Density or a MaxDivergence, not {budget}")
+    if isinstance(budget, Recall) and method.decides == "channel":
+        raise InputError(f"{method.name} decides about input channels, which have no recall; take Density or Threshold")
+    if isinstance(budget, Threshold) and in_log_odds(method) and not 0 <= budget.value <= 1:
+        raise InputError(f"a threshold of {method.name} is a probability from 0 to 1, not {budget.value:g}")
+    return budget
+
+
+def kept_density(ffns_of: DETR, batches: CachedBatches, selectors: Selectors) -> dict[str, float]:
+    """The share of the hidden neurons that selectors keep by FFN, all of them in effect, in one pass."""
+    selectors = replicate_like(ffns_of, dict(selectors))
+    kept = [to_host(_kept(ffns_of, batch, selectors)) for batch in batches.batches()]
+    return {name: float(sum(of[name][0] for of in kept) / sum(of[name][1] for of in kept)) for name in selectors}
+
+
+@jax.jit
+def _kept(ffns_of, batch, selectors):
+    def count(trace):
+        neurons = trace.hidden.shape[-1]
+        active = trace.selection.per_token(trace.tokens.shape, neurons)
+        share = jnp.ones(trace.tokens.shape) if active is None else active.mean(-1)
+        return jnp.where(trace.tokens, share, 0).sum(), trace.tokens.sum()
+
+    traces = ffns_of.traces(batch, selectors)
+    return {name: count(traces[name]) for name in selectors}
