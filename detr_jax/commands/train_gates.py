@@ -129,8 +129,8 @@ def thresholds_of(method: Method, selectors: Mapping[str, Selector]) -> dict[str
     """The threshold of every FFN, of gates as a probability; None without one."""
     found = {}
     for name, selector in selectors.items():
-        threshold = float(selector.threshold) if isinstance(selector, Thresholded) else None
-        found[name] = float(expit(threshold)) if threshold is not None and in_log_odds(method) else threshold
+        threshold = selector.threshold if isinstance(selector, Thresholded) else None
+        found[name] = None if threshold is None else float(expit(threshold) if in_log_odds(method) else threshold)
     return found
 
 
