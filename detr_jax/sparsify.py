@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from detr_jax.errors import InputError
 from detr_jax.methods import METHODS, Method, named
 from detr_jax.methods.grouping import group_count
-from detr_jax.models import DETR
+from detr_jax.models import Detector
 from detr_jax.models.parameters import fingerprint
 from detr_jax.sparse import SparseDETR
 
@@ -23,7 +23,7 @@ CALIBRATION_IMAGES = 128
 
 
 def sparsify(
-    detector: DETR,
+    detector: Detector,
     data: Dataset,
     method: str | Method = "mgs",
     budget: Budget | None = None,
@@ -94,7 +94,7 @@ def sparsify(
 
 
 def fit(
-    detector: DETR,
+    detector: Detector,
     data: Dataset,
     method: str | Method,
     calibration: Dataset | int,
@@ -121,7 +121,7 @@ def fit(
     for budget in budgets:
         check_budget(method, budget)
     data, held_out = hold_out(data, calibration)
-    for hidden in {weights.w_in.shape[0] for weights in detector.ffn_weights().values()}:
+    for hidden in {spec.hidden for spec in detector.ffn_specs().values()}:
         group_count(hidden, getattr(method, "group_size", 1))
     settings: dict[str, Any] = {
         "method": {"name": method.name} | dataclasses.asdict(method),

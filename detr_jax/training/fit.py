@@ -16,7 +16,7 @@ from tqdm import tqdm
 from detr_jax.calibration.activation_passes import measure_activations, profile_activations
 from detr_jax.calibration.allocation import greedy
 from detr_jax.calibration.moment_passes import measure_moments
-from detr_jax.calibration.permutation import coactivation_permutation, kmeans_permutation, permute_neurons
+from detr_jax.calibration.permutation import coactivation_permutation, kmeans_permutation
 from detr_jax.calibration.sensitivity import OutputDivergence, layer_sensitivity
 from detr_jax.calibration.threshold_passes import calibrate, measure_scores
 from detr_jax.calibration.thresholds import density_threshold, recall_threshold
@@ -26,7 +26,7 @@ from detr_jax.data.features import BackboneFeatures, backbone_features
 from detr_jax.errors import InputError
 from detr_jax.mesh import mesh_of, replicate, replicate_like, to_host
 from detr_jax.methods import FitMaterial, Method, Score, Thresholded, TrainedMethod, log_odds
-from detr_jax.models import DETR, Selector, Selectors
+from detr_jax.models import Detector, HasFFNs, Selector, Selectors
 from detr_jax.models.parameters import fingerprint
 from detr_jax.plan import Plan
 from detr_jax.run_folder import versions
@@ -142,7 +142,7 @@ class Fit:
 
     def __init__(
         self,
-        detector: DETR,
+        detector: Detector,
         data: Dataset,
         held_out: Dataset,
         method: Method,
@@ -156,7 +156,7 @@ class Fit:
         self._fingerprint = fingerprint(detector)
         self.images_per_second: float | None = None
         self.permutations = self._permutations()
-        self.permuted = permute_neurons(self._detector, self.permutations)
+        self.permuted = self._detector.with_permutations(self.permutations)
         self._weights = self.permuted.ffn_weights()
         self._material = self._fit_material()
 
@@ -204,8 +204,10 @@ class Fit:
         if order == "own":
             return {}
         if order == "kmeans":
-            ffns = tqdm(self._detector.ffns.items(), "clustering neurons", unit="FFN", disable=not self._progress)
-            return {name: kmeans_permutation(np.asarray(ffn.w_in[...]), size) for name, ffn in ffns}
+            ffns = tqdm(
+                self._detector.ffn_weights().items(), "clustering neurons", unit="FFN", disable=not self._progress
+            )
+            return {name: kmeans_permutation(np.asarray(ffn.parameters().w_in), size) for name, ffn in ffns}
         sample, path = self._sample, self._folder / "activations.safetensors"
         with self._bar(len(sample), "counting co-activation", "image") as bar:
             profile = profile_activations(self._detector, sample, self._options.batch_size, size, path, bar.update)
@@ -369,20 +371,20 @@ def check_budget(method: Method, budget: Budget | None) -> Budget | None:
     return budget
 
 
-def kept_density(ffns_of: DETR, batches: CachedBatches, selectors: Selectors) -> dict[str, float]:
+def kept_density(model: HasFFNs, batches: CachedBatches, selectors: Selectors) -> dict[str, float]:
     """The share of the hidden neurons that selectors keep by FFN, all of them in effect, in one pass."""
-    selectors = replicate_like(ffns_of, dict(selectors))
-    kept = [to_host(_kept(ffns_of, batch, selectors)) for batch in batches.batches()]
+    selectors = replicate_like(model, dict(selectors))
+    kept = [to_host(_kept(model, batch, selectors)) for batch in batches.batches()]
     return {name: float(sum(of[name][0] for of in kept) / sum(of[name][1] for of in kept)) for name in selectors}
 
 
 @jax.jit
-def _kept(ffns_of, batch, selectors):
+def _kept(model, batch, selectors):
     def count(trace):
         neurons = trace.hidden.shape[-1]
         active = trace.selection.per_token(trace.tokens.shape, neurons)
         share = jnp.ones(trace.tokens.shape) if active is None else active.mean(-1)
         return jnp.where(trace.tokens, share, 0).sum(), trace.tokens.sum()
 
-    traces = ffns_of.traces(batch, selectors)
+    traces = model.traces(batch, selectors)
     return {name: count(traces[name]) for name in selectors}
