@@ -17,7 +17,8 @@ from detr_jax.sparse import SparseDETR
 
 if TYPE_CHECKING:
     from detr_jax.data.dataset import Dataset
-    from detr_jax.training.fit import Budget, Fit, FitOptions
+    from detr_jax.training.budgets import Budget
+    from detr_jax.training.fit import Fit, FitOptions
 
 CALIBRATION_IMAGES = 128
 

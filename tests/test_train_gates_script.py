@@ -93,7 +93,7 @@ def test_gates_that_are_trained_to_a_budget_are_the_plan(inputs, tmp_path):
     plan = load_plan(tmp_path / "plan.safetensors", tiny_detector())
     assert plan.measured["mean_group_sparsity"] == trained["mean_group_sparsity"] > 0.7
     assert plan.training["calibration"]["budget"] == "density 0.3"
-    assert (plan.training["tuning"]["epochs"], plan.training["tuning"]["tile_size"]) == (2, 4)
+    assert plan.training["tuning"]["epochs"] == 2
     for name, selector in plan.selectors.items():
         assert trained["ffns"][name]["threshold"] == float(expit(selector.threshold))
 

@@ -25,8 +25,8 @@ from detr_jax.models import Selector
 from detr_jax.plan import save_plan
 from detr_jax.run_folder import RESULTS
 from detr_jax.sparsify import fit
-from detr_jax.training.budgets import GateTuning
-from detr_jax.training.fit import Density, FitOptions, MaxDivergence, Recall, Threshold, in_log_odds
+from detr_jax.training.budgets import Density, GateTuning, MaxDivergence, Recall, Threshold
+from detr_jax.training.fit import FitOptions, in_log_odds
 from detr_jax.training.gates import GateTraining
 from detr_jax.viz.figures import GatedRun, plot_gates, save_figure
 from detr_jax.viz.tables import gate_table, table

@@ -30,51 +30,23 @@ from detr_jax.models import Detector, HasFFNs, Selector, Selectors
 from detr_jax.models.parameters import fingerprint
 from detr_jax.plan import Plan
 from detr_jax.run_folder import versions
-from detr_jax.training.budgets import GateTuning, MaxDivergence, Progress, meet, tune_gates
-from detr_jax.training.budgets import MeanDensity as Density
+from detr_jax.training.budgets import (
+    Budget,
+    Density,
+    GateTuning,
+    MaxDivergence,
+    Progress,
+    Recall,
+    Threshold,
+    meet,
+    tune_gates,
+)
 from detr_jax.training.gates import train_gates
 
 OUTPUTS = ("checkpoints", "tuned", "activations.safetensors", "plan.safetensors")
 GRID = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03, 0.02, 0.01)
 """Densities that an allocation among FFNs chooses from."""
 _HALVINGS = 10
-
-
-@dataclass(frozen=True)
-class Recall:
-    """In each FFN, the highest threshold at which this share of the active groups is kept.
-
-    Attributes:
-        share: from 0 to 1.
-    """
-
-    share: float = 0.99
-
-    def __post_init__(self):
-        if not 0 <= self.share <= 1:
-            raise InputError(f"a recall must be between 0 and 1, not {self.share}")
-
-    @property
-    def title(self) -> str:
-        return f"recall {self.share:g}"
-
-
-@dataclass(frozen=True)
-class Threshold:
-    """One threshold for all FFNs.
-
-    Attributes:
-        value: of gates a probability, of other methods in the units of their score.
-    """
-
-    value: float = 0.5
-
-    @property
-    def title(self) -> str:
-        return f"threshold {self.value:g}"
-
-
-Budget = Recall | Density | MaxDivergence | Threshold
 
 
 @dataclass(frozen=True)
@@ -299,7 +271,7 @@ class Fit:
         tuning = self._options.tuning
         batches = ImageBatches(self.permuted, self._data, self._options.batch_size, self.method.seed)
         uniform = {name: Thresholded(gate, jnp.float32(0)) for name, gate in self._scores.items()}
-        start = meet(self.permuted, self._calibration, uniform, budget, tuning.tile_size)
+        start = meet(self.permuted, self._calibration, uniform, budget)
         with self._bar(tuning.epochs * len(batches), "training to a budget", "step") as bar:
 
             def report(step: int, progress: Progress | None) -> None:
@@ -310,7 +282,7 @@ class Fit:
 
             folder = self._folder / "tuned" / budget.title.replace(" ", "-")
             tuned = tune_gates(self.permuted, batches, start, budget, tuning, folder, report)
-        return meet(self.permuted, self._calibration, tuned, budget, tuning.tile_size)
+        return meet(self.permuted, self._calibration, tuned, budget)
 
     def _allocated(self, budget: Budget | None) -> dict[str, Selector]:
         """Densities that are shared among the FFNs by what they change in the outputs."""
@@ -334,7 +306,7 @@ class Fit:
         low, high = GRID[-1], 1.0
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            low, high = (low, middle) if divergence(shared(middle)) <= budget.change else (middle, high)
+            low, high = (low, middle) if divergence(shared(middle)) <= budget.divergence else (middle, high)
         return shared(high)
 
 
