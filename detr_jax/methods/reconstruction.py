@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
-from scipy.linalg.blas import dger
 
 from detr_jax.models import FFNWeights, OutputLayer
 
@@ -29,6 +28,8 @@ def obs_ranking(weights: FFNWeights, moments: "Moments") -> np.ndarray:
         weights: of the FFN.
         moments: of its hidden activations.
     """
+    from scipy.linalg.blas import dger  # slow to import
+
     _check(weights, moments)
     covariance = moments.covariance
     varies = np.diag(covariance) > 0

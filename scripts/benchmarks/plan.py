@@ -1,20 +1,21 @@
 """Times the FFNs of a detector with the gates of a plan beside the dense ones, on the inputs that images give them."""
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from tqdm import tqdm
 
 import detr_jax
 from detr_jax.commands import cli
+from detr_jax.commands.data_options import DataOptions
 from detr_jax.data.features import backbone_features
-from detr_jax.data.registry import open_dataset
 from detr_jax.errors import InputError
 from detr_jax.files import refuse_existing, write_json
 from detr_jax.kernels import Execution, FFNWeights, any_per_tile, signature_order
@@ -42,8 +43,7 @@ class Arguments:
     """Name of a detector or path of a checkpoint."""
     preset: str | None = None
     """Architecture of a checkpoint that does not say which it is, e.g. detr-r50."""
-    coco: Path | None = None
-    """Folder with val2017/ and annotations/; without it, scenes are generated."""
+    data: Annotated[DataOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=DataOptions)
     images: int = 16
     """Images of the batch; of a data set with several sizes the first batch holds fewer."""
     tile_sizes: tuple[int, ...] = (0, 16)
@@ -121,7 +121,7 @@ def main(arguments: Arguments) -> None:
         for spec in model.ffn_specs().values():
             if block_size < 1 or spec.hidden % block_size:
                 raise InputError(f"{spec.hidden} hidden neurons cannot be divided into blocks of {block_size}")
-    dataset = open_dataset(arguments.coco, "val", arguments.images)
+    dataset = arguments.data.open("val", arguments.images)
     selectors = executed(plan.selectors, None)  # they are executed in each of the ways that are asked for
     (batch, *_) = backbone_features(model, dataset, arguments.images, "embedding images")
     traces, weights = jax.jit(type(model).traces)(model, batch.tokens, selectors), model.ffn_weights()

@@ -14,8 +14,8 @@ from profile_stages import evaluation_stages, stage_table, training_stages
 
 import detr_jax
 from detr_jax.commands import cli
+from detr_jax.commands.data_options import DataOptions
 from detr_jax.commands.execution_options import ExecutionOptions
-from detr_jax.data.registry import open_dataset
 from detr_jax.errors import InputError
 from detr_jax.files import refuse_existing, write_json
 from detr_jax.methods import MGS
@@ -40,8 +40,7 @@ class Arguments:
     computation: Annotated[ExecutionOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=ExecutionOptions)
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the detector's computation."""
-    coco: Path | None = None
-    """Folder of a data set in COCO's layout; without it, generated scenes are used."""
+    data: Annotated[DataOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=DataOptions)
     images: int = 256
     """The first so many images of the split: val for an evaluation, train for training."""
     batch_size: int = 8
@@ -60,7 +59,7 @@ def profile(arguments: Arguments) -> None:
     refuse_existing(arguments.out, arguments.overwrite)
     if arguments.run == "training" and arguments.plan is not None:
         raise InputError("gates are trained on the dense detector: --plan is for --run evaluation")
-    dataset = open_dataset(arguments.coco, "val" if arguments.run == "evaluation" else "train", arguments.images)
+    dataset = arguments.data.open("val" if arguments.run == "evaluation" else "train", arguments.images)
     model = detr_jax.load(arguments.model, preset=arguments.preset, dtype=jnp.dtype(arguments.dtype))
     selectors = {}
     if arguments.plan is not None:
