@@ -5,6 +5,7 @@ import sys
 COMMANDS = {
     "detect": "draw the objects in photographs",
     "evaluate": "measure average precision, dense or with a plan",
+    "train-gates": "make a detector sparse: train gates and write its plan",
     "search-plan": "search the fastest or sparsest plan within a budget",
     "convert": "write a published checkpoint as one safetensors file",
     "train-detector": "train the embedded detector from scratch",

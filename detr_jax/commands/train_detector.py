@@ -10,11 +10,8 @@ from tqdm import tqdm
 
 import detr_jax
 from detr_jax.commands import cli
-from detr_jax.data.features import backbone_features
 from detr_jax.data.scenes import ScenesDataset
 from detr_jax.errors import InputError
-from detr_jax.evaluation.coco_ap import bootstrap, confidence_interval, score
-from detr_jax.evaluation.runs import measure_dataset
 from detr_jax.files import refuse_existing, replacing, write_json
 from detr_jax.methods import MGS
 from detr_jax.models import DETR
@@ -34,8 +31,8 @@ OUTPUTS = (CHECKPOINTS, LOG, FIGURE, DETECTOR, CARD, REPORT)
 class Arguments:
     """Trains detr-tiny on generated scenes, measures it and writes its model card.
 
-    For example `detr-jax train-detector --out runs/train_detector`; when it was interrupted, the
-    same with --resume goes on from the last checkpoint.
+    For example `detr-jax train-detector --out runs/train_detector`; --resume goes on from the last
+    checkpoint of one that was interrupted.
     """
 
     training: Annotated[DetectorTraining, tyro.conf.OmitArgPrefixes] = field(default_factory=DetectorTraining)
@@ -81,10 +78,8 @@ def measure(model: DETR, log: list[dict], training: DetectorTraining) -> dict:
     if not log or log[-1]["step"] != training.steps:
         raise InputError(f"the training's log has no entry for its last step {training.steps}")
     dataset = ScenesDataset("val")
-    batches = backbone_features(model, dataset, EVALUATION_BATCH, "validation scenes")
-    measured = measure_dataset(model, batches, selectors={}, group_size=MGS.group_size)
-    scores = score(dataset.ground_truth(), measured.results, dataset.image_ids())
-    zeros = {name: counts.zeros for name, counts in measured.counts.items()}
+    scores = detr_jax.evaluate(model, dataset, batch_size=EVALUATION_BATCH, group_size=MGS.group_size)
+    zeros = {name: counts.zeros for name, counts in scores.counts.items()}
     minutes = log[-1]["minutes"]
     return {
         "model": MODEL,
@@ -93,7 +88,7 @@ def measure(model: DETR, log: list[dict], training: DetectorTraining) -> dict:
         "dataset": dataset.name,
         "images": len(dataset),
         "numbers": scores.numbers,
-        "AP_interval": confidence_interval(bootstrap(scores)),
+        "AP_interval": scores.interval,
         "category_AP": scores.category_ap,
         "zeros": zeros,
         "zeros_mean": sum(zeros.values()) / len(zeros),

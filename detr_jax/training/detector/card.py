@@ -25,7 +25,7 @@ def model_card(report: dict) -> str:
     recipe, log, numbers = report["recipe"], report["log"], report["numbers"]
     low, high = report["AP_interval"]
     architecture = report["config"]
-    measured = [[name, f"{value:.3f}" if value >= 0 else "-"] for name, value in numbers.items()]
+    measured = [[name, "-" if value is None or not value >= 0 else f"{value:.3f}"] for name, value in numbers.items()]
     zeros = [[name, f"{100 * share:.1f} %"] for name, share in report["zeros"].items()]
     zeros.append(["mean", f"{100 * report['zeros_mean']:.1f} %"])
     losses = [
