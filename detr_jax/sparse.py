@@ -15,7 +15,7 @@ from detr_jax.detection import detect
 from detr_jax.errors import InputError
 from detr_jax.evaluation.inspection import FFNActivity, FFNExecution, activity, execution_report
 from detr_jax.kernels import IMPLEMENTATIONS, Execution
-from detr_jax.methods import at_threshold, executed
+from detr_jax.methods import Executed, Thresholded, at_threshold, executed
 from detr_jax.models import Detector, Outputs, Preprocessing, Selectors
 from detr_jax.models.detections import Detections, ImageDetections
 from detr_jax.models.parameters import fingerprint
@@ -53,6 +53,17 @@ class SparseDETR:
             raise InputError(f"the plan was made for the detector {plan.fingerprint[:12]}, this one is {own[:12]}")
         check_fit(plan.selectors, plan.permutations, model, "the plan")
         return cls(model.with_permutations(plan.permutations), plan)
+
+    def __repr__(self) -> str:
+        plan, name, ffns = self.plan, type(self.detector).__name__, len(self.detector.ffn_specs())
+        how = {str(s.execution) if isinstance(s, Executed) else "masked" for s in plan.selectors.values()}
+        lines = (
+            f"detector: {name} of {ffns} FFNs and {len(self.labels)} labels, {jnp.dtype(self.dtype)}",
+            f"plan: {plan.method}, {len(plan.selectors)} FFNs sparse, {len(plan.orders)} with permuted neurons",
+            f"execution: {', '.join(sorted(how))}",
+            f"measured: {', '.join(plan.measured) or 'nothing'}",
+        )
+        return "\n  ".join(("SparseDETR(", *lines)) + "\n)"
 
     @property
     def config(self) -> Any:
@@ -191,28 +202,38 @@ class SparseDETR:
             return SparseDETR(self.detector, plan)
         return SparseDETR.of(self.dense, plan)
 
-    def with_threshold(self, threshold: float | Mapping[str, float]) -> "SparseDETR":
-        """The same with other thresholds. What the plan says was measured is not true any more, and is left out.
+    def with_threshold(
+        self,
+        probability: float | Mapping[str, float] | None = None,
+        *,
+        score: float | Mapping[str, float] | None = None,
+    ) -> "SparseDETR":
+        """The same with other thresholds; `plan.measured`, which is not true any more, is emptied.
 
         Args:
-            threshold: for all FFNs, or by name for some of them; in the units of the method's score. Those of MGS and
-                of other gates are log-odds: `detr_jax.log_odds(0.5)`.
+            probability: threshold of gates, for all FFNs, or by name for some of them: groups are computed that are
+                active with at least this probability.
+            score: thresholds in the unit of the method's own score, instead; log-odds for gates.
 
         Raises:
-            ValueError: if an FFN has no selector or its selector has no threshold, or the threshold is NaN.
+            InputError: if both or none are given, an FFN has no selector or its selector no threshold, its score is no
+                probability, or a threshold is NaN.
 
         >>> import detr_jax
-        >>> model = detr_jax.load_sparse("detr-tiny").with_threshold(detr_jax.log_odds(0.5))
-        >>> model = model.with_threshold({"decoder.2": detr_jax.log_odds(0.25)})
-        >>> [round(float(s.threshold), 3) for s in model.plan.selectors.values()]
+        >>> model = detr_jax.load_sparse("detr-tiny").with_threshold(0.5)
+        >>> model = model.with_threshold({"decoder.2": 0.25})
+        >>> [round(float(s.threshold), 3) for s in model.plan.selectors.values()]  # log-odds
         [0.0, 0.0, -1.099, 0.0, 0.0, 0.0]
         """
+        if (probability is None) == (score is None):
+            raise InputError("with_threshold takes a probability, or score= in the unit of the method's own score")
         selectors = dict(self.plan.selectors)
-        wanted = threshold if isinstance(threshold, Mapping) else dict.fromkeys(selectors, threshold)
-        for name, value in wanted.items():
+        given = score if probability is None else probability
+        change = Thresholded.at if probability is None else Thresholded.at_probability
+        for name, value in (given if isinstance(given, Mapping) else dict.fromkeys(selectors, given)).items():
             if name not in selectors:
                 raise InputError(f"{name!r} is not gated; the plan has selectors for {', '.join(selectors)}")
-            selectors[name] = at_threshold(selectors[name], value)
+            selectors[name] = at_threshold(selectors[name], lambda found, value=value: change(found, value))
         return SparseDETR(self.detector, dataclasses.replace(self.plan, selectors=selectors, measured={}))
 
     def with_implementation(self, implementation: str | Execution) -> "SparseDETR":

@@ -24,7 +24,7 @@ from tiny import TINY_CONFIG, annotation, tiny_detector, write_coco
 import detr_jax
 from detr_jax.data.coco import CocoDataset
 from detr_jax.kernels import Execution
-from detr_jax.methods import InputMagnitude, LinearGate, Thresholded, TopK
+from detr_jax.methods import InputMagnitude, LinearGate, Random, Thresholded, TopK
 
 PAGE = Path(__file__).parent.parent / "docs/errors.md"
 HEAD = """# What goes wrong, and what is said
@@ -131,6 +131,7 @@ GATE = "encoder.0.selector.score"
 PIXELS = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
 DEEP = np.full((4, 4), 300, np.uint16)
 IMAGE = {"id": 1, "file_name": "000000000001.png", "height": 20, "width": 30}
+REVERSED = {"encoder.0": np.arange(32)[::-1]}
 CHANNELS = Thresholded(InputMagnitude(weighted=False), jnp.float32(0.1))
 UNKNOWN = {
     "class": "Thresholded",
@@ -339,6 +340,16 @@ TABLE = {
         ),
         Bad("blocks of channels", lambda t: with_selector(CHANNELS).with_implementation("auto")),
         Bad("a threshold for a dense FFN", lambda t: with_selector(CHANNELS).with_threshold({"decoder.0": 0.0})),
+        Bad(
+            "thresholds of a score that is no probability",
+            lambda t: with_selector(Thresholded(Random(8), jnp.float32(0))).with_threshold(0.5),
+        ),
+        Bad(
+            "selectors of a plan for the dense detector",
+            lambda t: dense()(
+                np.float32(PIXELS)[None], selectors=dataclasses.replace(plan(), orders=REVERSED).selectors
+            ),
+        ),
         Bad("a threshold of NaN", lambda t: sparse().with_threshold(float("nan"))),
         Bad(
             "a threshold for a number of groups",

@@ -91,9 +91,8 @@ def test_outputs_are_poisoned_before_the_call():
 @interpreted
 def test_lists_in_any_order_with_repetitions(monkeypatch):
     """Through the operation, and as the kernel gets them: whole permutations, not sorted."""
-    path = "detr_jax.kernels.mosaic_gpu"
-    monkeypatch.setattr(f"{path}.unsupported_reason", unsupported)
-    monkeypatch.setattr(f"{path}.block_sparse_ffn", partial(block_sparse_ffn, interpret=params()))
+    interpreted_run = partial(block_sparse_ffn, interpret=params())
+    change_backend(monkeypatch, "mosaic_gpu", unsupported_reason=unsupported, run=interpreted_run)
     x, weights, _ = random_case(23, tokens=100, tile=64, d=64, features=128, blocks=8, dtype=jnp.bfloat16)
     lists = BlockLists(indices=jnp.array([[5, 2, 5, 0, 7, 2], [1, -3, 8, 99, 4, 6]]), counts=jnp.array([6, 5]))
     needed = np.zeros((2, 8), bool)

@@ -22,6 +22,7 @@ from detr_jax.methods import (
     LowRankCompensation,
     Oracle,
     PartitionedSelector,
+    Pooled,
     Random,
     Thresholded,
     TopK,
@@ -116,7 +117,7 @@ def test_it_goes_through_transformations(sparse, pixels):
 
     by_pixels = jax.jit(jax.grad(loss, 1))(sparse, jnp.asarray(pixel_values))
     assert by_pixels.shape == pixel_values.shape and jnp.abs(by_pixels).max() > 0
-    silent = sparse.with_threshold(np.inf)
+    silent = sparse.with_threshold(1.0)
     by_parameters = jax.jit(
         jax.grad(lambda detector: loss(dataclasses.replace(silent, detector=detector), pixel_values))
     )
@@ -139,13 +140,13 @@ def test_it_is_a_pytree(sparse, pixels):
 
 
 def test_thresholds(dense, sparse, pixels):
-    everything = sparse.with_threshold(-np.inf)
+    everything = sparse.with_threshold(0.0)
     assert everything.detector is sparse.detector
     assert_same(call(everything, *pixels), call(dense, *pixels))
     assert everything.plan.measured == {} and everything.plan.training == sparse.plan.training
-    one = sparse.with_threshold({"decoder.0": 0.5})
-    assert [float(one.plan.selectors[name].threshold) for name in NAMES] == [0.0, 0.5]
-    executed = sparse.with_implementation("xla").with_threshold(1.0).plan.selectors["encoder.0"]
+    one = sparse.with_threshold({"decoder.0": 0.75})
+    assert [float(one.plan.selectors[name].threshold) for name in NAMES] == pytest.approx([0.0, np.log(3)])
+    executed = sparse.with_implementation("xla").with_threshold(score=1.0).plan.selectors["encoder.0"]
     assert float(executed.selector.threshold) == 1 and executed.execution.implementation == "xla"
 
 
@@ -153,7 +154,41 @@ def test_thresholds_of_selectors_that_hold_others(dense):
     gate = gates()["encoder.0"]
     factors = low_rank_factors(dense.ffn_weights()["encoder.0"], 2)
     sparse = detr_jax.load_sparse(dense, plan_of(dense, {"encoder.0": LowRankCompensation(gate, factors)}))
-    assert float(sparse.with_threshold(0.25).plan.selectors["encoder.0"].of.threshold) == 0.25
+    assert float(sparse.with_threshold(score=0.25).plan.selectors["encoder.0"].of.threshold) == 0.25
+
+
+def test_thresholds_are_probabilities_or_scores(sparse):
+    selectors = {"encoder.0": Thresholded(Random(4), jnp.float32(0)), "decoder.0": gates()["decoder.0"]}
+    mixed = sparse.with_plan(dataclasses.replace(sparse.plan, selectors=selectors))
+    assert float(mixed.with_threshold({"decoder.0": 0.5}).plan.selectors["decoder.0"].threshold) == 0
+    with pytest.raises(ValueError, match=r"the score of Random is no probability.*score="):
+        mixed.with_threshold(0.5)
+    with pytest.raises(ValueError, match="takes a probability, or score="):
+        mixed.with_threshold(0.5, score=0.5)
+    pooled = Thresholded(Pooled(gates()["encoder.0"].score, odds=True), jnp.float32(0))
+    shared = sparse.with_plan(dataclasses.replace(sparse.plan, selectors={"encoder.0": pooled}))
+    assert float(shared.with_threshold(0.25).plan.selectors["encoder.0"].threshold) == 0.25
+
+
+def test_selectors_of_a_plan_need_neurons_in_its_order(dense, sparse, plan, pixels):
+    for run in (dense, jax.jit(lambda *held: dense(*held[:2], selectors=held[2]))):
+        with pytest.raises(ValueError, match="hidden neurons in another order"):
+            run(*pixels, selectors=plan.selectors) if run is dense else run(*pixels, plan.selectors)
+    with pytest.raises(ValueError, match="hidden neurons in another order"):
+        sparse(*pixels, selectors=dataclasses.replace(plan, orders={}).selectors)
+    permuted = dense.with_permutations(plan.orders)
+    assert_same(permuted(*pixels, selectors=plan.selectors), call(sparse, *pixels))
+    twice = dense.with_permutations({"encoder.0": np.arange(32)[::-1]})
+    order = np.argsort(np.arange(32)[::-1])[plan.orders["encoder.0"]]
+    assert twice.with_permutations({"encoder.0": order}).permutations == permuted.permutations
+    unpermuted = plan_of(dense, gates())
+    assert_same(sparse.dense(*pixels, selectors=unpermuted.selectors), dense(*pixels, selectors=gates()))
+
+
+def test_its_repr_is_a_summary(sparse):
+    text = repr(sparse.with_implementation("xla"))
+    assert len(text.splitlines()) < 10 and "mgs, 2 FFNs sparse, 1 with permuted neurons" in text
+    assert "implementation='xla'" in text and "masked" in repr(sparse)
 
 
 @pytest.mark.parametrize("name", ["masked", "auto", "xla", "reference"])
@@ -296,7 +331,7 @@ def test_what_the_execution_computes(sparse, pixels):
     tiles = np.asarray(layer.kept).reshape(2, -1, 4, 8, 4).any((2, 4))
     assert tiles[..., :2].all() and 0 < tiles[..., 2:6].mean() < 1 and not tiles[..., 6:].any()
     np.testing.assert_allclose(layer.executed, tiles.mean(), rtol=1e-6)
-    assert float(parts.with_threshold(-2.0).inspect(*pixels)["encoder.0"].density) == 0.75
+    assert float(parts.with_threshold(score=-2.0).inspect(*pixels)["encoder.0"].density) == 0.75
     # Where nearly everything is needed, the dense FFN is faster.
     most = sparse.with_implementation("auto").inspect(*pixels)["encoder.0"]
     assert float(most.executed) == 1 > most.density
@@ -316,7 +351,7 @@ def test_detection_in_images_of_all_kinds(sparse, dense, tmp_path):
     np.testing.assert_array_equal(in_one_array[0].boxes, expected.boxes)
     assert sparse.detect([], 0.5) == []
     assert len(sparse.detect(IMAGES[0], 1.0)) == 0
-    one, other = sparse.with_threshold(-np.inf).detect(IMAGES[0], 0.0), detr_jax.detect(dense, IMAGES[0], 0.0)
+    one, other = sparse.with_threshold(0.0).detect(IMAGES[0], 0.0), detr_jax.detect(dense, IMAGES[0], 0.0)
     np.testing.assert_allclose(one.scores, other.scores, atol=1e-5)
 
 

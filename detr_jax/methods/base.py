@@ -65,7 +65,10 @@ class Traits(NamedTuple):
 
 
 class Score(Protocol):
-    """How much a part of an FFN is needed; higher is kept sooner. A pytree."""
+    """How much a part of an FFN is needed; higher is kept sooner. A pytree.
+
+    Scores that say how probably it is active have a `unit`, "log-odds" or "probability".
+    """
 
     @property
     def traits(self) -> Traits: ...
@@ -109,7 +112,7 @@ class Thresholded:
         return self.score.cost(d_model, features)
 
     def at(self, threshold: float) -> "Thresholded":
-        """The same with another threshold.
+        """The same with another threshold, in the unit of the score.
 
         Raises:
             ValueError: if it is NaN.
@@ -118,18 +121,33 @@ class Thresholded:
             raise InputError("a threshold cannot be NaN")
         return dataclasses.replace(self, threshold=jnp.float32(threshold))
 
+    def at_probability(self, probability: float) -> "Thresholded":
+        """The same with the threshold that is a probability.
 
-def at_threshold(selector: Selector, threshold: float) -> Selector:
+        Raises:
+            InputError: if it is no probability, or the score has none.
+        """
+        unit = getattr(self.score, "unit", None)
+        if unit is None:
+            raise InputError(
+                f"the score of {type(self.score).__name__} is no probability: pass its threshold in its own unit, as "
+                "with_threshold(score=...)"
+            )
+        threshold = log_odds(probability)  # also checks it
+        return self.at(threshold if unit == "log-odds" else probability)
+
+
+def at_threshold(selector: Selector, change: Callable[[Thresholded], Thresholded]) -> Selector:
     """The same selector with another threshold, wherever in it that is.
 
     Raises:
-        ValueError: if it decides by no threshold, or the threshold is NaN.
+        InputError: if it decides by no threshold.
     """
     if isinstance(selector, Thresholded):
-        return selector.at(threshold)
+        return change(selector)
     for field in ("of", "selector", "gate"):
         if getattr(selector, field, None) is not None:
-            return dataclasses.replace(selector, **{field: at_threshold(getattr(selector, field), threshold)})
+            return dataclasses.replace(selector, **{field: at_threshold(getattr(selector, field), change)})
     raise InputError(f"{type(selector).__name__} decides by no threshold")
 
 

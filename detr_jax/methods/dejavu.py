@@ -26,6 +26,7 @@ class LowRankGate:
     """
 
     traits: ClassVar = Traits("training", "group", "both")
+    unit: ClassVar = "log-odds"
 
     down: jax.Array
     up: jax.Array

@@ -26,6 +26,7 @@ class LinearGate:
     """
 
     traits: ClassVar = Traits("training", "group", "both")
+    unit: ClassVar = "log-odds"
 
     kernel: jax.Array
     bias: jax.Array

@@ -48,6 +48,10 @@ class Pooled(Derived):
     window: int | None = field(default=None, metadata={"static": True})
 
     @property
+    def unit(self) -> str | None:
+        return "probability" if self.odds else getattr(self.of, "unit", None)
+
+    @property
     def traits(self) -> Traits:
         return self.of.traits._replace(granularity="image", tile_size=self.window)
 

@@ -8,7 +8,17 @@ from detr_jax.models.ffn import FFNTrace
 from detr_jax.models.preprocessing import Preprocessing
 from detr_jax.models.registry import register
 from detr_jax.models.resnet import BackboneConfig
-from detr_jax.models.selection import FFNWeights, LowRankFactors, OutputLayer, Partition, Selection, Selector, Selectors
+from detr_jax.models.selection import (
+    FFNWeights,
+    LowRankFactors,
+    OutputLayer,
+    Partition,
+    Permutations,
+    PlanSelectors,
+    Selection,
+    Selector,
+    Selectors,
+)
 
 register("detr", DetrConfig, DETR)
 
@@ -30,6 +40,8 @@ __all__ = [
     "OutputLayer",
     "Outputs",
     "Partition",
+    "Permutations",
+    "PlanSelectors",
     "Preprocessing",
     "Selection",
     "Selector",

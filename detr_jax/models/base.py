@@ -14,7 +14,7 @@ from detr_jax.errors import InputError
 from detr_jax.models.detections import Detections
 from detr_jax.models.ffn import FFN, FFNTrace, permute
 from detr_jax.models.preprocessing import Preprocessing
-from detr_jax.models.selection import FFNWeights, Selectors
+from detr_jax.models.selection import FFNWeights, Permutations, PlanSelectors, Selectors
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ class Detector(nnx.Module):
 
     config: Any
     dtype: jnp.dtype
+    permutations = Permutations({})
+    """Of the hidden neurons, since the detector was loaded."""
 
     @property
     @abc.abstractmethod
@@ -198,15 +200,22 @@ class Detector(nnx.Module):
         for name, permutation in permutations.items():
             for parameter, value in permute(ffns[name].parameters(), permutation)._asdict().items():
                 getattr(ffns[name], parameter)[...] = value
+        copy.permutations = self.permutations.then(permutations)
         return copy
 
     def known_selectors(self, selectors: Selectors | None) -> Selectors:
         """The selectors of a call, {} for None.
 
         Raises:
-            InputError: if one names an FFN that does not exist.
+            InputError: if one names an FFN that does not exist, or they are a plan's and the hidden neurons are not in
+                the plan's order.
         """
-        selectors, names = selectors or {}, list(self.ffn_specs())
+        selectors, names = {} if selectors is None else selectors, list(self.ffn_specs())
+        if isinstance(selectors, PlanSelectors) and selectors.permutations != self.permutations:
+            raise InputError(
+                "these selectors belong to a plan that has the hidden neurons in another order than this detector: use "
+                "detr_jax.load_sparse(detector, plan), or detector.with_permutations(plan.orders)"
+            )
         if unknown := set(selectors) - set(names):
             raise InputError(f"no FFN is named {sorted(unknown)}; this detector has {names}")
         return selectors

@@ -1,5 +1,6 @@
 """The part of an FFN that is computed, and what decides it."""
 
+import hashlib
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from detr_jax.kernels import Execution, FFNWeights, expand_groups, repeat_per_tile
 
@@ -125,3 +127,54 @@ class Selector(Protocol):
 
 Selectors = Mapping[str, Selector]
 """Selector of each sparse FFN by name ("encoder.0"); an FFN without one is dense."""
+
+
+class Permutations:
+    """Permutations of hidden neurons by name of the FFN, identities left out; compared by value, so static for a jit.
+
+    Attributes:
+        arrays: (F,) of each FFN, the neuron that comes to each place.
+    """
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]):
+        found = {name: np.asarray(array) for name, array in sorted(arrays.items())}
+        self.arrays = {name: a for name, a in found.items() if not np.array_equal(a, np.arange(len(a)))}
+        content = (name.encode() + b"=" + a.astype(np.int64).tobytes() for name, a in self.arrays.items())
+        self._digest = hashlib.sha256(b"".join(content)).digest()
+
+    def then(self, others: Mapping[str, np.ndarray]) -> "Permutations":
+        """These, and after them others."""
+        composed = {name: self.arrays[name][array] if name in self.arrays else array for name, array in others.items()}
+        return Permutations(self.arrays | composed)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Permutations) and self._digest == other._digest
+
+    def __hash__(self) -> int:
+        return hash(self._digest)
+
+
+class PlanSelectors(dict[str, Selector]):
+    """The selectors of a plan by name; detectors whose neurons are in another order than the plan's refuse them.
+
+    Attributes:
+        permutations: of the plan.
+    """
+
+    def __init__(self, selectors: Selectors, permutations: Permutations):
+        super().__init__(selectors)
+        self.permutations = permutations
+
+
+def _flatten(selectors: PlanSelectors):
+    names = tuple(sorted(selectors))
+    children = tuple((jax.tree_util.DictKey(name), selectors[name]) for name in names)
+    return children, (names, selectors.permutations)
+
+
+def _unflatten(static, children):
+    names, permutations = static
+    return PlanSelectors(dict(zip(names, children, strict=True)), permutations)
+
+
+jax.tree_util.register_pytree_with_keys(PlanSelectors, _flatten, _unflatten)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from detr_jax.models import Selector
+from detr_jax.models import Permutations, PlanSelectors, Selector
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -33,6 +33,10 @@ class Plan:
     training: dict
     measured: dict
     versions: dict[str, str]
+
+    def __post_init__(self):
+        if isinstance(self.selectors, Mapping):  # not while JAX puts a pytree of something else together
+            object.__setattr__(self, "selectors", PlanSelectors(self.selectors, Permutations(self.orders)))
 
     def tree_flatten_with_keys(self):
         facts = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "selectors"}
