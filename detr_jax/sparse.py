@@ -59,7 +59,7 @@ class SparseDETR:
         how = {str(s.execution) if isinstance(s, Executed) else "masked" for s in plan.selectors.values()}
         lines = (
             f"detector: {name} of {ffns} FFNs and {len(self.labels)} labels, {jnp.dtype(self.dtype)}",
-            f"plan: {plan.method}, {len(plan.selectors)} FFNs sparse, {len(plan.orders)} with permuted neurons",
+            f"plan: {plan.method}, {len(plan.selectors)} FFNs sparse, {len(plan.permutations)} with permuted neurons",
             f"execution: {', '.join(sorted(how))}",
             f"measured: {', '.join(plan.measured) or 'nothing'}",
         )

@@ -347,7 +347,7 @@ TABLE = {
         Bad(
             "selectors of a plan for the dense detector",
             lambda t: dense()(
-                np.float32(PIXELS)[None], selectors=dataclasses.replace(plan(), orders=REVERSED).selectors
+                np.float32(PIXELS)[None], selectors=dataclasses.replace(plan(), permutations=REVERSED).selectors
             ),
         ),
         Bad("a threshold of NaN", lambda t: sparse().with_threshold(float("nan"))),

@@ -175,11 +175,11 @@ def test_selectors_of_a_plan_need_neurons_in_its_order(dense, sparse, plan, pixe
         with pytest.raises(ValueError, match="hidden neurons in another order"):
             run(*pixels, selectors=plan.selectors) if run is dense else run(*pixels, plan.selectors)
     with pytest.raises(ValueError, match="hidden neurons in another order"):
-        sparse(*pixels, selectors=dataclasses.replace(plan, orders={}).selectors)
-    permuted = dense.with_permutations(plan.orders)
+        sparse(*pixels, selectors=dataclasses.replace(plan, permutations={}).selectors)
+    permuted = dense.with_permutations(plan.permutations)
     assert_same(permuted(*pixels, selectors=plan.selectors), call(sparse, *pixels))
     twice = dense.with_permutations({"encoder.0": np.arange(32)[::-1]})
-    order = np.argsort(np.arange(32)[::-1])[plan.orders["encoder.0"]]
+    order = np.argsort(np.arange(32)[::-1])[plan.permutations["encoder.0"]]
     assert twice.with_permutations({"encoder.0": order}).permutations == permuted.permutations
     unpermuted = plan_of(dense, gates())
     assert_same(sparse.dense(*pixels, selectors=unpermuted.selectors), dense(*pixels, selectors=gates()))
@@ -213,7 +213,7 @@ def test_what_was_measured_belongs_to_an_implementation(sparse):
 def test_the_report_says_how_ffns_are_computed(sparse, pixels, monkeypatch):
     masked = sparse.execution_report((32, 40))
     assert tuple(masked) == NAMES and {str(execution) for execution in masked.values()} == {"masked"}
-    parts = {"encoder.0": PartitionedSelector(Thresholded(Lots(4), jnp.float32(-0.5)), always=8, gated=16)}
+    parts = {"encoder.0": PartitionedSelector(Thresholded(Random(4), jnp.float32(-0.5)), always=8, gated=16)}
     some = sparse.with_plan(dataclasses.replace(sparse.plan, selectors=parts)).with_implementation("xla")
     report = some.execution_report((32, 40))
     assert str(report["encoder.0"]) == "xla, images, blocks of 4 neurons, 24 neurons at most"

@@ -214,7 +214,7 @@ class Detector(nnx.Module):
         if isinstance(selectors, PlanSelectors) and selectors.permutations != self.permutations:
             raise InputError(
                 "these selectors belong to a plan that has the hidden neurons in another order than this detector: use "
-                "detr_jax.load_sparse(detector, plan), or detector.with_permutations(plan.orders)"
+                "detr_jax.load_sparse(detector, plan), or detector.with_permutations(plan.permutations)"
             )
         if unknown := set(selectors) - set(names):
             raise InputError(f"no FFN is named {sorted(unknown)}; this detector has {names}")

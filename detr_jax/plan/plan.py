@@ -36,7 +36,7 @@ class Plan:
 
     def __post_init__(self):
         if isinstance(self.selectors, Mapping):  # not while JAX puts a pytree of something else together
-            object.__setattr__(self, "selectors", PlanSelectors(self.selectors, Permutations(self.orders)))
+            object.__setattr__(self, "selectors", PlanSelectors(self.selectors, Permutations(self.permutations)))
 
     def tree_flatten_with_keys(self):
         facts = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "selectors"}
