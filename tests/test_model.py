@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from beartype import beartype
 from flax import nnx
+from jaxtyping import TypeCheckError, jaxtyped
 from tiny import TINY_CONFIG, tiny_detector
 
 from detr_jax.methods import Oracle
-from detr_jax.models import DETR, preset_config
+from detr_jax.models import DETR, Preprocessing, preset_config
 from detr_jax.models.registry import config_from_json
 
 
@@ -103,6 +105,31 @@ def test_wrong_shapes_are_refused(model, arguments, message):
 def test_a_selector_for_an_unknown_ffn_is_refused(model):
     with pytest.raises(ValueError, match=r"no FFN is named \['encoder.7'\]"):
         model(images(), selectors={"encoder.7": Oracle(8)})
+
+
+def test_an_empty_batch_gives_empty_outputs(model):
+    outputs = model(np.zeros((0, 40, 56, 3), np.float32), trace=True)
+    assert outputs.logits.shape == (0, 5, 4) and outputs.boxes.shape == (0, 5, 4)
+    assert outputs.traces["encoder.0"].hidden.shape == (0, 35, 32)
+    assert model.detections(outputs, np.zeros((0, 2))).boxes.shape == (0, 5, 4)
+
+
+def test_shapes_are_as_annotated(model):
+    checked = {name: jaxtyped(typechecker=beartype)(getattr(DETR, name)) for name in ("embed", "detections", "heads")}
+    pixels, mask = jnp.asarray(images()), jnp.ones((2, 40, 56), bool)
+    tokens = checked["embed"](model, pixels, mask, jnp.ones(2, bool))
+    assert checked["detections"](model, model.transform(tokens), jnp.ones((2, 2), jnp.int32)).boxes.shape == (2, 5, 4)
+    assert checked["heads"](model, tokens.x)[1].shape == (2, 35, 4)
+    with pytest.raises(TypeCheckError):
+        checked["embed"](model, pixels, mask[:, :32], jnp.ones(2, bool))
+
+
+def test_files_of_version_1_had_one_size_for_encoder_and_decoder():
+    values = {"backbone": {"depths": [2, 2, 2]}, "heads": 4, "ffn_features": 64, "shortest_side": 128}
+    config = config_from_json("detr", values | {"longest_side": 213})
+    assert (config.encoder_heads, config.decoder_heads) == (4, 4)
+    assert (config.encoder_ffn_dim, config.decoder_ffn_dim) == (64, 64)
+    assert config.preprocessing == Preprocessing(128, 213, stride=config.backbone.stride)
 
 
 def test_an_unknown_preset_is_refused():

@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from coco_images import padded, small_images
 from flax import nnx
 from golden.recipe import fill
@@ -13,6 +14,7 @@ from published import recipe_entries
 import detr_jax
 from detr_jax import convert
 from detr_jax.load import build
+from detr_jax.methods import Oracle
 
 torch = pytest.importorskip("torch")
 
@@ -63,7 +65,8 @@ def forward(model, pixels, mask):
 def random_detector(transformers, **config):
     """A detector whose every parameter and statistic matters, unlike those of a fresh one."""
     labels = {0: "N/A", 1: "cat", 2: "dog"}
-    config = transformers.DetrConfig(encoder_layers=2, decoder_layers=2, num_queries=30, id2label=labels, **config)
+    layers = {"encoder_layers": 2, "decoder_layers": 2}
+    config = transformers.DetrConfig(num_queries=30, id2label=labels, **layers | config)
     model = transformers.DetrForObjectDetection(config).eval()
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -93,6 +96,49 @@ def test_transformers(backbone, tmp_path):
     assert model.config.backbone.dilate_last == (backbone == "timm-dc5")
     assert (model.config.encoder_layers, model.config.decoder_layers, model.config.queries) == (2, 2, 30)
 
+    assert_same_outputs(model, original)
+
+
+def test_every_size_that_a_configuration_can_say(tmp_path):
+    """Unequal FFNs, heads, layers and another backbone, sparse like the others."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"encoder_layers": 2, "decoder_layers": 3, "encoder_ffn_dim": 96, "decoder_ffn_dim": 64, "d_model": 64}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 2}
+    backbone = transformers.ResNetConfig(
+        embedding_size=16, hidden_sizes=[32, 64, 128, 256], depths=[1, 2, 1, 1], out_features=["stage4"]
+    )
+    original = random_detector(
+        transformers, use_timm_backbone=False, backbone=None, backbone_config=backbone, **sizes, **heads
+    )
+    original.save_pretrained(tmp_path)
+    model = detr_jax.load(tmp_path)
+    assert_same_outputs(model, original)
+
+    detr_jax.save(model, tmp_path / "own.safetensors")
+    assert detr_jax.load(tmp_path / "own.safetensors").config == model.config
+    assert [(spec.hidden, spec.tokens) for spec in model.ffn_specs().values()] == [(96, "image")] * 2 + [
+        (64, "query")
+    ] * 3
+    rng = np.random.default_rng(0)
+    orders = {name: rng.permutation(spec.hidden) for name, spec in model.ffn_specs().items()}
+    selectors = dict.fromkeys(orders, Oracle(1))
+    plan = detr_jax.Plan("oracle", detr_jax.fingerprint(model), selectors, orders, {}, {}, {})
+    detr_jax.save_plan(plan, tmp_path / "plan.safetensors")
+    sparse = detr_jax.load_sparse(model, tmp_path / "plan.safetensors")
+    pixels = rng.standard_normal((1, 64, 96, 3)).astype(np.float32)
+    layers = sparse.inspect(pixels)
+    assert [layer.hidden.shape[-1] for layer in layers.values()] == [96, 96, 64, 64, 64]
+    assert all(layer.density < 1 and layer.recall == 1 for layer in layers.values())
+    np.testing.assert_allclose(sparse(pixels).logits, model(pixels).logits, atol=1e-4)
+    with pytest.raises(ValueError, match="64 features cannot be divided among 7 decoder heads"):
+        convert.published_checkpoint(
+            "the file",
+            safetensors.numpy.load_file(tmp_path / "model.safetensors"),
+            facts=convert.Facts(dilation=False, encoder_heads=4, decoder_heads=7),
+        )
+
+
+def assert_same_outputs(model, original):
     pixels, mask = padded(small_images(model.config))
     with torch.no_grad():
         expected = original(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(mask).long())
