@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 from studies.common import open_splits
-from tiny import annotation, write_coco
+from tiny import annotation, tiny_detector, write_coco
 
 import detr_jax_command
 from detr_jax import errors
 from detr_jax.commands import cli
+from detr_jax.commands.data_options import DataOptions
 
 ROOT = Path(__file__).parent.parent
 
@@ -111,12 +112,12 @@ def test_a_run_is_the_same_wherever_its_inputs_are(tmp_path):
     for name in ("here", "there"):
         root = write_coco(tmp_path / name, [(20, 30)] * 4, [annotation(1, 1, (1, 2, 10, 12))], "train2017")
         write_coco(root, [(20, 30)] * 2, [], "val2017")
-        splits.append(open_splits(root, 3, 1, 2))
+        splits.append(open_splits(DataOptions(coco=root), tiny_detector(), 3, 1, 2))
     here, there = (
         cli.settings(Studied(Path(name), coco, "a.safetensors"), detector="0f", **split.fingerprints)
         for name, coco, split in zip(("a", "b"), (tmp_path / "here", "there"), splits, strict=True)
     )
     assert here == there and here["epochs"] == 3 and here["fingerprint of the training"].endswith("[0:3]")
     root = write_coco(tmp_path / "other", [(20, 31)] * 4, [], "train2017")
-    other = open_splits(write_coco(root, [(20, 30)] * 2, [], "val2017"), 3, 1, 2)
+    other = open_splits(DataOptions(coco=write_coco(root, [(20, 30)] * 2, [], "val2017")), tiny_detector(), 3, 1, 2)
     assert other.fingerprints["training"] != splits[0].fingerprints["training"]
