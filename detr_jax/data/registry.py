@@ -44,13 +44,11 @@ def open_dataset(data: str, split: str, images: int | None = None) -> Dataset:
     >>> len(detr_jax.open_dataset("scenes", "val"))
     600
     """
-    if not isinstance(data, str):  # until every command has --data
-        data = "scenes" if data is None else f"coco:{data}"
-    kind, _, location = str(data).partition(":")
+    kind, _, location = data.partition(":")
     if kind not in _OPENERS:
         found = f"; for the folder {data} say coco:{data} or images:{data}" if Path(data).is_dir() else ""
         raise InputError(
-            f"there is no data set {str(data)!r}; known are {', '.join(_OPENERS)}, with a path as in coco:PATH{found}"
+            f"there is no data set {data!r}; known are {', '.join(_OPENERS)}, with a path as in coco:PATH{found}"
         )
     return _OPENERS[kind](location, split, images)
 
