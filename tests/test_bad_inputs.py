@@ -281,7 +281,7 @@ TABLE = {
         ),
         Bad("a text file", lambda t: load_plan(written(t / "plan.safetensors", "hello")), "no safetensors file: "),
         Bad("the file of a detector", lambda t: load_plan(detector_file(t))),
-        Bad("a newer version", lambda t: load_plan(plan_file(t, header={"format_version": "4"}))),
+        Bad("a newer version", lambda t: load_plan(plan_file(t, header={"format_version": "5"}))),
         Bad("a version that is no number", lambda t: load_plan(plan_file(t, header={"format_version": "new"}))),
         Bad("a version that it is not of", lambda t: load_plan(plan_file(t, header={"format_version": "1"}))),
         Bad("a header without a description", lambda t: load_plan(plan_file(t, header={"description": None}))),
@@ -299,7 +299,10 @@ TABLE = {
         ),
         Bad("a missing array", lambda t: load_plan(plan_file(t, arrays={f"{GATE}.bias": None}))),
         Bad("an array too much", lambda t: load_plan(plan_file(t, arrays={"encoder.0.extra": np.zeros(1)}))),
-        Bad("an order that is none", lambda t: load_plan(plan_file(t, arrays={"encoder.0.order": np.zeros(32)}))),
+        Bad(
+            "a permutation that is none",
+            lambda t: load_plan(plan_file(t, arrays={"encoder.0.permutation": np.zeros(32)})),
+        ),
         Bad(
             "a selector for no FFN",
             lambda t: load_plan(plan_file(t, {"encoder.9": {"class": "Oracle", "group_size": 8}})),
@@ -314,7 +317,7 @@ TABLE = {
             "in code, NaN", lambda t: with_selector(Thresholded(LinearGate(np.zeros((16, 4)), np.full(4, np.nan)), 0.0))
         ),
         Bad(
-            "in code, an order that is none",
+            "in code, a permutation that is none",
             lambda t: sparse().with_plan(dataclasses.replace(plan(), permutations={"encoder.0": np.arange(9)})),
         ),
         Bad(
