@@ -1,4 +1,4 @@
-"""Commands on photographs of three padded shapes; the search, the comparison and the studies have tests of their own."""
+"""Commands on photographs of three padded shapes; search, comparison and studies have tests of their own."""
 
 import json
 
