@@ -11,11 +11,9 @@ from tiny import annotation, tiny_detector, write_coco
 
 from detr_jax.calibration.activation_passes import object_tokens, profile_activations, query_targets
 from detr_jax.calibration.activations import (
-    MAGNITUDES,
     ActivationProfile,
     ActivationStatistics,
     load_profile,
-    magnitude_quantile,
     measure,
     save_profile,
 )
@@ -25,7 +23,7 @@ from detr_jax.models import FFNWeights
 from detr_jax.models.ffn import permute, trace
 
 BATCH, TOKENS, D, F, SIZE = 3, 9, 5, 12, 4
-COUNTS = ("images", "tokens", "fired", "coactive", "images_fired", "hidden_magnitudes", "input_magnitudes")
+COUNTS = ("images", "tokens", "fired", "coactive", "images_fired")
 
 
 def example(seed=0):
@@ -39,11 +37,10 @@ def example(seed=0):
 
 
 def test_statistics_are_those_of_a_loop():
-    weights, what, kinds = example()
-    found = measure(weights, what, kinds, kinds_count=2, group_size=SIZE)
-    hidden, inputs, w_out = (np.asarray(a, np.float64) for a in (what.hidden, what.inputs, weights.w_out))
+    _, what, kinds = example()
+    found = measure(what, kinds, kinds_count=2)
+    hidden = np.asarray(what.hidden, np.float64)
     expected = {field.name: np.zeros(getattr(found, field.name).shape) for field in dataclasses.fields(found)}
-    edges = np.concatenate([[0], MAGNITUDES.astype(np.float32)])
     for i in range(BATCH):
         seen = np.zeros(F, bool)
         for t in range(TOKENS):
@@ -55,13 +52,6 @@ def test_statistics_are_those_of_a_loop():
             expected["fired"][kind] += h > 0
             expected["coactive"] += np.outer(h > 0, h > 0)
             expected["hidden"][kind] += h
-            for g in range(F // SIZE):
-                members = slice(g * SIZE, (g + 1) * SIZE)
-                expected["group_norms"][kind, g] += np.linalg.norm(h[members])
-                expected["output_norms"][kind, g] += np.linalg.norm(h[members] @ w_out[members])
-            for name, values in (("hidden_magnitudes", h), ("input_magnitudes", inputs[i, t])):
-                for value in np.abs(values):
-                    expected[name][kind, np.searchsorted(edges[1:], value, side="right")] += 1
         expected["images"] += (kinds[i] >= 0).any()
         expected["images_fired"] += seen
     for name, values in expected.items():
@@ -76,13 +66,13 @@ def test_the_statistics_of_a_permuted_ffn_are_the_permuted_statistics():
     weights, what, kinds = example()
     order = np.random.default_rng(3).permutation(F)
     moved = permute(weights, order)
-    one = measure(weights, what, kinds, kinds_count=2, group_size=1)
-    other = measure(moved, trace(moved, what.inputs, what.tokens), kinds, kinds_count=2, group_size=1)
-    for name in ("fired", "hidden", "group_norms", "output_norms"):
+    one = measure(what, kinds, kinds_count=2)
+    other = measure(trace(moved, what.inputs, what.tokens), kinds, kinds_count=2)
+    for name in ("fired", "hidden"):
         np.testing.assert_allclose(getattr(other, name), np.asarray(getattr(one, name))[:, order], rtol=1e-6)
     np.testing.assert_array_equal(other.coactive, np.asarray(one.coactive)[np.ix_(order, order)])
     np.testing.assert_array_equal(other.images_fired, np.asarray(one.images_fired)[order])
-    for name in ("tokens", "images", "hidden_magnitudes", "input_magnitudes"):
+    for name in ("tokens", "images"):
         np.testing.assert_array_equal(getattr(other, name), getattr(one, name))
 
 
@@ -92,19 +82,11 @@ def test_sums_do_not_overflow():
     assert total.fired.dtype == np.int64 and (total.coactive == 3 * (2**31 - 1)).all()
     with pytest.raises(ValueError, match="too large to be counted"):
         jax.eval_shape(
-            lambda w, x, k: measure(w, trace(w, x, k >= 0), k, kinds_count=1, group_size=1),
+            lambda w, x, k: measure(trace(w, x, k >= 0), k, kinds_count=1),
             FFNWeights(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 1), (2,), (2, 1), (1,)))),
             jax.ShapeDtypeStruct((2**10, 2**14, 1), jnp.float32),
             jax.ShapeDtypeStruct((2**10, 2**14), jnp.int32),
         )
-
-
-def test_quantiles_of_magnitudes():
-    values = np.abs(np.random.default_rng(0).standard_normal(10_000))
-    histogram = np.bincount(np.searchsorted(MAGNITUDES, values, side="right"), minlength=len(MAGNITUDES) + 1)
-    for share in (0.1, 0.5, 0.99):
-        assert magnitude_quantile(histogram, share) == pytest.approx(np.quantile(values, share), rel=0.03)
-    assert magnitude_quantile(histogram, 0) == 0
 
 
 @pytest.fixture(scope="module")

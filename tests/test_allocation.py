@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from detr_jax.calibration.allocation import cost_table, evolve, greedy, within_loss
+from detr_jax.calibration.allocation import cost_table, greedy, within_loss
 
 COSTS = np.array([[1.0, 0.5, 0.2, 0.1]] * 3)
 LOSSES = np.array([[0, 0.1, 0.4, 0.9], [0, 0.01, 0.02, 0.05], [0, 0.5, 0.55, 3.0]])
@@ -57,19 +57,6 @@ def test_a_step_may_jump_over_a_bad_setting():
 def test_tables_that_make_no_sense_are_refused(losses, costs, budget, message):
     with pytest.raises(ValueError, match=message):
         greedy(losses, costs, budget)
-
-
-def test_evolution_finds_what_single_ffns_do_not_show():
-    def together(choice):  # the first two FFNs make up for each other's errors
-        return total(LOSSES, choice) - 0.5 * (choice[0] >= 2 and choice[1] >= 1)
-
-    start = greedy(LOSSES, COSTS, 2.0)
-    found = evolve(together, COSTS, 2.0, start, generations=30)
-    assert together(found) < together(start)
-    assert total(COSTS, found) <= 2.0
-    assert found == evolve(together, COSTS, 2.0, start, generations=30)
-    with pytest.raises(ValueError, match="costs 3, more than the budget of 1"):
-        evolve(together, COSTS, 1.0, (0, 0, 0))
 
 
 def test_a_bound_on_the_loss_of_each_ffn():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tiny import TINY_CONFIG, tiny_detector, tiny_ffn
 
+from detr_jax.calibration.accumulate import sum_by_name
 from detr_jax.calibration.threshold_passes import calibrate, measure_scores
 from detr_jax.calibration.thresholds import (
     ScoreHistogram,
@@ -28,7 +29,7 @@ from detr_jax.methods.grouping import active_groups
 from detr_jax.methods.tiles import count_tiles
 from detr_jax.models import FFNTrace, Selection
 from detr_jax.models.ffn import trace
-from detr_jax.models.standalone import FFNInputs, StandaloneFFNs, sum_by_name
+from detr_jax.models.standalone import FFNInputs, StandaloneFFNs
 
 RESOLUTION = 2.0**-9
 """Scores closer than this, relatively, may share a bin."""

@@ -32,7 +32,7 @@ def material(window: int | None, block_size: int) -> Material:
         "sketched": Pooled(sketch(WEIGHTS, inputs.mean, inputs.covariance, 6, SIZE), odds=False, window=window),
     }
     decisions = {kind: collect_scores(ffns_of, passes, {"f": score})["f"] for kind, score in scores.items()}
-    statistics = measure(WEIGHTS, of, jnp.zeros(TOKENS.shape, int), kinds_count=1, group_size=SIZE)
+    statistics = measure(of, jnp.zeros(TOKENS.shape, int), kinds_count=1)
     hidden = moments_of(of.hidden, TOKENS)
     return Material(WEIGHTS, statistics, hidden, scores, decisions, Execution(window, block_size))
 
@@ -67,9 +67,7 @@ def test_a_plan_computes_what_was_tried(window, block_size):
 
 
 def test_densities_are_what_is_computed():
-    for candidate, density in zip(
-        candidates_of(material(None, SIZE), (0.5,), (0.3,)), (1, 0.5, 0.5, 0.3, 0.3), strict=True
-    ):
+    for candidate, density in zip(candidates_of(material(None, SIZE), (0.5,), (0.3,)), (1, 0.5, 0.5, 0.3), strict=True):
         counts = jax.device_get(count_activity(trace(WEIGHTS, X, TOKENS, candidate.trial), 1))
         # Images weigh by their tokens there, and as decisions here.
         assert candidate.density == pytest.approx(counts.density, abs=0.02)

@@ -34,7 +34,7 @@ TUNED = [name for name, method in METHODS.items() if method.tuned_by != "nothing
 def material_for(method) -> FitMaterial:
     """Material with what the method requires and nothing else."""
     what = trace(WEIGHTS, X, TOKENS)
-    statistics = measure(WEIGHTS, what, jnp.zeros(TOKENS.shape, int), kinds_count=1, group_size=SIZE)
+    statistics = measure(what, jnp.zeros(TOKENS.shape, int), kinds_count=1)
     parts = {
         "activations": jax.tree.map(np.asarray, statistics),
         "input_moments": moments_of(X, TOKENS),

@@ -191,7 +191,7 @@ def test_importance_is_how_often_or_how_much_a_group_contributes_to_a_token(grou
     # Two kinds of tokens, one of which is not counted in the second image.
     kinds = np.where(np.arange(3)[:, None] == 1, -1, np.random.default_rng(0).integers(0, 2, TOKENS.shape))
     what = trace(WEIGHTS, X, TOKENS)
-    statistics = measure(WEIGHTS, what, kinds, kinds_count=2, group_size=SIZE)
+    statistics = measure(what, kinds, kinds_count=2)
     fired, contributed, tokens = np.zeros(F // group_size), np.zeros(F // group_size), 0
     for i, t in zip(*np.nonzero(np.asarray(TOKENS) & (kinds >= 0)), strict=True):
         tokens += 1

@@ -226,7 +226,7 @@ def test_activations_of_any_carrier_add_up_over_batches(ffns_file):
     found = measure_activations(ffns, CachedBatches(image_batches(inputs, range(IMAGES), 3)), 8)
     for name, trace in ffns.traces(inputs, {}).items():
         kinds = jnp.zeros(trace.tokens.shape, int)
-        whole = measure(ffns.weights[name], trace, kinds, kinds_count=1, group_size=8)
+        whole = measure(trace, kinds, kinds_count=1)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found[name], whole)
     with pytest.raises(ValueError, match="no images to measure"):
         measure_activations(ffns, CachedBatches([]), 8)

@@ -1,13 +1,13 @@
 """Activation statistics of FFNs over data: of a detector by what the tokens stand for, or of any carrier of FFNs."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from detr_jax.calibration.accumulate import accumulate
 from detr_jax.calibration.activations import (
     ActivationProfile,
     ActivationStatistics,
@@ -26,7 +26,6 @@ from detr_jax.models import Detector, FFNSpec
 from detr_jax.models.base import HasFFNs
 from detr_jax.models.detr.matching import Targets, match
 from detr_jax.models.parameters import fingerprint
-from detr_jax.models.standalone import sum_by_name
 
 KINDS = {"image": ("background", "object"), "query": ("unmatched", "matched")}
 """Image tokens whose centre is over no object, and over one; object queries that the set matching leaves, and those it
@@ -43,7 +42,7 @@ def profile_activations(
     *,
     checkpoint_batches: int = 50,
 ) -> ActivationProfile:
-    """Measures what every FFN does on a data set, or goes on from what an interrupted pass left at `path`.
+    """Activation statistics of every FFN on a data set; resumes from what an interrupted pass left at `path`.
 
     Args:
         model: the detector, which runs dense, on one device or replicated over several by `detr_jax.mesh`.
@@ -83,7 +82,7 @@ def profile_activations(
             object_tokens(batch, model),
             query_targets(batch, model.queries),
         )
-        return int(batch.valid.sum()), _measure_images(model, *shard_batch(mesh, own), group_size=group_size)
+        return int(batch.valid.sum()), _measure_images(model, *shard_batch(mesh, own))
 
     loaded = batches(dataset, model.preprocessing, batch_size, start=profile.batches, mesh=mesh)
     for images, computed in dispatch_ahead(map(compute, loaded)):
@@ -94,8 +93,8 @@ def profile_activations(
     return profile
 
 
-@partial(jax.jit, static_argnames="group_size")
-def _measure_images(model, pixel_values, pixel_mask, on_object, targets, *, group_size):
+@jax.jit
+def _measure_images(model, pixel_values, pixel_mask, on_object, targets):
     outputs = model(pixel_values, pixel_mask, trace=True)
     matched = _matched(*model.query_predictions(outputs), targets)
     of_queries = jnp.where(on_object[0][:, :1] >= 0, matched, -1)
@@ -105,37 +104,36 @@ def _measure_images(model, pixel_values, pixel_mask, on_object, targets, *, grou
             return of_queries
         return jnp.concatenate([on_object[grid] for grid in spec.grids], axis=1)
 
-    weights = model.ffn_weights()
     return {
-        name: measure(weights[name], outputs.traces[name], token_kinds(spec), kinds_count=2, group_size=group_size)
+        name: measure(outputs.traces[name], token_kinds(spec), kinds_count=2)
         for name, spec in model.ffn_specs().items()
     }
 
 
-def measure_activations(ffns_of: HasFFNs, passes: BatchSource, group_size: int) -> dict[str, ActivationStatistics]:
-    """Measures what every FFN does while it runs dense, all tokens being of one kind.
+def measure_activations(model: HasFFNs, batches: BatchSource, group_size: int) -> dict[str, ActivationStatistics]:
+    """Activation statistics of every FFN while it runs dense, all tokens being of one kind.
 
     Args:
-        carrier: of the FFNs.
-        passes: data; one pass is made.
-        group_size: neurons per group.
+        model: the FFNs.
+        batches: data; one pass is made.
+        group_size: neurons per group of what is made from them.
 
     Returns:
         statistics by name of the FFN.
 
     Raises:
-        ValueError: if the group size does not divide the hidden neurons, or there are no images.
+        InputError: if the group size does not divide the hidden neurons, or there are no images.
     """
-    counted = (to_host(_measure_carrier(ffns_of, batch, group_size=group_size)) for batch in passes.batches())
-    return sum_by_name(counted, "measure activations")
+    for weights in model.ffn_weights().values():
+        group_count(len(weights.w_in), group_size)
+    return accumulate(_measure_batch, model, batches, "measure activations")
 
 
-@partial(jax.jit, static_argnames="group_size")
-def _measure_carrier(ffns_of, batch, *, group_size):
-    weights = ffns_of.ffn_weights()
+@jax.jit
+def _measure_batch(model, batch):
     return {
-        name: measure(weights[name], trace, jnp.zeros_like(trace.tokens, int), kinds_count=1, group_size=group_size)
-        for name, trace in ffns_of.traces(batch, {}).items()
+        name: measure(trace, jnp.zeros_like(trace.tokens, int), kinds_count=1)
+        for name, trace in model.traces(batch, {}).items()
     }
 
 

@@ -1,7 +1,7 @@
-"""How sparse each FFN may be when all of them share a budget: greedily, or by evolution."""
+"""How sparse each FFN may be when all of them share a budget: greedily."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -83,61 +83,6 @@ def greedy(losses: np.ndarray, costs: np.ndarray, budget: float) -> Choice:
         _, ffn, setting = max(returns)
         choice[ffn] = setting
     return tuple(choice)
-
-
-def evolve(
-    loss_of: Callable[[Choice], float],
-    costs: np.ndarray,
-    budget: float,
-    start: Choice,
-    *,
-    generations: int = 20,
-    offspring: int = 4,
-    seed: int = 0,
-) -> Choice:
-    """Improves an allocation by the loss that all FFNs have together.
-
-    Every generation mutates the best allocation so far: one FFN becomes sparser, and some others denser while the
-    budget lasts (after the search of Chen et al. 2023, "SparseViT", section 3.3).
-
-    Args:
-        loss_of: the loss of an allocation.
-        costs: (FFNs, settings) as in `greedy`.
-        budget: on the sum of the costs.
-        start: an allocation within the budget.
-        generations: number of them.
-        offspring: allocations that are tried in each.
-        seed: of the mutations.
-
-    Raises:
-        ValueError: if the start is not within the budget.
-    """
-
-    if not _affords(budget, costs, start):
-        raise InputError(
-            f"the allocation to start from costs {_cost(costs, start):g}, more than the budget of {budget:g}"
-        )
-    rng = np.random.default_rng(seed)
-    best, least = start, loss_of(start)
-    tried = {start}
-    for _ in range(generations):
-        for _ in range(offspring):
-            child = list(best)
-            sparser = int(rng.integers(len(child)))
-            child[sparser] = min(child[sparser] + int(rng.integers(1, 3)), costs.shape[1] - 1)
-            for other in rng.permutation(len(child)):
-                if other == sparser or rng.random() < 0.5:
-                    continue
-                denser = [*child[:other], max(child[other] - 1, 0), *child[other + 1 :]]
-                if _affords(budget, costs, denser):
-                    child = denser
-            child = tuple(child)
-            if child in tried or not _affords(budget, costs, child):
-                continue
-            tried.add(child)
-            if (loss := loss_of(child)) < least:
-                best, least = child, loss
-    return best
 
 
 def cost_table(path: Path, names: Sequence[str], densities: np.ndarray) -> np.ndarray:

@@ -3,33 +3,32 @@
 import jax
 import jax.numpy as jnp
 
+from detr_jax.calibration.accumulate import accumulate
 from detr_jax.calibration.moments import CrossMoments, Moments, cross_moments_of, moments_of
 from detr_jax.data.batches import BatchSource
 from detr_jax.kernels import expand_groups
-from detr_jax.mesh import replicate_like, to_host
 from detr_jax.models import Selectors
 from detr_jax.models.base import HasFFNs
-from detr_jax.models.standalone import sum_by_name
 
 
-def measure_moments(ffns_of: HasFFNs, passes: BatchSource) -> tuple[dict[str, Moments], dict[str, Moments]]:
+def measure_moments(model: HasFFNs, batches: BatchSource) -> tuple[dict[str, Moments], dict[str, Moments]]:
     """Means and covariances of every FFN's inputs and hidden activations while all run dense.
 
     Args:
-        carrier: of the FFNs.
-        passes: data; one pass is made.
+        model: the FFNs.
+        batches: data; one pass is made.
 
     Raises:
         ValueError: if there are no images.
     """
-    measured = sum_by_name((to_host(_measure_moments(ffns_of, batch)) for batch in passes.batches()), "measure moments")
+    measured = accumulate(_measure_moments, model, batches, "measure moments")
     names = dict.fromkeys(name for _, name in measured)
     return tuple({name: measured[what, name] for name in names} for what in ("inputs", "hidden"))
 
 
 @jax.jit
-def _measure_moments(ffns_of, batch):
-    traces = ffns_of.traces(batch, {}).items()
+def _measure_moments(model, batch):
+    traces = model.traces(batch, {}).items()
     return {
         (what, name): moments_of(getattr(trace, what), trace.tokens)
         for what in ("inputs", "hidden")
@@ -37,12 +36,12 @@ def _measure_moments(ffns_of, batch):
     }
 
 
-def measure_kept(ffns_of: HasFFNs, passes: BatchSource, selectors: Selectors) -> dict[str, CrossMoments]:
+def measure_kept(model: HasFFNs, batches: BatchSource, selectors: Selectors) -> dict[str, CrossMoments]:
     """What the neurons that selectors keep say of an FFN's whole output, the inputs being those of dense FFNs.
 
     Args:
-        carrier: of the FFNs, which run dense.
-        passes: data; one pass is made.
+        model: the FFNs, which run dense.
+        batches: data; one pass is made.
         selectors: by name of the FFN.
 
     Returns:
@@ -51,14 +50,12 @@ def measure_kept(ffns_of: HasFFNs, passes: BatchSource, selectors: Selectors) ->
     Raises:
         ValueError: if there are no images.
     """
-    selectors = replicate_like(ffns_of, dict(selectors))
-    measured = (to_host(_measure_kept(ffns_of, batch, selectors)) for batch in passes.batches())
-    return sum_by_name(measured, "measure kept neurons")
+    return accumulate(_measure_kept, model, batches, "measure kept neurons", dict(selectors))
 
 
 @jax.jit
-def _measure_kept(ffns_of, batch, selectors):
-    weights, traces = ffns_of.ffn_weights(), ffns_of.traces(batch, {})
+def _measure_kept(model, batch, selectors):
+    weights, traces = model.ffn_weights(), model.traces(batch, {})
 
     def of_ffn(selector, weights, trace):
         features = trace.hidden.shape[-1]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from detr_jax.calibration.accumulate import accumulate
 from detr_jax.calibration.thresholds import ScoreHistogram, density_threshold, score_histogram
 from detr_jax.data.batches import BatchSource
 from detr_jax.errors import InputError
@@ -16,48 +17,45 @@ from detr_jax.methods.base import SharedScore
 from detr_jax.methods.tiles import existing_tiles
 from detr_jax.models import Selector, Selectors
 from detr_jax.models.base import HasFFNs
-from detr_jax.models.standalone import sum_by_name
 
 
 @partial(jax.jit, static_argnames="tile_size")
-def _histograms(ffns_of, batch, scores, running, *, tile_size):
-    weights = ffns_of.ffn_weights()
-    traces = ffns_of.traces(batch, running)
+def _histograms(model, batch, scores, running, *, tile_size):
+    weights = model.ffn_weights()
+    traces = model.traces(batch, running)
     return {name: score_histogram(score, weights[name], traces[name], tile_size) for name, score in scores.items()}
 
 
 def measure_scores(
-    ffns_of: HasFFNs,
-    passes: BatchSource,
+    model: HasFFNs,
+    batches: BatchSource,
     scores: Mapping[str, Score],
-    running: Selectors | None = None,
+    active_selectors: Selectors | None = None,
     *,
     tile_size: int = 1,
 ) -> dict[str, ScoreHistogram]:
     """How the scores of every FFN are distributed.
 
     Args:
-        carrier: of the FFNs.
-        passes: data that nothing was trained on; one pass is made.
+        model: the FFNs.
+        batches: data that nothing was trained on; one pass is made.
         scores: of each FFN by name.
-        running: selectors that are in effect meanwhile; None for the dense FFNs.
+        active_selectors: selectors that are in effect meanwhile; None for the dense FFNs.
         tile_size: consecutive tokens that are computed together, see `score_histogram`.
 
     Raises:
         ValueError: if there are no images.
     """
-    scores, running = replicate_like(ffns_of, (dict(scores), dict(running or {})))
     measure = partial(_histograms, tile_size=tile_size)
-    histograms = (to_host(measure(ffns_of, batch, scores, running)) for batch in passes.batches())
-    return sum_by_name(histograms, "calibrate thresholds")
+    return accumulate(measure, model, batches, "calibrate thresholds", dict(scores), dict(active_selectors or {}))
 
 
-def collect_scores(ffns_of: HasFFNs, passes: BatchSource, scores: Mapping[str, SharedScore]) -> dict[str, np.ndarray]:
+def collect_scores(model: HasFFNs, batches: BatchSource, scores: Mapping[str, SharedScore]) -> dict[str, np.ndarray]:
     """All scores of decisions that many tokens share.
 
     Args:
-        carrier: of the FFNs, which run dense.
-        passes: data; one pass is made.
+        model: the FFNs, which run dense.
+        batches: data; one pass is made.
         scores: of each FFN by name.
 
     Returns:
@@ -66,17 +64,17 @@ def collect_scores(ffns_of: HasFFNs, passes: BatchSource, scores: Mapping[str, S
     Raises:
         ValueError: if there are no images.
     """
-    scores = replicate_like(ffns_of, dict(scores))
-    batches = [to_host(_scores(ffns_of, batch, scores)) for batch in passes.batches()]
-    if not batches:
+    scores = replicate_like(model, dict(scores))
+    found = [to_host(_scores(model, batch, scores)) for batch in batches.batches()]
+    if not found:
         raise InputError("there are no images to calibrate thresholds on")
-    return {name: np.concatenate([batch[name][0][batch[name][1]] for batch in batches]) for name in scores}
+    return {name: np.concatenate([batch[name][0][batch[name][1]] for batch in found]) for name in scores}
 
 
 @jax.jit
-def _scores(ffns_of, batch, scores):
+def _scores(model, batch, scores):
     """Scores (images, decisions, G), and which decisions are about any token."""
-    weights = ffns_of.ffn_weights()
+    weights = model.ffn_weights()
 
     def of_ffn(score, weights, trace):
         exists = existing_tiles(trace.tokens, score.traits.tile_size or trace.tokens.shape[-1])
@@ -84,14 +82,14 @@ def _scores(ffns_of, batch, scores):
 
     return {
         name: of_ffn(scores[name], weights[name], trace)
-        for name, trace in ffns_of.traces(batch, {}).items()
+        for name, trace in model.traces(batch, {}).items()
         if name in scores
     }
 
 
 def calibrate(
-    ffns_of: HasFFNs,
-    passes: BatchSource,
+    model: HasFFNs,
+    batches: BatchSource,
     scores: Mapping[str, Score],
     threshold_of: Callable[[ScoreHistogram], float],
     *,
@@ -101,8 +99,8 @@ def calibrate(
     """Selectors from scores, each with a threshold of its own.
 
     Args:
-        carrier: of the FFNs.
-        passes: data that nothing was trained on.
+        model: the FFNs.
+        batches: data that nothing was trained on.
         scores: of each FFN by name, in the order in which they run.
         threshold_of: makes a threshold of a histogram: `density_threshold` or `recall_threshold` with its target.
         in_turn: calibrate each on the inputs that the earlier ones leave it, one pass per FFN, instead of all on the
@@ -111,11 +109,11 @@ def calibrate(
     """
     open_ = {name: Thresholded(score, jnp.float32(-jnp.inf)) for name, score in scores.items()}
     if not in_turn:
-        histograms = measure_scores(ffns_of, passes, scores, tile_size=tile_size)
+        histograms = measure_scores(model, batches, scores, tile_size=tile_size)
         return {name: open_[name].at(threshold_of(histogram)) for name, histogram in histograms.items()}
     chosen = dict(open_)
     for name in scores:
-        histogram = measure_scores(ffns_of, passes, scores, chosen, tile_size=tile_size)[name]
+        histogram = measure_scores(model, batches, scores, chosen, tile_size=tile_size)[name]
         chosen[name] = open_[name].at(threshold_of(histogram))
     return chosen
 

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from detr_jax.calibration.accumulate import sum_by_name
 from detr_jax.methods.tiles import tiles_of
 from detr_jax.models import FFNTrace, FFNWeights
 from detr_jax.models.base import HasFFNs
-from detr_jax.models.standalone import sum_by_name
 
 
 def contributions(weights: FFNWeights, trace: FFNTrace) -> jax.Array:

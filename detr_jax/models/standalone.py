@@ -1,12 +1,10 @@
 """FFNs as arrays alone, without a detector around them."""
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 import jax
 
-from detr_jax.errors import InputError
 from detr_jax.models.ffn import FFNTrace, trace
 from detr_jax.models.selection import FFNWeights, Selectors
 
@@ -47,22 +45,3 @@ class StandaloneFFNs:
             name: trace(weights, batch.x[name], batch.tokens[name], selectors.get(name))
             for name, weights in self.weights.items()
         }
-
-
-def sum_by_name(batches: Iterable[Mapping[str, Sum]], purpose: str) -> dict[str, Sum]:
-    """What a pass measures of every FFN, added up over its batches.
-
-    Args:
-        batches: of each what was measured, by name of the FFN.
-        purpose: for the error.
-
-    Raises:
-        ValueError: if there are no batches.
-    """
-    totals: dict[str, Sum] = {}
-    for batch in batches:
-        for name, measured in batch.items():
-            totals[name] = totals[name] + measured if name in totals else measured
-    if not totals:
-        raise InputError(f"there are no images to {purpose} on")
-    return totals
