@@ -1,6 +1,9 @@
 """Every registered method, on an FFN given as arrays; and a toy one that registers itself from outside."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -8,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny_ffn
-from toy_method import LargestInput
+from tiny import tiny_detector, tiny_ffn
+from toy_method import InputSize, LargestInput
 
 from detr_jax.calibration.activations import measure
 from detr_jax.calibration.moments import moments_of
@@ -21,7 +24,9 @@ from detr_jax.methods import METHODS, FitMaterial, Thresholded, TrainedMethod, n
 from detr_jax.methods.base import STORABLE
 from detr_jax.methods.docs import methods_table
 from detr_jax.models.ffn import trace
+from detr_jax.models.parameters import fingerprint
 from detr_jax.models.standalone import FFNInputs, StandaloneFFNs
+from detr_jax.plan import Plan, load_plan, save_plan
 from detr_jax.training.gates import GateTraining
 
 SIZE = 4
@@ -119,3 +124,29 @@ def test_a_method_from_outside_is_registered():
     assert METHODS["largest-input"] is LargestInput
     selector = Thresholded(named("largest-input").fit(FitMaterial(WEIGHTS)), jnp.float32(0))
     assert selector(WEIGHTS, X, TOKENS).active.shape == (*TOKENS.shape, 16)
+
+
+def test_a_method_from_outside_goes_through_a_plan_file(tmp_path):
+    model = tiny_detector()
+    weights = model.ffn_weights()
+    selectors = {
+        name: Thresholded(named("largest-input").fit(FitMaterial(of_ffn)), jnp.float32(1))
+        for name, of_ffn in weights.items()
+    }
+    plan = Plan("largest-input", fingerprint(model), selectors, {}, {}, {}, {})
+    save_plan(plan, tmp_path / "plan.safetensors")
+    found = load_plan(tmp_path / "plan.safetensors", model)
+    assert jax.tree.structure(dict(found.selectors)) == jax.tree.structure(selectors)
+    assert isinstance(found.selectors["encoder.0"].score, InputSize)
+
+
+def test_a_method_from_outside_is_a_row_of_the_comparison():
+    root = Path(__file__).parents[1]
+    compared = subprocess.run(
+        [sys.executable, "-c", "import toy_method, compare_selectors as c; print(c.Arguments().methods)"],
+        env=os.environ | {"PYTHONPATH": f"{root / 'tests'}{os.pathsep}{root / 'scripts'}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "'largest-input'" in compared.stdout
