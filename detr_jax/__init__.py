@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from detr_jax import methods
 from detr_jax.data.image_list import preprocess_images
 from detr_jax.data.registry import open_dataset
 from detr_jax.detection import detect
@@ -14,19 +15,27 @@ from detr_jax.models.detections import ImageDetections
 from detr_jax.models.parameters import fingerprint
 from detr_jax.plan import Plan, load_plan, push_plan, save_plan
 from detr_jax.sparse import SparseDETR
+from detr_jax.sparsify import sparsify
 
 if TYPE_CHECKING:
     from detr_jax.evaluation.evaluate import Scores, evaluate
+    from detr_jax.training.budgets import Density, MaxDivergence, Recall, Threshold
+    from detr_jax.training.fit import FitOptions
 
 __all__ = [
     "DETR",
+    "Density",
     "DetrConfig",
     "DetrOutputs",
     "FFNActivity",
+    "FitOptions",
     "ImageDetections",
+    "MaxDivergence",
     "Plan",
+    "Recall",
     "Scores",
     "SparseDETR",
+    "Threshold",
     "detect",
     "evaluate",
     "fingerprint",
@@ -34,15 +43,21 @@ __all__ = [
     "load_plan",
     "load_sparse",
     "log_odds",
+    "methods",
     "open_dataset",
     "preprocess_images",
     "preset_config",
     "push_plan",
     "save",
     "save_plan",
+    "sparsify",
 ]
 
-_IMPORTED_WHEN_USED = {"Scores": "evaluation.evaluate", "evaluate": "evaluation.evaluate"}
+_IMPORTED_WHEN_USED = {
+    **dict.fromkeys(("Scores", "evaluate"), "evaluation.evaluate"),
+    **dict.fromkeys(("Density", "MaxDivergence", "Recall", "Threshold"), "training.budgets"),
+    "FitOptions": "training.fit",
+}
 """Module of names whose imports take long, so that `import detr_jax` stays quick."""
 
 

@@ -39,7 +39,7 @@ class Format:
 
 
 def write(path: Path, format: Format, description: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a file; it appears under its name only once it is whole."""
+    """Writes a file; it appears under its name only once it is whole. The same content gives the same bytes."""
     header = {
         "format": format.name,
         "format_version": str(format.version),
@@ -48,6 +48,17 @@ def write(path: Path, format: Format, description: Mapping[str, Any], arrays: Ma
     with replacing(path) as temporary:
         contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
         safetensors.numpy.save_file(contiguous, temporary, metadata=header)
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sorts the metadata in a file's header, which safetensors writes in a random order."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length))
 
 
 def read(path: Path, format: Format) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

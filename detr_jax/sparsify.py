@@ -89,7 +89,7 @@ def sparsify(
         plan = fitted.plan(budget)
         fitted.check_frozen()
         if folder is not None and is_first_process():
-            save_plan(plan, where / "plan.safetensors")
+            save_plan(plan, where / "plan.safetensors", overwrite=True)
             write_json(where / RESULTS, {"training": plan.training, "measured": plan.measured})
     return SparseDETR.of(detector, plan)
 

@@ -193,8 +193,8 @@ def main(arguments: Arguments) -> None:
     title, plan = list(plans.items())[-1]
     provenance = cli.provenance(arguments)
     ran = "masked" if arguments.computation.implementation == "plan" else arguments.computation.implementation
-    plan = scores[title].record(plan, implementation=ran, device=provenance["device"])
-    save_plan(plan, arguments.out / "plan.safetensors")
+    plan = scores[title].record(plan, ran)
+    save_plan(plan, arguments.out / "plan.safetensors", overwrite=True)
     runs = {title: GatedRun(title, one.ap, one.interval, one.counts) for title, one in scores.items()}
     figure = plot_gates(
         f"{method.name} on {arguments.model}, {len(validation)} images of {validation.name}, "

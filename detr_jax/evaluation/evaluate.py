@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from detr_jax.data.classes import with_classes
@@ -109,9 +110,10 @@ class Scores:
             },
         }
 
-    def record(self, plan: Plan, **about: str) -> Plan:
-        """The plan with these scores as what was measured with it, and what is said about how."""
+    def record(self, plan: Plan, implementation: str = "masked") -> Plan:
+        """The plan with these scores as what was measured with it, on this device and with this implementation."""
         scores = {key: value for key, value in self.to_json().items() if key != "category_AP"}
+        about = {"implementation": implementation, "device": jax.devices()[0].device_kind}
         return dataclasses.replace(plan, measured=plan.measured | scores | about)
 
     def __str__(self) -> str:
