@@ -41,7 +41,8 @@ def test_every_method_makes_a_plan_without_labels(photographs, tmp_path, name):
     budget = None if method.tuned_by == "nothing" else detr_jax.Threshold(0.4) if gates else detr_jax.Density(0.5)
     sparse = sparsify(photographs, method, budget)
     assert sparse.plan.method == name and sparse.plan.fingerprint == before
-    assert list(sparse.plan.selectors) == list(sparse.detector.ffn_specs()) == list(sparse.plan.permutations)
+    assert list(sparse.plan.selectors) == list(sparse.detector.ffn_specs())
+    assert set(sparse.plan.permutations) == set(sparse.plan.selectors)
     density = sparse.plan.measured["calibration"]["density"]
     assert all(0 <= share <= 1 for share in density.values())
     if isinstance(budget, detr_jax.Density) and method.decides in ("group", "neuron") and method.dynamic:

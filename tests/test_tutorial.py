@@ -7,7 +7,7 @@ import pytest
 from nbclient import NotebookClient
 
 PATH = Path(__file__).parent.parent / "docs" / "tutorial.ipynb"
-FIGURES = 5
+FIGURES = 4
 
 
 def figures(notebook: nbformat.NotebookNode) -> int:
