@@ -16,7 +16,11 @@ for name, value in COMPILATION.items():
     os.environ.setdefault(name, value)
 
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+
+# Shapes in annotations are checked at every call in the tests.
+jaxtyping.install_import_hook(["detr_jax.kernels", "detr_jax.models"], "shape_checks.check_shapes")
 from fixtures_coco import mixed_shapes as mixed_shapes  # noqa: E402
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -39,3 +43,11 @@ def optimised():
     yield
     jax.config.update("jax_disable_most_optimizations", before)
     jax.clear_caches()
+
+
+@pytest.fixture
+def unchecked_shapes():
+    """Wrong shapes reach the code, whose own errors are tested."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,7 +1,8 @@
 """Runs that are killed at random moments go on to the same results, bit for bit, and leave no broken file.
 
-`pytest tests/test_kills.py -s --kills 20` kills twenty times: gate training, a pass of statistics and the comparison of
-selectors, on generated scenes. Without the option only the pass of statistics is killed; the others take minutes.
+`pytest -m slow tests/test_kills.py -s --kills 20` kills twenty times: gate training, a pass of statistics and the
+comparison of selectors, on generated scenes. Without the option only the pass of statistics is killed; the others take
+minutes.
 """
 
 import json

@@ -97,6 +97,7 @@ def test_bfloat16_outputs_are_float32(model):
         ((images(), np.ones((2, 56, 40), bool)), r"pixel_mask must be \(2, 40, 56\) like pixel_values"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_wrong_shapes_are_refused(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         model(*arguments)
