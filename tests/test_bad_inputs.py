@@ -390,6 +390,7 @@ def row(what: str, text: str) -> str:
 
 
 @pytest.mark.parametrize(("section", "bad"), CASES, ids=[f"{section}: {bad.what}" for section, bad in CASES])
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_a_bad_input_gives_the_error_on_the_page(section, bad, tmp_path):
     on_page = PAGE.read_text().partition(f"\n## {section}\n")[2].partition("\n## ")[0].splitlines()
     assert row(bad.what, said(bad, tmp_path)) in on_page

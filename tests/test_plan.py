@@ -167,6 +167,7 @@ def with_score(score: dict) -> dict:
         ({"selectors": {"encoder.0": 5}, "arrays": dict.fromkeys((KERNEL, BIAS, THRESHOLD))}, "not fit its FFN"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_a_wrong_plan_is_refused(path, model, change, message):
     rewrite(path, **change)
     with pytest.raises(ValueError, match=message):
