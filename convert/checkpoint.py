@@ -1,6 +1,6 @@
 """An opened checkpoint: a configuration, and entries that fill our arrays one by one."""
 
-import itertools
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,6 +9,7 @@ import numpy as np
 
 from detr_jax.convert.layouts import SAME, Place, Shape
 from detr_jax.errors import InputError
+from detr_jax.models import DetrConfig, preset_config
 
 
 class Entry(Protocol):
@@ -63,14 +64,31 @@ class Checkpoint:
             rows, *rest = places[0].form.shape(shapes[places[0].ours])
             expected[name] = (len(places) * rows, *rest)
         found = {name: tuple(entry.shape) for name, entry in self.entries.items()}
-        problems = itertools.chain(
-            (f"missing: {name} {shape}" for name, shape in expected.items() if name not in found),
-            (f"left over: {name} {shape}" for name, shape in found.items() if name not in expected),
-            (
-                f"misshapen: {name} is {found[name]}, should be {shape}"
-                for name, shape in expected.items()
-                if found.get(name, shape) != shape
-            ),
-        )
-        if listing := "\n  ".join(problems):
+        problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in found]
+        problems += [f"left over: {name} {shape}" for name, shape in found.items() if name not in expected]
+        problems += [
+            f"misshapen: {name} is {found[name]}, should be {shape}"
+            for name, shape in expected.items()
+            if found.get(name, shape) != shape
+        ]
+        if problems:
+            listing = "\n  ".join(problems)
             raise InputError(f"{self.source} ({self.layout}) does not fit its configuration:\n  {listing}")
+
+
+FINE_TUNED = ("labels", "queries", "preprocessing")
+"""Fields that training on other data may change."""
+
+
+def check_preset(source: str, config: Any, preset: str | None) -> None:
+    """Raises an InputError if a configuration is not of a preset's architecture, or there is no such preset."""
+    if preset is None:
+        return
+    wanted = preset_config(preset)
+    if not isinstance(config, DetrConfig):
+        raise InputError(f"{source} is not a {preset}: it is a {type(config).__name__}")
+    found, wanted = (dataclasses.asdict(c) for c in (config, wanted))
+    found, wanted = ({**values.pop("backbone"), **values} for values in (found, wanted))
+    names = [name for name in wanted if name not in FINE_TUNED and found[name] != wanted[name]]
+    if differing := [f"{name} is {found[name]}, not {wanted[name]}" for name in names]:
+        raise InputError(f"{source} is not a {preset}: {'; '.join(differing)}")

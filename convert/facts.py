@@ -4,7 +4,7 @@ Every key that changes what a detector computes is applied, compared with the we
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,38 +14,25 @@ from detr_jax.models import Preprocessing
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 
-# A key that is missing or null has the value of a DETR.
+# Keys that change the function, and the values that they may have, the usual one first. Missing or null means that.
 _DETR = {
-    "model_type": "detr",
-    "activation_function": "relu",
-    "position_embedding_type": "sine",
-    "num_channels": 3,
-    "scale_embedding": False,
-    "normalize_before": False,
-    "pre_norm": False,
+    "model_type": ("detr",),
+    "activation_function": ("relu",),
+    "position_embedding_type": ("sine",),
+    "num_channels": (3,),
+    **dict.fromkeys(("scale_embedding", "normalize_before", "pre_norm"), (False,)),
 }
-_OFFICIAL = {"pre_norm": False, "activation": "relu"}
+_OFFICIAL = {"pre_norm": (False,), "activation": ("relu",), "position_embedding": ("sine", "v2")}
 _RESNET = {
-    "hidden_act": "relu",
-    "layer_type": "bottleneck",
-    "num_channels": 3,
-    "downsample_in_first_stage": False,
-    "downsample_in_bottleneck": False,
+    "hidden_act": ("relu",),
+    "layer_type": ("bottleneck",),
+    "num_channels": (3,),
+    **dict.fromkeys(("downsample_in_first_stage", "downsample_in_bottleneck"), (False,)),
 }
-_TIMM = {"num_channels": 3, "in_chans": 3, "features_only": True}
-_SIZES = {key: key for key in ("d_model", "encoder_layers", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim")}
-_SIZES["num_queries"] = "queries"
-"""Keys that the weights tell too -> fields of our configuration."""
-_RESNET_DEPTHS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "resnet152": (3, 8, 36, 3)}
-
+_TIMM = {"num_channels": (3,), "in_chans": (3,), "features_only": (True,)}
 _PREPROCESSING = {
-    "do_resize": True,
-    "resample": 2,
-    "do_center_crop": False,
-    "do_convert_rgb": True,
-    "pad_size": None,
-    "size_divisor": None,
-    "crop_size": None,
+    **{"do_resize": (True,), "resample": (2,), "do_center_crop": (False,), "do_convert_rgb": (True,)},
+    **dict.fromkeys(("pad_size", "size_divisor", "crop_size"), (None,)),
 }
 _APPLIED = {"size", "max_size", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"}
 _WITHOUT_EFFECT = {
@@ -54,6 +41,10 @@ _WITHOUT_EFFECT = {
     *("do_convert_annotations", "return_segmentation_masks", "masks_path", "return_tensors", "default_to_square"),
     *("data_format", "input_data_format", "disable_grouping", "_valid_processor_keys", "image_seq_length"),
 }
+_SIZES = {key: key for key in ("d_model", "encoder_layers", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim")}
+_SIZES["num_queries"] = "queries"
+"""Keys that the weights tell too -> fields of our configuration."""
+_RESNET_DEPTHS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "resnet152": (3, 8, 36, 3)}
 
 
 @dataclass(frozen=True)
@@ -63,9 +54,7 @@ class Facts:
     Attributes:
         dilation: whether the last stage is dilated (DC5).
         labels: class names.
-        encoder_heads, decoder_heads: of the attention.
-        preprocessing: how images become its inputs.
-        sizes: fields of the configuration that the entries tell too, and must agree with, by the key that says them.
+        sizes: fields of the configuration and their values, which the entries must agree with, by the key of the file.
     """
 
     dilation: bool | None = None
@@ -77,10 +66,10 @@ class Facts:
 
 
 def read_facts(folder: Path) -> Facts:
-    """The facts that Hugging Face's files in a folder tell; none where there are no such files.
+    """Facts from Hugging Face's files in a folder; none where there are no such files.
 
     Raises:
-        InputError: if a file is no JSON object, or describes what a DETR here has not.
+        InputError: if a file is no JSON object or describes a function that is not supported.
     """
     facts = _config_facts(folder / CONFIG) if (folder / CONFIG).is_file() else Facts()
     if (folder / PREPROCESSOR).is_file():
@@ -89,17 +78,14 @@ def read_facts(folder: Path) -> Facts:
 
 
 def official_facts(path: Path, arguments: Mapping[str, Any], beside: Facts) -> Facts:
-    """The facts that an official file's training arguments tell, and those of the files beside it.
+    """Facts from the training arguments of an official file, and from the files beside it.
 
     Raises:
-        InputError: if the arguments say what a DETR here has not, or the files beside it say another thing.
+        InputError: if the arguments describe an unsupported function or contradict the files beside it.
     """
-    _require(f"{path}: args", arguments, _OFFICIAL, "a DETR here")
-    if (kind := arguments.get("position_embedding")) not in (None, "sine", "v2"):
-        raise InputError(f"{path}: args: position_embedding is {kind!r}, but a DETR here has 'sine'")
-    told = {"dilation": arguments.get("dilation")}
-    told |= dict.fromkeys(("encoder_heads", "decoder_heads"), arguments.get("nheads"))
-    told = {name: value for name, value in told.items() if value is not None}
+    _require(f"{path}: args", arguments, _OFFICIAL)
+    keys = {"dilation": "dilation", "encoder_heads": "nheads", "decoder_heads": "nheads"}
+    told = {name: arguments[key] for name, key in keys.items() if arguments.get(key) is not None}
     for name, value in told.items():
         if (other := getattr(beside, name)) not in (None, value):
             raise InputError(f"{path} says that {name} is {value}, but {path.parent / CONFIG} says {other}")
@@ -108,7 +94,7 @@ def official_facts(path: Path, arguments: Mapping[str, Any], beside: Facts) -> F
 
 def _config_facts(path: Path) -> Facts:
     values = _read(path)
-    _require(path, values, _DETR, "a DETR here")
+    _require(path, values, _DETR)
     try:
         names = {int(index): str(name) for index, name in (values.get("id2label") or {}).items()}
     except (ValueError, AttributeError) as error:
@@ -124,32 +110,28 @@ def _config_facts(path: Path) -> Facts:
 
 def _backbone_facts(path: Path, values: Mapping[str, Any]) -> tuple[bool, dict[str, tuple[str, Any]]]:
     """Whether the last stage is dilated, and the sizes that the weights must have."""
-    dilation = bool(values.get("dilation"))
+    where, dilation = f"{path}: backbone_config", bool(values.get("dilation"))
     backbone = values.get("backbone_config") or {}
-    where = f"{path}: backbone_config"
-    if backbone.get("model_type", "timm_backbone") == "resnet":
+    _require(where, backbone, {"model_type": ("timm_backbone", "resnet")})
+    if backbone.get("model_type") == "resnet":
         _require(where, backbone, _RESNET, "a ResNet here")
-        stages = len(backbone.get("depths") or (3, 4, 6, 3))
-        for key, last in (("out_features", f"stage{stages}"), ("out_indices", stages)):
-            if (found := (backbone.get(key) or [last])[-1]) not in (last, -1):
-                raise InputError(f"{where}: {key} ends with {found!r}, but a DETR here takes {last!r}")
+        widths, depths = backbone.get("hidden_sizes"), backbone.get("depths")
+        stages = len(depths or (3, 4, 6, 3))
+        _require_last(where, backbone, "out_features", f"stage{stages}")
+        _require_last(where, backbone, "out_indices", stages)
         if dilation:
             raise InputError(f"{path}: dilation is true, which only backbones of timm have")
-        widths, depths = backbone.get("hidden_sizes"), backbone.get("depths")
         told = {
             "depths": ("depths", depths and tuple(depths)),
             "embedding_size": ("stem_width", backbone.get("embedding_size")),
             "hidden_sizes": ("widths", widths and tuple(width // 4 for width in widths)),
         }
         return False, {f"backbone_config.{key}": told[key] for key in told if told[key][1] is not None}
-    if (kind := backbone.get("model_type", "timm_backbone")) != "timm_backbone":
-        raise InputError(f"{where}: model_type is {kind!r}, but a DETR here has 'resnet' or 'timm_backbone'")
     options = {**(values.get("backbone_kwargs") or {}), **backbone}
     _require(where, options, _TIMM, "a ResNet here")
+    _require_last(where, options, "out_indices", 4)
     if (stride := options.get("output_stride") or (16 if dilation else 32)) not in (16, 32):
         raise InputError(f"{where}: output_stride is {stride!r}, but a DETR here has 32, or 16 where dilated")
-    if (last := (options.get("out_indices") or [4])[-1]) not in (4, -1):
-        raise InputError(f"{where}: out_indices ends with {last!r}, but a DETR here takes 4")
     name = backbone.get("backbone") or values.get("backbone")
     if name is None:
         return stride == 16, {}
@@ -170,20 +152,24 @@ def _preprocessing(path: Path) -> Preprocessing:
         raise InputError(f"{path}: {key} is {values[key]!r}, which the preprocessing here does not know")
     defaults = Preprocessing()
     shortest, longest = _sides(path, values, defaults)
-    rescale, mean, std = 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    rescale, mean, std = 1.0, (0.0,) * 3, (1.0,) * 3
     if values.get("do_rescale", True):
-        (rescale,) = _numbers(path, "rescale_factor", values.get("rescale_factor", defaults.rescale), 1)
+        rescale = values.get("rescale_factor", defaults.rescale)
+        if type(rescale) not in (int, float):
+            raise InputError(f"{path}: rescale_factor is {rescale!r}, not a number")
     if values.get("do_normalize", True):
-        mean = _numbers(path, "image_mean", values.get("image_mean", defaults.mean), 3)
-        std = _numbers(path, "image_std", values.get("image_std", defaults.std), 3)
+        mean, std = (values.get(f"image_{name}", getattr(defaults, name)) for name in ("mean", "std"))
+        for key, numbers in (("image_mean", mean), ("image_std", std)):
+            if not isinstance(numbers, list | tuple) or [type(n) in (int, float) for n in numbers] != [True] * 3:
+                raise InputError(f"{path}: {key} is {numbers!r}, not 3 numbers")
     if rescale <= 0 or min(std) <= 0:
         raise InputError(f"{path}: rescale_factor and image_std must be above 0, not {rescale} and {list(std)}")
-    return Preprocessing(shortest, longest, mean, std, rescale)
+    return Preprocessing(shortest, longest, tuple(map(float, mean)), tuple(map(float, std)), float(rescale))
 
 
 def _sides(path: Path, values: Mapping[str, Any], defaults: Preprocessing) -> tuple[int, int]:
     size = values.get("size", {"shortest_edge": defaults.shortest_side, "longest_edge": defaults.longest_side})
-    if isinstance(size, int) and not isinstance(size, bool):
+    if type(size) is int:
         size = {"shortest_edge": size, "longest_edge": values.get("max_size", 1333)}
     if not isinstance(size, dict) or set(size) != {"shortest_edge", "longest_edge"}:
         raise InputError(
@@ -196,22 +182,17 @@ def _sides(path: Path, values: Mapping[str, Any], defaults: Preprocessing) -> tu
     return sides
 
 
-def _numbers(path: Path, key: str, value: Any, count: int) -> tuple[float, ...]:
-    """As many numbers; one may stand alone."""
-    numbers = [value] if count == 1 else value
-    if (
-        not isinstance(numbers, list | tuple)
-        or len(numbers) != count
-        or not all(type(n) in (int, float) for n in numbers)
-    ):
-        raise InputError(f"{path}: {key} is {value!r}, not {'a number' if count == 1 else f'{count} numbers'}")
-    return tuple(map(float, numbers))
+def _require(
+    where: Path | str, values: Mapping[str, Any], allowed: Mapping[str, Sequence[Any]], owner: str = "a DETR here"
+) -> None:
+    for key, right in allowed.items():
+        if (found := values.get(key)) is not None and found not in right:
+            raise InputError(f"{where}: {key} is {found!r}, but {owner} has {' or '.join(map(repr, right))}")
 
 
-def _require(where: Path | str, values: Mapping[str, Any], required: Mapping[str, Any], who: str) -> None:
-    for key, value in required.items():
-        if (found := values.get(key)) is not None and found != value:
-            raise InputError(f"{where}: {key} is {found!r}, but {who} has {value!r}")
+def _require_last(where: str, values: Mapping[str, Any], key: str, last: Any) -> None:
+    if (found := (values.get(key) or [last])[-1]) not in (last, -1):
+        raise InputError(f"{where}: {key} ends with {found!r}, but a DETR here takes {last!r}")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -4,9 +4,9 @@ Three layouts: the official one, and the two of Hugging Face, whose backbone is 
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -46,21 +46,110 @@ class Place(NamedTuple):
     form: Form
 
 
+class ResNetNames(NamedTuple):
+    """Names of a ResNet's parts, by default torchvision's, which timm kept; numbers go into the braces."""
+
+    stem: tuple[str, str] = ("conv1", "bn1")  # a convolution and its norm
+    block: str = "layer{}.{}"
+    conv: tuple[str, str] = ("conv{}", "bn{}")
+    downsample: tuple[str, str] = ("downsample.0", "downsample.1")
+    first: int = 1  # number of the first stage, and of the first convolution of a block
+
+
+_TORCHVISION = ResNetNames()
+_TRANSFORMERS = ResNetNames(
+    stem=("embedder.embedder.convolution", "embedder.embedder.normalization"),
+    block="encoder.stages.{}.layers.{}",
+    conv=("layer.{}.convolution", "layer.{}.normalization"),
+    downsample=("shortcut.convolution", "shortcut.normalization"),
+    first=0,
+)
+
+
 @dataclass(frozen=True)
 class Layout:
-    """One way to name the entries of a DETR, and which of them tell its size.
-
-    Attributes:
-        name: what people call it.
-        stages, encoder, decoder: match the names of a stage's blocks (stage and block), and of the layers, by number.
-        places: where a detector of a given configuration has each of its arrays.
-    """
+    """One way to name the entries of a DETR, by default the official one."""
 
     name: str
-    stages: re.Pattern
-    encoder: re.Pattern
-    decoder: re.Pattern
-    places: Callable[[DetrConfig], Iterator[Place]]
+    backbone: str
+    resnet: ResNetNames = _TORCHVISION
+    input_projection: str = "input_proj"
+    transformer: str = "transformer"
+    encoder_norms: tuple[str, ...] = ("norm1", "norm2")
+    decoder_norms: tuple[str, ...] = ("norm1", "norm2", "norm3")
+    ffn: tuple[str, str] = ("linear1", "linear2")
+    cross_attention: str = "multihead_attn"
+    fused_attention: bool = True  # query, key and value share one entry
+    decoder_norm: str = "transformer.decoder.norm"
+    queries: str = "query_embed"
+    class_head: str = "class_embed"
+    box_head: str = "bbox_embed"
+
+    def depths(self, names: Collection[str]) -> tuple[int, ...]:
+        """Blocks of each stage of the backbone, at least one; empty where no name is that of a block."""
+        pattern = re.escape(f"{self.backbone}.{self.resnet.block}.").replace(r"\{\}", r"(\d+)")
+        blocks = [tuple(map(int, match.groups())) for name in names if (match := re.match(pattern, name))]
+        stages = range(self.resnet.first, self.resnet.first + 4)
+        return tuple(1 + max((b for s, b in blocks if s == stage), default=0) for stage in stages if blocks)
+
+    def layers(self, part: str, names: Collection[str]) -> int:
+        """Layers of the "encoder" or "decoder", at least one."""
+        pattern = rf"{self.transformer}\.{part}\.layers\.(\d+)\."
+        return 1 + max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=0)
+
+    def places(self, config: DetrConfig) -> Iterator[Place]:
+        """Where a detector of a given configuration has each of its arrays."""
+        yield from self._backbone(config.backbone)
+        yield from _linear(self.input_projection, "input_projection", POINTWISE)
+        attention = _fused_attention if self.fused_attention else _attention
+        for index in range(config.encoder_layers):
+            theirs, ours = f"{self.transformer}.encoder.layers.{index}", f"transformer.encoder.{index}"
+            yield from attention(f"{theirs}.self_attn", f"{ours}.self_attention")
+            yield from _layer(theirs, ours, self.encoder_norms, self.ffn)
+        for index in range(config.decoder_layers):
+            theirs, ours = f"{self.transformer}.decoder.layers.{index}", f"transformer.decoder.{index}"
+            yield from attention(f"{theirs}.self_attn", f"{ours}.self_attention")
+            yield from attention(f"{theirs}.{self.cross_attention}", f"{ours}.cross_attention")
+            yield from _layer(theirs, ours, self.decoder_norms, self.ffn)
+        yield from _layer_norm(self.decoder_norm, "transformer.decoder_norm")
+        yield Place(f"{self.queries}.weight", "transformer.queries", SAME)
+        yield from _linear(self.class_head, "class_head")
+        for index in range(3):
+            yield from _linear(f"{self.box_head}.layers.{index}", f"box_head.layers.{index}")
+
+    def _backbone(self, config: BackboneConfig) -> Iterator[Place]:
+        names, first = self.resnet, self.resnet.first
+        yield from _conv_norm(self.backbone, names.stem, "backbone.stem")
+        for stage, depth in enumerate(config.depths):
+            for block in range(depth):
+                theirs = f"{self.backbone}.{names.block.format(first + stage, block)}"
+                ours = f"backbone.stages.{stage}.{block}"
+                for index in range(3):
+                    pair = tuple(name.format(first + index) for name in names.conv)
+                    yield from _conv_norm(theirs, pair, f"{ours}.conv{index + 1}")
+                if block == 0:
+                    yield from _conv_norm(theirs, names.downsample, f"{ours}.downsample")
+
+
+_HUGGING_FACE: dict[str, Any] = {
+    "backbone": "model.backbone.conv_encoder.model",
+    "input_projection": "model.input_projection",
+    "transformer": "model",
+    "encoder_norms": ("self_attn_layer_norm", "final_layer_norm"),
+    "decoder_norms": ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
+    "ffn": ("fc1", "fc2"),
+    "cross_attention": "encoder_attn",
+    "fused_attention": False,
+    "decoder_norm": "model.decoder.layernorm",
+    "queries": "model.query_position_embeddings",
+    "class_head": "class_labels_classifier",
+    "box_head": "bbox_predictor",
+}
+LAYOUTS = (
+    Layout("official DETR", "backbone.0.body"),
+    Layout("Hugging Face DETR, timm backbone", **_HUGGING_FACE),
+    Layout("Hugging Face DETR, transformers backbone", resnet=_TRANSFORMERS, **_HUGGING_FACE),
+)
 
 
 def _linear(theirs: str, ours: str, form: Form = MATRIX) -> Iterator[Place]:
@@ -73,144 +162,28 @@ def _layer_norm(theirs: str, ours: str) -> Iterator[Place]:
     yield Place(f"{theirs}.bias", f"{ours}.bias", SAME)
 
 
-def _conv_norm(conv: str, norm: str, ours: str) -> Iterator[Place]:
-    yield Place(f"{conv}.weight", f"{ours}.conv.kernel", FILTER)
-    for theirs, name in (("weight", "scale"), ("bias", "bias"), ("running_mean", "mean"), ("running_var", "var")):
-        yield Place(f"{norm}.{theirs}", f"{ours}.norm.{name}", SAME)
+def _conv_norm(theirs: str, pair: tuple[str, str], ours: str) -> Iterator[Place]:
+    conv, norm = pair
+    yield Place(f"{theirs}.{conv}.weight", f"{ours}.conv.kernel", FILTER)
+    for entry, name in (("weight", "scale"), ("bias", "bias"), ("running_mean", "mean"), ("running_var", "var")):
+        yield Place(f"{theirs}.{norm}.{entry}", f"{ours}.norm.{name}", SAME)
 
 
-def _ffn(first: str, second: str, ours: str) -> Iterator[Place]:
-    yield Place(f"{first}.weight", f"{ours}.w_in", SAME)
-    yield Place(f"{first}.bias", f"{ours}.b_in", SAME)
-    yield Place(f"{second}.weight", f"{ours}.w_out", MATRIX)
-    yield Place(f"{second}.bias", f"{ours}.b_out", SAME)
+def _layer(theirs: str, ours: str, norms: tuple[str, ...], ffn: tuple[str, str]) -> Iterator[Place]:
+    """FFN and norms of a layer."""
+    for index, norm in enumerate(norms, 1):
+        yield from _layer_norm(f"{theirs}.{norm}", f"{ours}.norm{index}")
+    for linear, suffix, form in zip(ffn, ("in", "out"), (SAME, MATRIX), strict=True):
+        yield Place(f"{theirs}.{linear}.weight", f"{ours}.ffn.w_{suffix}", form)
+        yield Place(f"{theirs}.{linear}.bias", f"{ours}.ffn.b_{suffix}", SAME)
+
+
+def _attention(theirs: str, ours: str, weight: str = "{}_proj.weight", bias: str = "{}_proj.bias") -> Iterator[Place]:
+    for name in ("query", "key", "value"):
+        yield Place(f"{theirs}.{weight.format(name[0])}", f"{ours}.{name}.kernel", TO_HEADS)
+        yield Place(f"{theirs}.{bias.format(name[0])}", f"{ours}.{name}.bias", TO_HEADS_BIAS)
+    yield from _linear(f"{theirs}.out_proj", f"{ours}.out", FROM_HEADS)
 
 
 def _fused_attention(theirs: str, ours: str) -> Iterator[Place]:
-    for name in ("query", "key", "value"):
-        yield Place(f"{theirs}.in_proj_weight", f"{ours}.{name}.kernel", TO_HEADS)
-        yield Place(f"{theirs}.in_proj_bias", f"{ours}.{name}.bias", TO_HEADS_BIAS)
-    yield from _linear(f"{theirs}.out_proj", f"{ours}.out", FROM_HEADS)
-
-
-def _attention(theirs: str, ours: str) -> Iterator[Place]:
-    for name in ("query", "key", "value"):
-        yield Place(f"{theirs}.{name[0]}_proj.weight", f"{ours}.{name}.kernel", TO_HEADS)
-        yield Place(f"{theirs}.{name[0]}_proj.bias", f"{ours}.{name}.bias", TO_HEADS_BIAS)
-    yield from _linear(f"{theirs}.out_proj", f"{ours}.out", FROM_HEADS)
-
-
-def _torchvision_resnet(config: BackboneConfig, prefix: str) -> Iterator[Place]:
-    """The names of torchvision, which timm kept."""
-    yield from _conv_norm(f"{prefix}.conv1", f"{prefix}.bn1", "backbone.stem")
-    for stage, depth in enumerate(config.depths):
-        for block in range(depth):
-            theirs, ours = f"{prefix}.layer{stage + 1}.{block}", f"backbone.stages.{stage}.{block}"
-            for conv in (1, 2, 3):
-                yield from _conv_norm(f"{theirs}.conv{conv}", f"{theirs}.bn{conv}", f"{ours}.conv{conv}")
-            if block == 0:
-                yield from _conv_norm(f"{theirs}.downsample.0", f"{theirs}.downsample.1", f"{ours}.downsample")
-
-
-def _transformers_resnet(config: BackboneConfig, prefix: str) -> Iterator[Place]:
-    def conv_norm(theirs: str, ours: str) -> Iterator[Place]:
-        return _conv_norm(f"{theirs}.convolution", f"{theirs}.normalization", ours)
-
-    yield from conv_norm(f"{prefix}.embedder.embedder", "backbone.stem")
-    for stage, depth in enumerate(config.depths):
-        for block in range(depth):
-            theirs = f"{prefix}.encoder.stages.{stage}.layers.{block}"
-            ours = f"backbone.stages.{stage}.{block}"
-            for conv in (1, 2, 3):
-                yield from conv_norm(f"{theirs}.layer.{conv - 1}", f"{ours}.conv{conv}")
-            if block == 0:
-                yield from conv_norm(f"{theirs}.shortcut", f"{ours}.downsample")
-
-
-def _official(config: DetrConfig) -> Iterator[Place]:
-    yield from _torchvision_resnet(config.backbone, "backbone.0.body")
-    yield from _linear("input_proj", "input_projection", POINTWISE)
-    for index in range(config.encoder_layers):
-        theirs, ours = f"transformer.encoder.layers.{index}", f"transformer.encoder.{index}"
-        yield from _fused_attention(f"{theirs}.self_attn", f"{ours}.self_attention")
-        yield from _layer_norm(f"{theirs}.norm1", f"{ours}.norm1")
-        yield from _ffn(f"{theirs}.linear1", f"{theirs}.linear2", f"{ours}.ffn")
-        yield from _layer_norm(f"{theirs}.norm2", f"{ours}.norm2")
-    for index in range(config.decoder_layers):
-        theirs, ours = f"transformer.decoder.layers.{index}", f"transformer.decoder.{index}"
-        yield from _fused_attention(f"{theirs}.self_attn", f"{ours}.self_attention")
-        yield from _layer_norm(f"{theirs}.norm1", f"{ours}.norm1")
-        yield from _fused_attention(f"{theirs}.multihead_attn", f"{ours}.cross_attention")
-        yield from _layer_norm(f"{theirs}.norm2", f"{ours}.norm2")
-        yield from _ffn(f"{theirs}.linear1", f"{theirs}.linear2", f"{ours}.ffn")
-        yield from _layer_norm(f"{theirs}.norm3", f"{ours}.norm3")
-    yield from _layer_norm("transformer.decoder.norm", "transformer.decoder_norm")
-    yield Place("query_embed.weight", "transformer.queries", SAME)
-    yield from _linear("class_embed", "class_head")
-    for index in range(3):
-        yield from _linear(f"bbox_embed.layers.{index}", f"box_head.layers.{index}")
-
-
-def _hugging_face(config: DetrConfig) -> Iterator[Place]:
-    """Everything but the backbone."""
-    yield from _linear("model.input_projection", "input_projection", POINTWISE)
-    for index in range(config.encoder_layers):
-        theirs, ours = f"model.encoder.layers.{index}", f"transformer.encoder.{index}"
-        yield from _attention(f"{theirs}.self_attn", f"{ours}.self_attention")
-        yield from _layer_norm(f"{theirs}.self_attn_layer_norm", f"{ours}.norm1")
-        yield from _ffn(f"{theirs}.fc1", f"{theirs}.fc2", f"{ours}.ffn")
-        yield from _layer_norm(f"{theirs}.final_layer_norm", f"{ours}.norm2")
-    for index in range(config.decoder_layers):
-        theirs, ours = f"model.decoder.layers.{index}", f"transformer.decoder.{index}"
-        yield from _attention(f"{theirs}.self_attn", f"{ours}.self_attention")
-        yield from _layer_norm(f"{theirs}.self_attn_layer_norm", f"{ours}.norm1")
-        yield from _attention(f"{theirs}.encoder_attn", f"{ours}.cross_attention")
-        yield from _layer_norm(f"{theirs}.encoder_attn_layer_norm", f"{ours}.norm2")
-        yield from _ffn(f"{theirs}.fc1", f"{theirs}.fc2", f"{ours}.ffn")
-        yield from _layer_norm(f"{theirs}.final_layer_norm", f"{ours}.norm3")
-    yield from _layer_norm("model.decoder.layernorm", "transformer.decoder_norm")
-    yield Place("model.query_position_embeddings.weight", "transformer.queries", SAME)
-    yield from _linear("class_labels_classifier", "class_head")
-    for index in range(3):
-        yield from _linear(f"bbox_predictor.layers.{index}", f"box_head.layers.{index}")
-
-
-HUGGING_FACE_BACKBONE = "model.backbone.conv_encoder.model"
-
-
-def _hugging_face_timm(config: DetrConfig) -> Iterator[Place]:
-    yield from _torchvision_resnet(config.backbone, HUGGING_FACE_BACKBONE)
-    yield from _hugging_face(config)
-
-
-def _hugging_face_native(config: DetrConfig) -> Iterator[Place]:
-    yield from _transformers_resnet(config.backbone, HUGGING_FACE_BACKBONE)
-    yield from _hugging_face(config)
-
-
-_HUGGING_FACE_SIZES = {
-    "encoder": re.compile(r"model\.encoder\.layers\.(\d+)\."),
-    "decoder": re.compile(r"model\.decoder\.layers\.(\d+)\."),
-}
-
-LAYOUTS = (
-    Layout(
-        name="official DETR",
-        stages=re.compile(r"backbone\.0\.body\.layer(\d+)\.(\d+)\."),
-        encoder=re.compile(r"transformer\.encoder\.layers\.(\d+)\."),
-        decoder=re.compile(r"transformer\.decoder\.layers\.(\d+)\."),
-        places=_official,
-    ),
-    Layout(
-        name="Hugging Face DETR, timm backbone",
-        stages=re.compile(r"model\.backbone\.conv_encoder\.model\.layer(\d+)\.(\d+)\."),
-        places=_hugging_face_timm,
-        **_HUGGING_FACE_SIZES,
-    ),
-    Layout(
-        name="Hugging Face DETR, transformers backbone",
-        stages=re.compile(r"model\.backbone\.conv_encoder\.model\.encoder\.stages\.(\d+)\.layers\.(\d+)\."),
-        places=_hugging_face_native,
-        **_HUGGING_FACE_SIZES,
-    ),
-)
+    return _attention(theirs, ours, "in_proj_weight", "in_proj_bias")

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from detr_jax.convert.checkpoint import Checkpoint, Entry
-from detr_jax.convert.preset import check_preset
+from detr_jax.convert.checkpoint import Checkpoint, Entry, check_preset
 from detr_jax.errors import InputError
 from detr_jax.files import replacing
 from detr_jax.models.registry import ARCHITECTURES, architecture_of, config_from_json
@@ -34,7 +33,7 @@ def write_checkpoint(path: Path, config: Any, arrays: Mapping[str, np.ndarray]) 
 def own_checkpoint(
     source: str, entries: Mapping[str, Entry], header: Mapping[str, str], preset: str | None = None
 ) -> Checkpoint:
-    """A checkpoint from a file whose header says that it is ours.
+    """A checkpoint of a file whose header says that it is ours.
 
     Raises:
         InputError: if the header is damaged or of a newer version, or the preset contradicts it.

@@ -1,51 +1,48 @@
 """Published checkpoints: which layout their entries have, and which detector they are."""
 
-import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
-from detr_jax.convert.checkpoint import Checkpoint, Entry
+from detr_jax.convert.checkpoint import Checkpoint, Entry, check_preset
 from detr_jax.convert.facts import Facts
-from detr_jax.convert.layouts import LAYOUTS, Layout
-from detr_jax.convert.preset import check_preset
+from detr_jax.convert.layouts import LAYOUTS
 from detr_jax.errors import InputError
 from detr_jax.models import BackboneConfig, DetrConfig, preset_config
 from detr_jax.models.labels import COCO_LABELS
 
-# torch's BatchNorm counts its training steps. Nothing reads the count of a frozen one, but facebook/detr-resnet-50 on
-# the hub still holds those of its four downsampling norms.
-IGNORED_SUFFIX = ".num_batches_tracked"
-
-STAGES = 4
 _PRE_NORM = {"model.encoder.layernorm.weight", "transformer.encoder.norm.weight"}
-"""The norm after the encoder, which only detectors have whose layers normalise first."""
+"""The norm after the encoder, which only detectors with pre-norm layers have."""
 
 
 def published_checkpoint(
     source: str, entries: Mapping[str, Entry], preset: str | None = None, facts: Facts | None = None
 ) -> Checkpoint:
-    """Recognises the layout of `entries` and infers the detector's configuration from their names and shapes.
+    """A checkpoint in a recognised layout, its configuration inferred from the names and shapes of its entries.
 
     Args:
-        source: where the entries are from, for messages.
-        entries: name -> array.
-        preset: name of the preset that the detector has the architecture of; tells what `facts` does not.
+        source: origin of the entries, for messages.
+        entries: arrays by name.
+        preset: name of the preset whose architecture the detector has; tells what `facts` does not.
         facts: what is known beyond the entries.
 
     Raises:
-        InputError: if the layout is unknown or of a detector that is not supported, or the preset or the facts
-            contradict the entries.
+        InputError: if the layout is unknown or of an unsupported detector, or preset or facts contradict the entries.
     """
     facts = facts or Facts()
-    entries = {name: entry for name, entry in entries.items() if not name.endswith(IGNORED_SUFFIX)}
-    layout = _recognise(source, entries)
+    # facebook/detr-resnet-50 on the hub still holds the step counts of four norms, which frozen ones do not need.
+    entries = {name: entry for name, entry in entries.items() if not name.endswith(".num_batches_tracked")}
+    layout = next((layout for layout in LAYOUTS if layout.depths(entries)), None)
+    if layout is None:
+        known = ", ".join(layout.name for layout in LAYOUTS)
+        raise InputError(
+            f"{source} is no detector in a known layout ({known}); its entries are {sorted(entries)[:4]} ..."
+        )
     if found := _PRE_NORM & entries.keys():
         raise InputError(
             f"{source} has {min(found)}: it normalises before its attention and FFNs (pre-norm, as Table Transformer "
             "does), which is not supported yet"
         )
-    depths, encoder_layers, decoder_layers = _sizes(layout, entries)
-    defaults = DetrConfig(BackboneConfig(depths))
+    defaults = DetrConfig(BackboneConfig(layout.depths(entries)))
     theirs = {place.ours: place.theirs for place in layout.places(defaults)}
 
     def rows(ours: str, default: int) -> int:
@@ -55,7 +52,7 @@ def published_checkpoint(
 
     widths = enumerate(defaults.backbone.widths)
     backbone = BackboneConfig(
-        depths,
+        defaults.backbone.depths,
         widths=tuple(rows(f"backbone.stages.{i}.0.conv1.norm.scale", width) for i, width in widths),
         stem_width=rows("backbone.stem.norm.scale", defaults.backbone.stem_width),
         dilate_last=_dilation(source, facts, preset),
@@ -68,8 +65,8 @@ def published_checkpoint(
         decoder_heads=facts.decoder_heads or defaults.decoder_heads,
         encoder_ffn_dim=rows("transformer.encoder.0.ffn.b_in", defaults.encoder_ffn_dim),
         decoder_ffn_dim=rows("transformer.decoder.0.ffn.b_in", defaults.decoder_ffn_dim),
-        encoder_layers=encoder_layers,
-        decoder_layers=decoder_layers,
+        encoder_layers=layout.layers("encoder", entries),
+        decoder_layers=layout.layers("decoder", entries),
         queries=rows("transformer.queries", defaults.queries),
         preprocessing=facts.preprocessing or (preset_config(preset) if preset else defaults).preprocessing,
     )
@@ -81,29 +78,6 @@ def published_checkpoint(
             raise InputError(f"{source}: {config.d_model} features cannot be divided among {heads} {part} heads")
     check_preset(source, config, preset)
     return Checkpoint(source, layout.name, config, entries, tuple(layout.places(config)))
-
-
-def _recognise(source: str, names: Iterable[str]) -> Layout:
-    for layout in LAYOUTS:
-        if any(layout.stages.match(name) for name in names):
-            return layout
-    known = ", ".join(layout.name for layout in LAYOUTS)
-    raise InputError(f"{source} is no detector in a known layout ({known}); its entries are {sorted(names)[:4]} ...")
-
-
-def _sizes(layout: Layout, names: Iterable[str]) -> tuple[tuple[int, ...], int, int]:
-    """Blocks of each stage, encoder layers, decoder layers."""
-
-    def count(indices: Iterable[str]) -> int:
-        return 1 + max(map(int, indices), default=0)
-
-    def layers(pattern: re.Pattern) -> int:
-        return count(match[1] for name in names if (match := pattern.match(name)))
-
-    blocks = [match.groups() for name in names if (match := layout.stages.match(name))]
-    first = min(int(stage) for stage, _ in blocks)
-    depths = tuple(count(block for stage, block in blocks if int(stage) == first + index) for index in range(STAGES))
-    return depths, layers(layout.encoder), layers(layout.decoder)
 
 
 def _dilation(source: str, facts: Facts, preset: str | None) -> bool:
