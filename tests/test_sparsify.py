@@ -1,6 +1,7 @@
 """`detr_jax.sparsify`: every method, every budget, run folders, and the same plan as by the command."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,3 +130,24 @@ def test_the_command_makes_the_same_plan_byte_for_byte(tmp_path):
     plan = scores.record(sparse.plan)
     detr_jax.save_plan(plan, tmp_path / "plan.safetensors")
     assert (tmp_path / "plan.safetensors").read_bytes() == (tmp_path / "run/plan.safetensors").read_bytes()
+
+
+def test_the_command_takes_a_method_that_is_registered_from_outside(tmp_path):
+    import toy_method
+
+    assert toy_method.LargestInput is METHODS["largest-input"]
+    write_coco(tmp_path, [(32, 40)] * 8, [annotation(1, 1, (4, 4, 20, 20))], "train2017")
+    write_coco(tmp_path, [(32, 40)] * 4, [annotation(1, 1, (4, 4, 20, 20))])
+    detr_jax.save(tiny_detector(), tmp_path / "detector.safetensors")
+    model = ["--model", tmp_path / "detector.safetensors", "--coco", tmp_path, "--out", tmp_path / "run"]
+    method = ["--method", "largest-input", "--density", 0.5, "--group-size", 4, "--batch-size", 2]
+    run("train_gates.py", *model, *method, "--split.calib", 4)
+    plan = detr_jax.load_plan(tmp_path / "run/plan.safetensors", tiny_detector())
+    assert plan.method == "largest-input" and plan.training["calibration"]["budget"] == "density 0.5"
+
+
+def test_contributing_shows_the_toy_method():
+    tests = Path(__file__).parent
+    shown = (tests.parent / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## A method")[1]
+    code = (tests / "toy_method.py").read_text(encoding="utf-8")
+    assert code[code.index("@") :].rstrip() == shown.split("```python\n")[1].split("\n```")[0]

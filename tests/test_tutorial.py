@@ -36,3 +36,15 @@ def test_it_is_stored_with_its_figures_and_small(stored):
     assert figures(stored) == FIGURES and PATH.stat().st_size < 500_000
     numbers = [cell.execution_count for cell in stored.cells if cell.cell_type == "code"]
     assert numbers == list(range(1, len(numbers) + 1))
+
+
+def test_the_quick_start_is_what_the_notebook_runs(stored):
+    readme = (PATH.parent.parent / "README.md").read_text(encoding="utf-8")
+    snippet = readme.split("```python\n")[1].split("```")[0]
+    statements = [
+        line.partition("  # ")[0] for line in snippet.splitlines() if " = " in line or line.startswith("print")
+    ]
+    assert len(statements) == 4
+    run = "\n".join(cell.source for cell in stored.cells if cell.cell_type == "code").replace(", progress=False", "")
+    for statement in statements:
+        assert statement in run
