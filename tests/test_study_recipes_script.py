@@ -2,42 +2,52 @@
 
 import json
 
+import jax
 from commands import refusal, run
 from recipe_report import best_table, points_table
 
+from detr_jax.models.ffn import forward, permute
+
 FEW = ("--train-images", 8, "--eval-images", 6, "--epochs", 1, "--allocation-images", 4, "--tuning.epochs", 1)
-FEW += ("--search.statistics-images", 8, "--search.calibration-images", 4, "--search.latency-images", 4)
-FEW += (
-    "--batch-size",
-    2,
-    "--group-size",
-    4,
-    "--tile-size",
-    4,
-    "--search.rank",
-    4,
-    "--search.batch-size",
-    2,
-    "--search.repeats",
-    1,
-    "--search.fixed",
-    0.3,
-    "--search.dynamic",
-    0.2,
-)
-FEW += ("--thresholds", 0.5, "--densities", 0.3, "--tuned-densities", 0.3, "--shares", 0.4)
+FEW += ("--batch-size", 2, "--group-size", 4, "--tile-size", 4, "--thresholds", 0.5, "--densities", 0.3)
+FEW += ("--tuned-densities", 0.3, "--shares", 0.4)
+SEARCH = {
+    "statistics-images": 8,
+    "calibration-images": 4,
+    "latency-images": 4,
+    "rank": 4,
+    "batch-size": 2,
+    "repeats": 1,
+}
+SEARCH |= {"fixed": 0.3, "dynamic": 0.2}
+FEW += tuple(part for option, value in SEARCH.items() for part in (f"--search.{option}", value))
 
 
-def test_every_recipe_is_measured_in_three_ways(mixed_shapes, tmp_path):
+def traced_times(weights, trace, selectors, permutations, repeats):
+    """In the place of run times, which would take a compilation each: that every selector runs in its order."""
+
+    def run_ffn(selector, permuted):
+        return forward(permuted, trace.inputs, selector(permuted, trace.inputs, trace.tokens))
+
+    for selector, permutation in zip(selectors, permutations, strict=True):
+        assert len(permutation) == len(weights.w_in)
+        if selector is not None:
+            jax.eval_shape(run_ffn, selector, permute(weights, permutation))
+    return [1.0 if selector is None else 0.3 for selector in selectors]
+
+
+def test_every_recipe_is_measured_in_three_ways(mixed_shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr("detr_jax.search.search.measure_times", traced_times)
     run("studies/recipes.py", *mixed_shapes.options, *FEW, "--out", tmp_path / "run")
     points = json.loads((tmp_path / "run" / "results.json").read_text())["points"]
-    # From so few images some FFNs have no sets to choose for an image, and those recipes no points.
-    assert {point["recipe"] for point in points} >= {
-        *("the paper's recipe", "+ a threshold for each FFN", "+ groups by co-firing"),
-        *("+ trained through the detector", "labels by contribution", "one gate for an image"),
-        "that, trained through the detector",
-        *("fixed sets", "fixed sets with fitted second layers", "whatever is best"),
-    }
+    calibrated = {"+ a threshold for each FFN", "+ groups by co-activation", "labels by contribution"}
+    calibrated |= {"the paper's recipe", "+ trained through the detector"}
+    searched = {"fixed sets", "fixed sets with reconstructed output layers", "whatever is best"}
+    searched |= {"an image's sets by a sketch", "that, with reconstructed output layers"}
+    found = {(point["recipe"], point["chosen_by"]) for point in points}
+    assert found >= {(recipe, None) for recipe in calibrated} | {(recipe, "latency") for recipe in searched}
+    # From so few images some FFNs have no sets to choose for an image, and those recipes no sparse points.
+    assert found >= {(recipe, "density") for recipe in searched if "fixed" in recipe}
     for point in points:
         low, high = point["AP_minus_dense_interval"]
         assert 0 < point["density"] <= 1 and point["time"] > 0 and low <= high

@@ -87,7 +87,7 @@ class Arguments:
     out: Path = Path("runs/recipes")
     """Folder for the results."""
     resume: bool = False
-    """Go on with an interrupted run in the output folder."""
+    """Resume an interrupted run in the output folder."""
     overwrite: bool = False
     """Delete an earlier run in the output folder."""
 
@@ -200,6 +200,9 @@ class Study:
             tile_size = self._tile_size({name: selector.score for name, selector in start.items()})
             # To the density per token: training with the union of a tile is worse, see docs/negative-results.md.
             _, densities = measure(self.model, self._held_out, start)
+            # A gate that keeps nothing has no density to train to; a tile of the sparsest setting has at least this.
+            least = GRID[-1] / arguments.tile_size
+            densities = {name: max(share, least) for name, share in densities.items()}
             folder = arguments.out / "tuned" / f"{recipe} {density:g}".replace(" ", "-")
             total = arguments.tuning.epochs * len(self._training)
             with tqdm(total=total, desc="training to a budget", unit="step") as bar:
@@ -248,13 +251,13 @@ def main(arguments: Arguments) -> None:
             study.gated("the paper's recipe", f"threshold {threshold:g}", own, gates)
         study.calibrated("+ a threshold for each FFN", own, mgs)
         gates = study.train(study.model, (MGS, MGSContribution), "gates")
-        sensitivity = study.calibrated("+ groups by co-firing", study.model, gates["mgs"])
+        sensitivity = study.calibrated("+ groups by co-activation", study.model, gates["mgs"])
         study.tuned("+ trained through the detector", sensitivity)
         study.calibrated("labels by contribution", study.model, gates["mgs-contribution"])
         study.searched("an image's sets by a sketch", ("dense", "sketched"))
-        study.searched("that, with fitted second layers", ("dense", "sketched, reconstructed"))
+        study.searched("that, with reconstructed output layers", ("dense", "sketched, reconstructed"))
         study.searched("fixed sets", ("dense", "fixed"))
-        study.searched("fixed sets with fitted second layers", ("dense", "fixed, reconstructed"))
+        study.searched("fixed sets with reconstructed output layers", ("dense", "fixed, reconstructed"))
         study.searched("whatever is best", CANDIDATE_KINDS)
         points = study.points()
 
