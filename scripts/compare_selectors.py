@@ -20,14 +20,18 @@ from studies.tile_density import describe_statistics, measure_tile_density
 from tqdm import tqdm
 
 import detr_jax
-from detr_jax.calibration.activation_passes import profile_activations
-from detr_jax.calibration.activations import ActivationStatistics
+from detr_jax.calibration.activations import ActivationStatistics, profile_activations
 from detr_jax.calibration.allocation import cost_table, greedy, within_loss
-from detr_jax.calibration.moment_passes import measure_moments
+from detr_jax.calibration.moments import measure_moments
 from detr_jax.calibration.permutation import coactivation_permutation, kmeans_permutation
 from detr_jax.calibration.sensitivity import OutputDivergence, SensitivityTable, layer_sensitivity
-from detr_jax.calibration.threshold_passes import calibrate, measure_scores, selectors_at_densities
-from detr_jax.calibration.thresholds import density_threshold, recall_threshold
+from detr_jax.calibration.thresholds import (
+    calibrate,
+    density_threshold,
+    measure_scores,
+    recall_threshold,
+    selectors_at_densities,
+)
 from detr_jax.commands import cli
 from detr_jax.commands.data_options import DataOptions
 from detr_jax.data.dataset import Dataset, Subset
@@ -141,12 +145,14 @@ class Workbench:
         size = arguments.training.group_size
         sample = Subset(splits.training, 0, min(arguments.statistics_images, len(splits.training)))
         statistics = self._statistics(model, sample, "activations.safetensors")
-        self.orders: dict[str, np.ndarray] = {}
+        self.permutations: dict[str, np.ndarray] = {}
         if arguments.neuron_order == "coactivation":
-            self.orders = {name: coactivation_permutation(s.coactive, size) for name, s in statistics.items()}
+            self.permutations = {name: coactivation_permutation(s.coactive, size) for name, s in statistics.items()}
         if arguments.neuron_order == "kmeans":
-            self.orders = {n: kmeans_permutation(np.asarray(f.w_in), size) for n, f in model.ffn_weights().items()}
-        self.ordered = model.with_permutations(self.orders)
+            self.permutations = {
+                n: kmeans_permutation(np.asarray(f.w_in), size) for n, f in model.ffn_weights().items()
+            }
+        self.ordered = model.with_permutations(self.permutations)
         self.statistics = self._statistics(self.ordered, sample, "activations-ordered.safetensors")
         self.weights = self.ordered.ffn_weights()
 
@@ -168,9 +174,8 @@ class Workbench:
     def _statistics(self, model: DETR, sample: Dataset, file: str) -> dict[str, ActivationStatistics]:
         arguments = self.arguments
         with tqdm(total=len(sample), desc="activation statistics", unit="image") as bar:
-            path, size = arguments.out / file, arguments.training.group_size
-            batch_size = arguments.training.batch_size
-            self.profile = profile_activations(model, sample, batch_size, size, path, bar.update)
+            path, batch_size = arguments.out / file, arguments.training.batch_size
+            self.profile = profile_activations(model, sample, batch_size, path, bar.update)
         return {name: self.profile.statistics[name] for name in model.ffn_specs()}
 
     def train(
@@ -339,7 +344,9 @@ def save_best(bench: Workbench, selectors: Mapping[str, Selector], results: dict
     measured |= {"implementation": results["implementation"], "device": results["device"]}
     training = {"recipe": results["arguments"]["training"], "data": results["data"]}
     training |= {"order": bench.arguments.neuron_order}
-    plan = Plan("mgs", results["fingerprint"], dict(selectors), bench.orders, training, measured, results["versions"])
+    plan = Plan(
+        "mgs", results["fingerprint"], dict(selectors), bench.permutations, training, measured, results["versions"]
+    )
     save_plan(plan, path, overwrite=True)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from commands import run
 
 import detr_jax
-from detr_jax.calibration.moment_passes import measure_moments
+from detr_jax.calibration.moments import measure_moments
 from detr_jax.data.batches import ImageBatches
 from detr_jax.data.coco import CocoDataset
 from detr_jax.evaluation.runs import detect_dataset

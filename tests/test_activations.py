@@ -1,22 +1,25 @@
 """Statistics of hidden activations: equal to a loop's, additive, permutable, kept in files."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from safetensors import safe_open
 from tiny import annotation, tiny_detector, write_coco
 
-from detr_jax.calibration.activation_passes import object_tokens, profile_activations, query_targets
 from detr_jax.calibration.activations import (
     ActivationProfile,
     ActivationStatistics,
     load_profile,
     measure,
+    profile_activations,
     save_profile,
 )
+from detr_jax.calibration.token_kinds import object_tokens, query_targets
 from detr_jax.data.coco import CocoDataset
 from detr_jax.data.loading import batches
 from detr_jax.models import FFNWeights
@@ -98,7 +101,7 @@ def coco(tmp_path_factory):
 
 
 def profile(coco, path, **options) -> ActivationProfile:
-    return profile_activations(tiny_detector(), CocoDataset(coco, "val2017"), 2, 4, path, lambda n: None, **options)
+    return profile_activations(tiny_detector(), CocoDataset(coco, "val2017"), 2, path, lambda n: None, **options)
 
 
 def assert_equal(one: ActivationProfile, other: ActivationProfile, exact: bool = True) -> None:
@@ -127,7 +130,7 @@ def test_an_interrupted_pass_goes_on_to_the_same_statistics(coco, tmp_path):
             raise Interrupted
 
     path = tmp_path / "part.safetensors"
-    arguments = (tiny_detector(), CocoDataset(coco, "val2017"), 2, 4, path)
+    arguments = (tiny_detector(), CocoDataset(coco, "val2017"), 2, path)
     with pytest.raises(Interrupted):
         profile_activations(*arguments, interrupt, checkpoint_batches=2)
     assert load_profile(path, whole.fingerprint).batches == 2
@@ -136,7 +139,7 @@ def test_an_interrupted_pass_goes_on_to_the_same_statistics(coco, tmp_path):
     assert sum(resumed) == 7 and resumed[0] > 0
 
     with pytest.raises(ValueError, match="choose another file"):
-        profile_activations(*arguments[:3], 8, path, print)
+        profile_activations(*arguments[:2], 3, path, print)
     with pytest.raises(ValueError, match="statistics of the detector"):
         profile_activations(tiny_detector(1), *arguments[1:], print)
 
@@ -178,3 +181,17 @@ def test_kinds_of_tokens(coco):
             size = batch.sizes[i, [1, 0, 1, 0]]
             np.testing.assert_allclose(sorted((corners * size).tolist()), sorted(boxes.tolist()), atol=1e-3)
         assert (kinds[~batch.valid] == -1).all()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_of_earlier_versions_are_read(coco, tmp_path, version):
+    good, path = profile(coco, tmp_path / "good.safetensors"), tmp_path / "old.safetensors"
+    with safe_open(tmp_path / "good.safetensors", framework="numpy") as file:
+        header = file.metadata() | {"format_version": str(version)}
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    header["description"] = json.dumps(json.loads(header["description"]) | {"group_size": 4})
+    if version == 1:
+        arrays |= {"encoder.0.group_norms": np.zeros((2, 8)), "decoder.0.input_magnitudes": np.zeros((2, 3))}
+    safetensors.numpy.save_file(arrays, path, metadata=header)
+    assert_equal(good, load_profile(path, good.fingerprint))
+    assert_equal(good, profile(coco, path))  # nothing is measured again

@@ -1,6 +1,6 @@
 """Thresholds: histograms of scores, the density or recall they are chosen for, and calibration passes."""
 
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from tiny import TINY_CONFIG, tiny_detector, tiny_ffn
 
-from detr_jax.calibration.accumulate import sum_by_name
-from detr_jax.calibration.threshold_passes import calibrate, measure_scores
+from detr_jax.calibration.accumulate import add_by_name
 from detr_jax.calibration.thresholds import (
     ScoreHistogram,
+    calibrate,
     density_threshold,
+    measure_scores,
     recall_threshold,
     score_histogram,
 )
@@ -100,9 +101,7 @@ def test_thresholds_of_tiles_keep_a_share_of_the_tiles(tile_size):
     gate = LinearGate(jnp.float32(rng.standard_normal((6, 3))), jnp.float32(rng.standard_normal(3)))
     weights, _, _ = tiny_ffn()
     traces = [trace(weights, *tiny_ffn(seed=seed)[1:]) for seed in range(20)]
-    total = sum_by_name(
-        ({"f": score_histogram(gate, weights, what, tile_size)} for what in traces), "calibrate thresholds"
-    )["f"]
+    total = reduce(add_by_name, ({"f": score_histogram(gate, weights, what, tile_size)} for what in traces))["f"]
     fires = [count_tiles(active_groups(what.hidden, 3), what.tokens, tile_size) for what in traces]
     assert (total.all.sum(), total.firing.sum()) == tuple(
         sum(getattr(c, f) for c in fires) for f in ("pairs", "active")
@@ -131,7 +130,7 @@ def test_thresholds_reach_the_recall_and_stricter_ones_do_not(recall):
     gate = LinearGate(jnp.float32(rng.standard_normal((6, 3))), jnp.float32(rng.standard_normal(3)))
     weights, _, _ = tiny_ffn()
     traces = [trace(weights, *tiny_ffn(seed=seed)[1:]) for seed in range(20)]
-    total = sum_by_name(({"f": score_histogram(gate, weights, what)} for what in traces), "calibrate thresholds")["f"]
+    total = reduce(add_by_name, ({"f": score_histogram(gate, weights, what)} for what in traces))["f"]
     calibrated = Thresholded(gate, jnp.float32(recall_threshold(total, recall)))
     assert count(calibrated, weights, traces, 4).recall >= recall
     assert count(calibrated.at(calibrated.threshold + 0.1), weights, traces, 4).recall < recall
@@ -179,8 +178,6 @@ def test_targets_must_be_shares(share):
 
 
 def test_calibration_needs_images():
-    with pytest.raises(ValueError, match="no images"):
-        sum_by_name([], "calibrate thresholds")
     empty = ScoreHistogram(np.zeros(8, np.int64), np.zeros(8, np.int64))
     for threshold_of in (density_threshold, recall_threshold):
         with pytest.raises(ValueError, match="no images"):
@@ -222,9 +219,9 @@ def gates():
     }
 
 
-def counts_of(ffns_of, passes, selectors) -> dict[str, ActivityCounts]:
+def counts_of(model, passes, selectors) -> dict[str, ActivityCounts]:
     return total_counts(
-        {name: count_activity(what, 4) for name, what in ffns_of.traces(batch, selectors).items()}
+        {name: count_activity(what, 4) for name, what in model.traces(batch, selectors).items()}
         for batch in passes.batches()
     )
 
@@ -260,12 +257,12 @@ def test_scores_are_measured_with_other_selectors_running(model, passes, gates):
 
 def test_ffns_that_stand_alone_are_calibrated_alike_in_turn_and_at_once(gates):
     ffns = {name: tiny_ffn(32, 16, seed=seed) for seed, name in enumerate(gates)}
-    ffns_of = StandaloneFFNs({name: weights for name, (weights, _, _) in ffns.items()})
+    model = StandaloneFFNs({name: weights for name, (weights, _, _) in ffns.items()})
     inputs = FFNInputs({name: x for name, (_, x, _) in ffns.items()}, {name: t for name, (_, _, t) in ffns.items()})
     passes = CachedBatches([inputs, inputs])
     threshold_of = partial(density_threshold, density=0.3)
-    at_once, in_turn = (calibrate(ffns_of, passes, gates, threshold_of, in_turn=turn) for turn in (False, True))
+    at_once, in_turn = (calibrate(model, passes, gates, threshold_of, in_turn=turn) for turn in (False, True))
     for name in gates:
         assert at_once[name].threshold == in_turn[name].threshold
-    for counts in counts_of(ffns_of, passes, at_once).values():
+    for counts in counts_of(model, passes, at_once).values():
         assert 0.25 < counts.density <= 0.3

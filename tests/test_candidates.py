@@ -8,9 +8,8 @@ from tiny import tiny_ffn
 
 from detr_jax.calibration.activations import measure
 from detr_jax.calibration.allocation import undominated
-from detr_jax.calibration.moment_passes import measure_kept
-from detr_jax.calibration.moments import moments_of
-from detr_jax.calibration.threshold_passes import collect_scores
+from detr_jax.calibration.moments import measure_kept, moments_of
+from detr_jax.calibration.thresholds import collect_scores
 from detr_jax.data.batches import CachedBatches
 from detr_jax.evaluation.counts import count_activity
 from detr_jax.kernels import Execution, ffn
@@ -26,12 +25,12 @@ WEIGHTS, X, TOKENS = tiny_ffn(F, 6, images=40)
 def material(window: int | None, block_size: int) -> Material:
     of = trace(WEIGHTS, X, TOKENS)
     inputs = moments_of(X, TOKENS)
-    ffns_of = StandaloneFFNs({"f": WEIGHTS})
+    model = StandaloneFFNs({"f": WEIGHTS})
     passes = CachedBatches([FFNInputs({"f": X[i : i + 8]}, {"f": TOKENS[i : i + 8]}) for i in range(0, 40, 8)])
     scores = {
         "sketched": Pooled(sketch(WEIGHTS, inputs.mean, inputs.covariance, 6, SIZE), odds=False, window=window),
     }
-    decisions = {kind: collect_scores(ffns_of, passes, {"f": score})["f"] for kind, score in scores.items()}
+    decisions = {kind: collect_scores(model, passes, {"f": score})["f"] for kind, score in scores.items()}
     statistics = measure(of, jnp.zeros(TOKENS.shape, int), kinds_count=1)
     hidden = moments_of(of.hidden, TOKENS)
     return Material(WEIGHTS, statistics, hidden, scores, decisions, Execution(window, block_size))

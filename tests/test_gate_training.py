@@ -11,8 +11,7 @@ import pytest
 from tiny import TINY_CONFIG, annotation, tiny_detector, tiny_ffn, write_coco
 
 import detr_jax
-from detr_jax.calibration.threshold_passes import calibrate
-from detr_jax.calibration.thresholds import recall_threshold
+from detr_jax.calibration.thresholds import calibrate, recall_threshold
 from detr_jax.data.batches import CachedBatches, ImageBatches
 from detr_jax.data.coco import CocoDataset
 from detr_jax.data.features import backbone_features
@@ -159,12 +158,12 @@ def test_calibrated_gates_reach_the_recall(model, embedded, passes, gates):
 def bare():
     """FFNs that stand alone, and batches of inputs for them in memory."""
     first, second = (tiny_ffn(16, 6, seed=seed)[0] for seed in (0, 1))
-    ffns_of = StandaloneFFNs({"first": first, "second": second})
+    model = StandaloneFFNs({"first": first, "second": second})
     batches = []
     for seed in range(3):
         _, x, tokens = tiny_ffn(16, 6, seed=10 + seed)
         batches.append(FFNInputs({"first": x, "second": x[::-1]}, {"first": tokens, "second": tokens[::-1]}))
-    return ffns_of, CachedBatches(batches, shuffle_seed=0)
+    return model, CachedBatches(batches, shuffle_seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -181,28 +180,28 @@ def test_kinds_that_are_trained_together_are_those_trained_alone(bare, kinds_in_
 
 
 def test_every_kind_learns(bare, kinds_in_one_run):
-    ffns_of, passes = bare
+    model, passes = bare
     assert set(kinds_in_one_run) == set(KINDS)
     for kind, gates in kinds_in_one_run.items():
-        for name, weights in ffns_of.weights.items():
+        for name, weights in model.weights.items():
             fresh = KINDS[kind].init((16, 6), jax.random.key(0))
             before, after = (
-                np.mean([KINDS[kind].loss(g, weights, ffns_of.traces(b, {})[name]) for b in passes.batches()])
+                np.mean([KINDS[kind].loss(g, weights, model.traces(b, {})[name]) for b in passes.batches()])
                 for g in (fresh, gates[name])
             )
             assert after < 0.8 * before
 
 
 def test_the_loss_that_is_reported_is_the_mean_over_gates(bare, tmp_path):
-    ffns_of, passes = bare
+    model, passes = bare
     losses = []
     once = {name: dataclasses.replace(method, epochs=1) for name, method in KINDS.items()}
-    train(ffns_of, passes, once, tmp_path, lambda step, loss: losses.append(float(loss)))
+    train(model, passes, once, tmp_path, lambda step, loss: losses.append(float(loss)))
     first = next(passes.batches())
     expected = [
-        kind.loss(kind.init((16, 6), jax.random.key(0)), weights, ffns_of.traces(first, {})[name])
+        kind.loss(kind.init((16, 6), jax.random.key(0)), weights, model.traces(first, {})[name])
         for kind in KINDS.values()
-        for name, weights in ffns_of.weights.items()
+        for name, weights in model.weights.items()
     ]
     assert len(losses) == len(passes) and losses[0] == pytest.approx(np.mean(expected), rel=1e-5)
 
@@ -257,16 +256,16 @@ def test_gates_run_as_they_are_while_they_are_trained(quiet, embedded, tmp_path)
 
 
 def test_training_goes_on_from_the_gates_that_run(bare, tmp_path):
-    ffns_of, passes = bare
+    model, passes = bare
     rng = np.random.default_rng(0)
     running = {
         "mgs": {
             name: Thresholded(LinearGate(jnp.float32(rng.standard_normal((6, 4))), jnp.zeros(4)), jnp.float32(0))
-            for name in ffns_of.weights
+            for name in model.weights
         }
     }
     training = dataclasses.replace(METHOD, epochs=1, learning_rate=1e-6)
-    found = train(ffns_of, passes, {"mgs": training}, tmp_path, silent, active_selectors=running)["mgs"]
+    found = train(model, passes, {"mgs": training}, tmp_path, silent, active_selectors=running)["mgs"]
     for name, gate in found.items():
         assert 0 < np.abs(gate.kernel - running["mgs"][name].score.kernel).max() < 1e-5
 

@@ -31,13 +31,13 @@ STATISTICS = """
 import pathlib, sys, detr_jax
 from detr_jax.data.scenes import ScenesDataset
 from detr_jax.run_folder import open_run
-from detr_jax.calibration.activation_passes import profile_activations
+from detr_jax.calibration.activations import profile_activations
 
 detector, out, resume = sys.argv[1], pathlib.Path(sys.argv[sys.argv.index("--out") + 1]), "--resume" in sys.argv
 model = detr_jax.load(detector)
 open_run(out, {}, (), resume=resume, overwrite=False)
 path = out / "activations.safetensors"
-profile_activations(model, ScenesDataset("train", 200), 2, 4, path, lambda images: None, checkpoint_batches=1)
+profile_activations(model, ScenesDataset("train", 200), 2, path, lambda images: None, checkpoint_batches=1)
 """
 
 

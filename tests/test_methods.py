@@ -16,8 +16,7 @@ from toy_method import InputSize, LargestInput
 
 from detr_jax.calibration.activations import measure
 from detr_jax.calibration.moments import moments_of
-from detr_jax.calibration.threshold_passes import selectors_at_densities
-from detr_jax.calibration.thresholds import density_threshold, score_histogram
+from detr_jax.calibration.thresholds import density_threshold, score_histogram, selectors_at_densities
 from detr_jax.data.batches import CachedBatches
 from detr_jax.errors import InputError
 from detr_jax.methods import METHODS, FitMaterial, Thresholded, TrainedMethod, named

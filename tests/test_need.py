@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 from tiny import tiny_ffn
+from top_p import measure_top_p, needed
 
-from detr_jax.calibration.top_p import measure_top_p, needed
 from detr_jax.models.standalone import FFNInputs, StandaloneFFNs
 
 SHARE = 0.9
@@ -45,22 +45,22 @@ def test_statistics_are_those_of_a_loop(tile_size):
                 shares.append(total / max(total.sum(), 1e-30))
     needs = np.array(needs, int)
 
-    ffns_of, inputs = StandaloneFFNs({"a": weights}), FFNInputs({"a": x}, {"a": tokens})
-    found = measure_top_p(ffns_of, [inputs], tile_size, SHARE)["a"]
+    model, inputs = StandaloneFFNs({"a": weights}), FFNInputs({"a": x}, {"a": tokens})
+    found = measure_top_p(model, [inputs], tile_size, SHARE)["a"]
     assert found.tiles == len(needs)
     np.testing.assert_array_equal(found.coneeded, needs.T @ needs)
     np.testing.assert_allclose(found.contributed, np.sum(shares, axis=0), rtol=1e-5, atol=1e-6)
 
     halves = [jax.tree.map(lambda array, part=part: array[part], inputs) for part in (slice(1), slice(1, None))]
-    added = measure_top_p(ffns_of, halves, tile_size, SHARE)["a"]
+    added = measure_top_p(model, halves, tile_size, SHARE)["a"]
     np.testing.assert_array_equal(added.coneeded, found.coneeded)
     assert added.tiles == found.tiles and added.coneeded.dtype == np.int64
 
 
 def test_bad_input_is_refused():
     weights, x, tokens = tiny_ffn()
-    ffns_of, inputs = StandaloneFFNs({"a": weights}), FFNInputs({"a": x}, {"a": tokens})
+    model, inputs = StandaloneFFNs({"a": weights}), FFNInputs({"a": x}, {"a": tokens})
     with pytest.raises(ValueError, match="at least 1 token, not 0"):
-        measure_top_p(ffns_of, [inputs], 0, SHARE)
+        measure_top_p(model, [inputs], 0, SHARE)
     with pytest.raises(ValueError, match="no images"):
-        measure_top_p(ffns_of, [], 4, SHARE)
+        measure_top_p(model, [], 4, SHARE)

@@ -3,14 +3,10 @@
 import numpy as np
 import pytest
 from tiny import TINY_CONFIG, tiny_detector
+from top_p import TopPStatistics, top_p_permutation
 
 from detr_jax import kernels
-from detr_jax.calibration.permutation import (
-    coactivation_permutation,
-    kmeans_permutation,
-    top_p_permutation,
-)
-from detr_jax.calibration.top_p import TopPStatistics
+from detr_jax.calibration.permutation import coactivation_permutation, kmeans_permutation
 from detr_jax.methods.grouping import active_groups
 from detr_jax.models import FFNWeights
 from detr_jax.models.ffn import permute

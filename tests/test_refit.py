@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from tiny import tiny_ffn
 
-from detr_jax.calibration.moment_passes import measure_moments
-from detr_jax.calibration.moments import Moments, moments_of
+from detr_jax.calibration.moments import Moments, measure_moments, moments_of
 from detr_jax.data.batches import CachedBatches
 from detr_jax.kernels import ffn
 from detr_jax.methods import Fixed

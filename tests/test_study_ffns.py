@@ -10,8 +10,7 @@ from commands import refusal, run
 from ffn_study import image_batches, measure_effects, read_ffns
 from PIL import Image
 
-from detr_jax.calibration.activation_passes import measure_activations
-from detr_jax.calibration.activations import measure
+from detr_jax.calibration.activations import measure, measure_activations
 from detr_jax.data.batches import CachedBatches
 from detr_jax.methods import InputMagnitude, Oracle, Thresholded
 from detr_jax.methods.registry import METHODS
@@ -223,10 +222,10 @@ def test_effects_of_batches_are_those_of_the_whole(ffns_file):
 
 def test_activations_of_any_carrier_add_up_over_batches(ffns_file):
     ffns, inputs = read_ffns(ffns_file)
-    found = measure_activations(ffns, CachedBatches(image_batches(inputs, range(IMAGES), 3)), 8)
+    found = measure_activations(ffns, CachedBatches(image_batches(inputs, range(IMAGES), 3)))
     for name, trace in ffns.traces(inputs, {}).items():
         kinds = jnp.zeros(trace.tokens.shape, int)
         whole = measure(trace, kinds, kinds_count=1)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found[name], whole)
     with pytest.raises(ValueError, match="no images to measure"):
-        measure_activations(ffns, CachedBatches([]), 8)
+        measure_activations(ffns, CachedBatches([]))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tiny import annotation, tiny_detector, write_coco
 
-from detr_jax.calibration.activation_passes import profile_activations
-from detr_jax.calibration.threshold_passes import measure_scores
+from detr_jax.calibration.activations import profile_activations
+from detr_jax.calibration.thresholds import measure_scores
 from detr_jax.data.batches import ImageBatches
 from detr_jax.data.coco import CocoDataset
 from detr_jax.data.dataset import Subset
@@ -75,7 +75,7 @@ def test_nothing_is_compiled_in_a_second_pass(dataset, compilations, name):
 def test_statistics_compile_for_the_first_batch_of_a_shape_only(one_shape, compilations, tmp_path):
     seen: list[int] = []
     path = tmp_path / "statistics.safetensors"
-    profile_activations(tiny_detector(), one_shape, BATCH, 4, path, lambda _: seen.append(compilations.count))
+    profile_activations(tiny_detector(), one_shape, BATCH, path, lambda _: seen.append(compilations.count))
     assert len(seen) == 4 and seen[1] == seen[-1]  # the first one is of the time before the pass
 
 

@@ -11,10 +11,10 @@ from tiny import annotation, write_coco
 from toy_detector import ToyConfig, ToyDetector, toy_detector
 
 import detr_jax
-from detr_jax.calibration.activation_passes import object_tokens, profile_activations
+from detr_jax.calibration.activations import profile_activations
 from detr_jax.calibration.permutation import coactivation_permutation
-from detr_jax.calibration.threshold_passes import calibrate
-from detr_jax.calibration.thresholds import recall_threshold
+from detr_jax.calibration.thresholds import calibrate, recall_threshold
+from detr_jax.calibration.token_kinds import object_tokens
 from detr_jax.data.batches import CachedBatches
 from detr_jax.data.features import backbone_features
 from detr_jax.data.loading import batches
@@ -47,7 +47,7 @@ def data(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def profile(model, data, tmp_path_factory):
     path = tmp_path_factory.mktemp("statistics") / "activations.safetensors"
-    return profile_activations(model, data, 2, 4, path, lambda images: None)
+    return profile_activations(model, data, 2, path, lambda images: None)
 
 
 @pytest.fixture(scope="module")

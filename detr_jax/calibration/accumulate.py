@@ -1,6 +1,6 @@
 """The one way in which statistics are summed over a pass."""
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
 from detr_jax.data.batches import BatchSource
@@ -15,7 +15,7 @@ Sum = TypeVar("Sum")
 def accumulate(
     measure: Callable[..., Mapping[Name, Sum]], model: Any, batches: BatchSource, purpose: str, *others: Any
 ) -> dict[Name, Sum]:
-    """The sum over one pass of what a function measures of each batch.
+    """Statistics by name, summed over one pass.
 
     Args:
         measure: of (model, batch, *others), compiled once for all passes; returns statistics by name.
@@ -28,19 +28,14 @@ def accumulate(
         InputError: if there are no images.
     """
     others = replicate_like(model, others)
-    return sum_by_name((to_host(measure(model, batch, *others)) for batch in batches.batches()), purpose)
-
-
-def sum_by_name(measured: Iterable[Mapping[Name, Sum]], purpose: str) -> dict[Name, Sum]:
-    """Statistics by name, summed over batches.
-
-    Raises:
-        InputError: if there are none.
-    """
     totals: dict[Name, Sum] = {}
-    for batch in measured:
-        for name, statistics in batch.items():
-            totals[name] = totals[name] + statistics if name in totals else statistics
+    for batch in batches.batches():
+        totals = add_by_name(totals, to_host(measure(model, batch, *others)))
     if not totals:
         raise InputError(f"there are no images to {purpose} on")
     return totals
+
+
+def add_by_name(totals: Mapping[Name, Sum], batch: Mapping[Name, Sum]) -> dict[Name, Sum]:
+    """Statistics with those of one more batch; the names are those of the batch."""
+    return {name: totals[name] + of_batch if name in totals else of_batch for name, of_batch in batch.items()}

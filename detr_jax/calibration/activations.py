@@ -1,11 +1,8 @@
-"""Activation statistics of FFN hidden units, summed over batches: selectors and permutations are made from them.
-
-`measure` takes the numbers of one batch and is jittable; `ActivationStatistics` adds them up without overflow and is
-kept as a safetensors file. Both know one FFN and the tokens that went through it, not the detector around it.
-"""
+"""Activation statistics of FFN hidden units, summed over batches: selectors and permutations are made from them."""
 
 import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,8 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from detr_jax import safetensors_io
+from detr_jax.calibration.accumulate import accumulate, add_by_name
+from detr_jax.calibration.token_kinds import KINDS, kinds_for, kinds_of_queries, object_tokens, query_targets
+from detr_jax.data.batches import BatchSource
+from detr_jax.data.dataset import Dataset
+from detr_jax.data.loading import Batch, batches, layout_batches
+from detr_jax.data.prefetch import dispatch_ahead
 from detr_jax.errors import InputError
-from detr_jax.models import FFNTrace
+from detr_jax.mesh import is_first_process, mesh_of, shard_batch, to_host
+from detr_jax.models import Detector, FFNTrace, HasFFNs
+from detr_jax.models.parameters import fingerprint
 from detr_jax.safetensors_io import Arrays, Format, Header
 
 _DROPPED = ("group_norms", "output_norms", "hidden_magnitudes", "input_magnitudes")
@@ -27,7 +32,17 @@ def _from_1(header: Header, arrays: Arrays) -> tuple[Header, Arrays]:
     return header, {name: array for name, array in arrays.items() if not name.endswith(_DROPPED)}
 
 
-FORMAT = Format("detr-jax-activations", 2, "activation statistics", "profile_activations makes one", {1: _from_1})
+def _from_2(header: Header, arrays: Arrays) -> tuple[Header, Arrays]:
+    """Version 3 is of neurons alone and has no group size."""
+    description = json.loads(header["description"])
+    if isinstance(description, dict):
+        description.pop("group_size", None)
+    return header | {"description": json.dumps(description)}, arrays
+
+
+FORMAT = Format(
+    "detr-jax-activations", 3, "activation statistics", "profile_activations makes one", {1: _from_1, 2: _from_2}
+)
 
 
 @jax.tree_util.register_dataclass
@@ -124,37 +139,48 @@ def measure(trace: FFNTrace, kinds: jax.Array, *, kinds_count: int) -> Activatio
     )
 
 
+def measure_activations(model: HasFFNs, batches: BatchSource) -> dict[str, ActivationStatistics]:
+    """Activation statistics by FFN while all run dense, all tokens being of one kind.
+
+    Args:
+        model: the FFNs.
+        batches: data; one pass is made.
+
+    Raises:
+        InputError: if there are no images.
+    """
+    return accumulate(_measure_batch, model, batches, "measure activations")
+
+
+@jax.jit
+def _measure_batch(model, batch):
+    return {
+        name: measure(trace, jnp.zeros_like(trace.tokens, int), kinds_count=1)
+        for name, trace in model.traces(batch, {}).items()
+    }
+
+
 @dataclass(frozen=True)
 class ActivationProfile:
-    """The statistics of an FFN, or of all FFNs of a detector, and what they were made from.
+    """Activation statistics of a detector's FFNs, and what they were made from.
 
     Attributes:
-        fingerprint: of the detector, see `detr_jax.fingerprint`; for FFNs without one, whatever names them.
+        fingerprint: of the detector, see `detr_jax.fingerprint`.
         data: name of the data set.
-        group_size: neurons per group.
         kinds: names of the kinds of tokens of each FFN.
-        batches: number of batches that were measured; where a pass goes on.
+        batches: number of batches that were measured, from which a pass resumes.
         statistics: of each FFN by name.
     """
 
     fingerprint: str
     data: str
-    group_size: int
     kinds: dict[str, tuple[str, ...]]
     batches: int
     statistics: dict[str, ActivationStatistics]
 
-    def plus(self, batch: Mapping[str, ActivationStatistics]) -> "ActivationProfile":
-        """With one more batch."""
-        added = {
-            name: self.statistics[name] + counts if name in self.statistics else jax.tree.map(_wide, counts)
-            for name, counts in batch.items()
-        }
-        return dataclasses.replace(self, batches=self.batches + 1, statistics=added)
-
 
 _ARRAYS = tuple(field.name for field in dataclasses.fields(ActivationStatistics))
-_DESCRIBED = ("fingerprint", "data", "group_size", "kinds", "batches")
+_DESCRIBED = ("fingerprint", "data", "kinds", "batches")
 
 
 def save_profile(profile: ActivationProfile, path: Path) -> None:
@@ -192,3 +218,62 @@ def load_profile(path: Path, fingerprint: str) -> ActivationProfile:
             "say nothing about other parameters; measure this detector"
         )
     return profile
+
+
+def profile_activations(
+    model: Detector,
+    dataset: Dataset,
+    batch_size: int,
+    path: Path,
+    report: Callable[[int], None],
+    *,
+    checkpoint_batches: int = 50,
+) -> ActivationProfile:
+    """Activation statistics of every FFN on a data set; resumes from what an interrupted pass left at `path`.
+
+    Args:
+        model: the detector, which runs dense, on one device or replicated over several by `detr_jax.mesh`.
+        dataset: images with their objects.
+        batch_size: images per batch, over all devices.
+        path: of the safetensors file of the statistics.
+        report: called with the number of images of every batch, at the beginning with that of the earlier ones.
+        checkpoint_batches: batches after which the file is written.
+
+    Raises:
+        ValueError: if the devices cannot share a batch, or the file is of another detector, data set or batch size.
+    """
+    mesh, own = mesh_of(model), fingerprint(model)
+    data = f"{dataset.name}, {len(dataset)} images in batches of {batch_size}"
+    kinds = {name: KINDS[spec.tokens] for name, spec in model.ffn_specs().items()}
+    profile = load_profile(path, own) if path.exists() else ActivationProfile(own, data, kinds, 0, {})
+    if profile.data != data:
+        raise InputError(f"{path} has statistics of {profile.data}, not of {data}; choose another file")
+
+    layouts = layout_batches(dataset.image_sizes(), model.preprocessing, batch_size, image_name=dataset.image_name)
+    report(sum(len(layout.indices) for layout in layouts[: profile.batches]))
+
+    def compute(batch: Batch) -> tuple[int, dict[str, ActivationStatistics]]:
+        kinds = object_tokens(batch, model), query_targets(batch, model.queries)
+        return int(batch.valid.sum()), _measure_images(
+            model, *shard_batch(mesh, (batch.pixel_values, batch.pixel_mask, *kinds))
+        )
+
+    loaded = batches(dataset, model.preprocessing, batch_size, start=profile.batches, mesh=mesh)
+    for images, computed in dispatch_ahead(map(compute, loaded)):
+        statistics = add_by_name(profile.statistics, to_host(computed))
+        profile = dataclasses.replace(profile, batches=profile.batches + 1, statistics=statistics)
+        report(images)
+        if (profile.batches % checkpoint_batches == 0 or profile.batches == len(layouts)) and is_first_process():
+            save_profile(profile, path)
+    return profile
+
+
+@jax.jit
+def _measure_images(model, pixel_values, pixel_mask, on_object, targets):
+    outputs = model(pixel_values, pixel_mask, trace=True)
+    matched = kinds_of_queries(*model.query_predictions(outputs), targets)
+    of_queries = jnp.where(on_object[0][:, :1] >= 0, matched, -1)
+    return {
+        name: measure(outputs.traces[name], kinds_for(spec, on_object, of_queries), kinds_count=2)
+        for name, spec in model.ffn_specs().items()
+    }

@@ -146,7 +146,7 @@ def plan_of(
         method="search",
         fingerprint=detr_jax.fingerprint(model),
         selectors={name: c.selector for name, c in sparse.items()},
-        permutations={name: search.orders[name][c.order] for name, c in sparse.items()},
+        permutations={name: search.permutations[name][c.order] for name, c in sparse.items()},
         training={"budget": arguments.budget, "data": data} | cli.settings(arguments),
         measured=measured,
         versions=cli.provenance(arguments)["versions"],

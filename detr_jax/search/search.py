@@ -10,13 +10,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from detr_jax.calibration.activation_passes import measure_activations
-from detr_jax.calibration.activations import ActivationStatistics, require_active
+from detr_jax.calibration.activations import ActivationStatistics, measure_activations, require_active
 from detr_jax.calibration.allocation import Choice, greedy, undominated
-from detr_jax.calibration.moment_passes import measure_kept, measure_moments
+from detr_jax.calibration.moments import measure_kept, measure_moments
 from detr_jax.calibration.permutation import coactivation_permutation
 from detr_jax.calibration.sensitivity import OutputDivergence
-from detr_jax.calibration.threshold_passes import collect_scores
+from detr_jax.calibration.thresholds import collect_scores
 from detr_jax.data.batches import CachedBatches
 from detr_jax.data.dataset import Dataset
 from detr_jax.data.features import BackboneFeatures, backbone_features
@@ -86,7 +85,7 @@ class PlanSearch:
 
     Attributes:
         model: the detector in the order in which the candidates were made.
-        orders: (F,) permutations of the detector's own neurons by name, which make that order.
+        permutations: (F,) of the detector's own neurons by name, which make that order.
         candidates: of each FFN by name; the first one is dense.
         losses: of each FFN the divergence of the outputs with each of its candidates, the other FFNs being dense.
         seconds: of each FFN the times of its candidates on a batch of calibration images.
@@ -99,15 +98,15 @@ class PlanSearch:
         self._settings, self._own, weights = settings, model, model.ffn_weights()
         self.names = tuple(weights)
         sample = CachedBatches([batch.tokens for batch in self._embed(statistics, "embedding images for statistics")])
-        self.orders = {name: np.arange(len(ffn.w_in)) for name, ffn in weights.items()}
-        of_neurons = measure_activations(model, sample, 1)
+        self.permutations = {name: np.arange(len(ffn.w_in)) for name, ffn in weights.items()}
+        of_neurons = measure_activations(model, sample)
         require_active(of_neurons, statistics.name)
         if settings.group_size > 1:
-            self.orders = {
+            self.permutations = {
                 name: coactivation_permutation(s.coactive, settings.group_size) for name, s in of_neurons.items()
             }
-            of_neurons = {name: s.of_neurons(self.orders[name]) for name, s in of_neurons.items()}
-        self.model = model.with_permutations(self.orders)
+            of_neurons = {name: s.of_neurons(self.permutations[name]) for name, s in of_neurons.items()}
+        self.model = model.with_permutations(self.permutations)
 
         held_out = self._embed(calibration, "embedding calibration images")
         self._timed = most_frequent_shape(held_out, settings.latency_images)

@@ -12,8 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from detr_jax.calibration.threshold_passes import measure_scores
-from detr_jax.calibration.thresholds import density_threshold
+from detr_jax.calibration.thresholds import density_threshold, measure_scores
 from detr_jax.data.batches import BatchSource
 from detr_jax.errors import InputError
 from detr_jax.mesh import mesh_of, replicate_like, replicated, to_host

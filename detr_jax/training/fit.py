@@ -13,13 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from detr_jax.calibration.activation_passes import measure_activations, profile_activations
+from detr_jax.calibration.activations import measure_activations, profile_activations
 from detr_jax.calibration.allocation import greedy
-from detr_jax.calibration.moment_passes import measure_moments
+from detr_jax.calibration.moments import measure_moments
 from detr_jax.calibration.permutation import coactivation_permutation, kmeans_permutation
 from detr_jax.calibration.sensitivity import OutputDivergence, layer_sensitivity
-from detr_jax.calibration.threshold_passes import calibrate, measure_scores
-from detr_jax.calibration.thresholds import density_threshold, recall_threshold
+from detr_jax.calibration.thresholds import calibrate, density_threshold, measure_scores, recall_threshold
 from detr_jax.data.batches import CachedBatches, ImageBatches
 from detr_jax.data.dataset import Dataset, Subset
 from detr_jax.data.features import BackboneFeatures, backbone_features
@@ -182,7 +181,7 @@ class Fit:
             return {name: kmeans_permutation(np.asarray(ffn.parameters().w_in), size) for name, ffn in ffns}
         sample, path = self._sample, self._folder / "activations.safetensors"
         with self._bar(len(sample), "counting co-activation", "image") as bar:
-            profile = profile_activations(self._detector, sample, self._options.batch_size, size, path, bar.update)
+            profile = profile_activations(self._detector, sample, self._options.batch_size, path, bar.update)
         return {name: coactivation_permutation(of.coactive, size) for name, of in profile.statistics.items()}
 
     def _fit_material(self) -> dict[str, FitMaterial]:
@@ -194,7 +193,7 @@ class Fit:
         if requires - {"gate"}:
             batches = self._cached(self._sample, "embedding training images")
             if "activations" in requires:
-                found["activations"] = measure_activations(self.permuted, batches, self.group_size)
+                found["activations"] = measure_activations(self.permuted, batches)
             if requires & {"input_moments", "hidden_moments"}:
                 moments = measure_moments(self.permuted, batches)
                 found |= dict(zip(("input_moments", "hidden_moments"), moments, strict=True))

@@ -77,7 +77,7 @@ def cached(features: Sequence[BackboneFeatures], shuffle_seed: int | None = None
 
 
 def train(
-    ffns_of: HasFFNs,
+    model: HasFFNs,
     batches: CachedBatches,
     methods: Sequence[TrainedMethod],
     folder: Path,
@@ -92,7 +92,7 @@ def train(
             bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
             bar.update(step - bar.n)
 
-        return train_gates(ffns_of, batches, named, folder, report, active_selectors=active_selectors)
+        return train_gates(model, batches, named, folder, report, active_selectors=active_selectors)
 
 
 class Rows:

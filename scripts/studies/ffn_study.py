@@ -127,22 +127,22 @@ Effects = Mapping[str, Mapping[str, Mapping[str, Effect]]]
 
 
 def measure_effects(
-    ffns_of: HasFFNs, batches: Iterable[FFNInputs], selectors: Mapping[str, MeasuredSelector]
+    model: HasFFNs, batches: Iterable[FFNInputs], selectors: Mapping[str, MeasuredSelector]
 ) -> dict[str, Effect]:
     """Measures what a selector of each FFN does to its output.
 
     Args:
-        carrier: of the FFNs.
+        model: the FFNs.
         batches: inputs.
         selectors: of every FFN by name.
 
     Returns:
         the effect on each FFN by name.
     """
-    measured = [jax.device_get(_effects(ffns_of, batch, dict(selectors))) for batch in batches]
+    measured = [jax.device_get(_effects(model, batch, dict(selectors))) for batch in batches]
     counts = total_counts({name: counts for name, (_, counts) in batch.items()} for batch in measured)
     effects = {}
-    for name, weights in ffns_of.ffn_weights().items():
+    for name, weights in model.ffn_weights().items():
         error, output = np.sum([batch[name][0] for batch in measured], axis=0, dtype=np.float64)
         features, d_model = weights.w_in.shape
         selector, counted = selectors[name], counts[name]
@@ -155,16 +155,16 @@ def measure_effects(
 
 
 @jax.jit
-def _effects(ffns_of, batch, selectors):
+def _effects(model, batch, selectors):
     """Of each FFN the sums of squares of error and output, and the counts."""
-    weights = ffns_of.ffn_weights()
+    weights = model.ffn_weights()
 
     def effect(name, trace):
         dense, sparse = (forward(weights[name], trace.inputs, chosen) for chosen in (Selection(), trace.selection))
         squares = jnp.stack([(sparse - dense) ** 2, (dense - weights[name].b_out) ** 2])
         return jnp.where(trace.tokens[..., None], squares, 0).sum((1, 2, 3)), count_activity(trace, 1)
 
-    return {name: effect(name, trace) for name, trace in ffns_of.traces(batch, selectors).items()}
+    return {name: effect(name, trace) for name, trace in model.traces(batch, selectors).items()}
 
 
 def study_markdown(

@@ -26,11 +26,10 @@ from ffn_study import (
 from tile_density import TILE_SIZES, measure_tiles
 from tqdm import tqdm
 
-from detr_jax.calibration.activation_passes import measure_activations
-from detr_jax.calibration.activations import ActivationStatistics, require_active
-from detr_jax.calibration.moment_passes import measure_kept, measure_moments
+from detr_jax.calibration.activations import ActivationStatistics, measure_activations, require_active
+from detr_jax.calibration.moments import measure_kept, measure_moments
 from detr_jax.calibration.permutation import coactivation_permutation, kmeans_permutation
-from detr_jax.calibration.threshold_passes import selectors_at_densities
+from detr_jax.calibration.thresholds import selectors_at_densities
 from detr_jax.commands import cli
 from detr_jax.data.batches import CachedBatches
 from detr_jax.errors import InputError
@@ -119,8 +118,8 @@ def coactivation(statistics: Statistics, group_size: int) -> dict[str, np.ndarra
 
 def fixed_and_chosen(ffns: StandaloneFFNs, halves: Halves) -> dict[str, dict[str, float]]:
     """By what is measured, of each FFN: how much is zero, and the errors of keeping a part of the neurons."""
-    calibration = measure_activations(ffns, halves.calibration, 1)
-    test = measure_activations(ffns, halves.test, 1)
+    calibration = measure_activations(ffns, halves.calibration)
+    test = measure_activations(ffns, halves.test)
     rows = {
         "activations that are exactly zero": {
             n: 1 - s.fired.sum() / (s.tokens.sum() * s.fired.size) for n, s in test.items()
@@ -164,13 +163,13 @@ def tile_densities(
     }
     measured = {
         title: measure_tiles(
-            ffns_of,
+            model,
             halves.test.batches(),
-            dict.fromkeys(ffns_of.weights, Oracle(group_size)),
+            dict.fromkeys(model.weights, Oracle(group_size)),
             group_size,
             arguments.tile_sizes,
         )
-        for title, (group_size, ffns_of) in tqdm(groupings.items(), desc="counting tiles", unit="grouping")
+        for title, (group_size, model) in tqdm(groupings.items(), desc="counting tiles", unit="grouping")
     }
     return {name: {title: of_ffns[name] for title, of_ffns in measured.items()} for name in ffns.weights}
 
@@ -185,7 +184,7 @@ def shared_sets(ffns: StandaloneFFNs, halves: Halves) -> dict[str, dict[str, dic
     Fixed sets, then for whole images and for windows sets by a sketch, without and with an output layer that is fitted
     to them, and the best.
     """
-    statistics = measure_activations(ffns, halves.calibration, 1)
+    statistics = measure_activations(ffns, halves.calibration)
     inputs, hidden = measure_moments(ffns, halves.calibration)
     sketches = {
         name: sketch(ffns.weights[name], m.mean, m.covariance, min(ContributionSketch.rank, len(m.mean)), 1)
@@ -250,7 +249,7 @@ def compare_selectors(
 ) -> Effects:
     """What every selector does to each FFN."""
     size = arguments.training.group_size
-    statistics = measure_activations(ffns, halves.calibration, size)
+    statistics = measure_activations(ffns, halves.calibration)
     inputs, hidden = measure_moments(ffns, halves.calibration)
 
     def material(method: Method) -> dict[str, FitMaterial]:
@@ -310,7 +309,7 @@ def main(arguments: Arguments) -> None:
     halves = Halves(CachedBatches(calibration), CachedBatches(test))
     images = {"calibration": count // 2, "test": count - count // 2}
 
-    statistics = measure_activations(ffns, halves.calibration, training.group_size)
+    statistics = measure_activations(ffns, halves.calibration)
     require_active(statistics, f"the first {images['calibration']} images of {arguments.ffns}")
     basics = fixed_and_chosen(ffns, halves)
     tiles = tile_densities(ffns, statistics, halves, arguments)

@@ -18,8 +18,7 @@ from tqdm import tqdm
 import detr_jax
 from detr_jax.calibration.allocation import greedy
 from detr_jax.calibration.sensitivity import OutputDivergence, SensitivityTable, layer_sensitivity
-from detr_jax.calibration.threshold_passes import measure_scores
-from detr_jax.calibration.thresholds import density_threshold
+from detr_jax.calibration.thresholds import density_threshold, measure_scores
 from detr_jax.commands import cli
 from detr_jax.commands.data_options import DataOptions
 from detr_jax.data.dataset import Subset
@@ -145,7 +144,7 @@ class Study:
         specs = model.ffn_specs()
         order = {name: np.arange(specs[name].hidden) for name in gates}
         if model is self.own:  # back from the search's order
-            order = {name: np.argsort(self.search.orders[name]) for name in gates}
+            order = {name: np.argsort(self.search.permutations[name]) for name in gates}
         timed = {name: (Executed(gate, self._execution), order[name]) for name, gate in gates.items()}
         self.point(recipe, setting, model, tiled, timed)
 

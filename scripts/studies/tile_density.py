@@ -22,12 +22,12 @@ TILE_SIZES = (1, 8, 16, 64, 128)
 
 
 def measure_tiles(
-    ffns_of: HasFFNs, batches: Iterable[Any], selectors: Selectors, group_size: int, tile_sizes: Sequence[int]
+    model: HasFFNs, batches: Iterable[Any], selectors: Selectors, group_size: int, tile_sizes: Sequence[int]
 ) -> dict[str, dict[str, dict[int, float]]]:
     """Shares of the (token tile, group) pairs that have to be computed.
 
     Args:
-        carrier: of the FFNs.
+        model: the FFNs.
         batches: its inputs.
         selectors: of all FFNs, in effect.
         group_size: neurons per group.
@@ -42,7 +42,7 @@ def measure_tiles(
     """
     sizes = tuple(tile_sizes)
     count = partial(_tiles, group_size=group_size, tile_sizes=sizes)
-    measured = [jax.device_get(count(ffns_of, batch, dict(selectors))) for batch in batches]
+    measured = [jax.device_get(count(model, batch, dict(selectors))) for batch in batches]
 
     def is_counts(node: Any) -> bool:
         return isinstance(node, TileCounts)
@@ -52,7 +52,7 @@ def measure_tiles(
 
 
 @partial(jax.jit, static_argnames=("group_size", "tile_sizes"))
-def _tiles(ffns_of, batch, selectors, *, group_size, tile_sizes):
+def _tiles(model, batch, selectors, *, group_size, tile_sizes):
     def counts(trace):
         groups = group_count(trace.hidden.shape[-1], group_size)
         active = neurons_computed(trace).reshape(*trace.tokens.shape, groups, -1).any(-1)
@@ -66,7 +66,7 @@ def _tiles(ffns_of, batch, selectors, *, group_size, tile_sizes):
         }
         return {name: {size: count_tiles(*of, size) for size in tile_sizes} for name, of in orders.items()}
 
-    return {name: counts(trace) for name, trace in ffns_of.traces(batch, selectors).items()}
+    return {name: counts(trace) for name, trace in model.traces(batch, selectors).items()}
 
 
 def measure_tile_density(

@@ -8,8 +8,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from top_p import contributions, needed
 
-from detr_jax.calibration.top_p import contributions, needed
 from detr_jax.kernels import signature_order
 from detr_jax.methods.grouping import active_groups, group_count
 from detr_jax.methods.tiles import tiles_of
@@ -79,19 +79,19 @@ def settings_of(
     ]
 
 
-def token_counts(ffns_of: HasFFNs, batches: Iterable[Any]) -> dict[str, int]:
+def token_counts(model: HasFFNs, batches: Iterable[Any]) -> dict[str, int]:
     """Tokens of the smallest image of every FFN, padding included."""
-    shapes = [jax.eval_shape(_dense_traces, ffns_of, batch) for batch in batches]
-    return {name: min(traces[name].tokens.shape[1] for traces in shapes) for name in ffns_of.ffn_weights()}
+    shapes = [jax.eval_shape(_dense_traces, model, batch) for batch in batches]
+    return {name: min(traces[name].tokens.shape[1] for traces in shapes) for name in model.ffn_weights()}
 
 
 @jax.jit
-def _dense_traces(ffns_of, inputs):
-    return ffns_of.traces(inputs, {})
+def _dense_traces(model, inputs):
+    return model.traces(inputs, {})
 
 
 def measure_settings(
-    ffns_of: HasFFNs,
+    model: HasFFNs,
     batches: Iterable[Any],
     settings: Mapping[str, Sequence[Setting]],
     neuron_orders: Mapping[tuple[str, int], Mapping[str, np.ndarray]],
@@ -102,7 +102,7 @@ def measure_settings(
     """Measures FFNs, each for itself on the inputs that it has in the dense model.
 
     Args:
-        carrier: of the FFNs.
+        model: the FFNs.
         batches: its inputs.
         settings: of each FFN by name.
         neuron_orders: (F,) by name of the order and block size, then by name of the FFN.
@@ -116,11 +116,11 @@ def measure_settings(
     Raises:
         ValueError: if a block size does not divide the hidden neurons, or a tile would have no token.
     """
-    weights = ffns_of.ffn_weights()
+    weights = model.ffn_weights()
     count = partial(_count, shares=tuple(shares), need_share=need_share)
     totals: dict[str, dict[Setting, Sums]] = {name: {} for name in settings}
     for batch in batches:
-        traces = _dense_traces(ffns_of, batch)
+        traces = _dense_traces(model, batch)
         for name, of_ffn in totals.items():
             trace = traces[name]
             for setting in settings[name]:

@@ -7,8 +7,8 @@ from common import markdown_table
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from tile_study import Measurement, Setting
+from top_p import TopPPermutation
 
-from detr_jax.calibration.permutation import TopPPermutation
 from detr_jax.viz.figures import new_figure
 
 Measurements = Mapping[str, Mapping[Setting, Measurement]]

@@ -12,18 +12,12 @@ from common import check_options, embed
 from ffn_study import image_batches, read_ffns
 from tile_study import Measurement, Setting, TokenOrder, measure_settings, settings_of, token_counts
 from tile_study_report import plot_neuron_orders, plot_where, study_markdown
+from top_p import TopPPermutation, measure_top_p, top_p_permutation
 from tqdm import tqdm
 
 import detr_jax
-from detr_jax.calibration.activation_passes import measure_activations
-from detr_jax.calibration.activations import require_active
-from detr_jax.calibration.permutation import (
-    TopPPermutation,
-    coactivation_permutation,
-    kmeans_permutation,
-    top_p_permutation,
-)
-from detr_jax.calibration.top_p import measure_top_p
+from detr_jax.calibration.activations import measure_activations, require_active
+from detr_jax.calibration.permutation import coactivation_permutation, kmeans_permutation
 from detr_jax.commands import cli
 from detr_jax.commands.data_options import DataOptions
 from detr_jax.data.batches import CachedBatches
@@ -85,7 +79,7 @@ class Study:
     """FFNs, batches that orders are made from, and batches that are measured."""
 
     title: str
-    ffns_of: HasFFNs
+    model: HasFFNs
     fit: list[Any]
     test: list[Any]
     images: dict[str, int]
@@ -113,9 +107,9 @@ def open_arrays(arguments: Arguments) -> Study:
     return Study(arguments.arrays.stem, ffns, **found, images={use: len(half) for use, half in halves.items()})
 
 
-def check_blocks(ffns_of: HasFFNs, arguments: Arguments) -> None:
+def check_blocks(model: HasFFNs, arguments: Arguments) -> None:
     """Refuses blocks that do not divide the hidden neurons."""
-    for ffn in ffns_of.ffn_weights().values():
+    for ffn in model.ffn_weights().values():
         for size in arguments.block_sizes:
             group_count(len(ffn.w_in), size)
 
@@ -124,10 +118,10 @@ def neuron_orders(
     study: Study, arguments: Arguments
 ) -> tuple[dict[tuple[str, int], dict[str, np.ndarray]], dict[str, dict[int, TopPPermutation]]]:
     """Orders (F,) by name and block size, then by FFN; and top-p orders with their sections, by FFN and block size."""
-    weights = study.ffns_of.ffn_weights()
-    statistics = measure_activations(study.ffns_of, CachedBatches(study.fit), 1)
+    weights = study.model.ffn_weights()
+    statistics = measure_activations(study.model, CachedBatches(study.fit))
     require_active(statistics, f"the images to fit of {study.title}")
-    top_p = measure_top_p(study.ffns_of, study.fit, arguments.fit_tile_size, arguments.need_share)
+    top_p = measure_top_p(study.model, study.fit, arguments.fit_tile_size, arguments.need_share)
     sections = {name: {} for name in weights}
     orders = {}
     with tqdm(total=len(weights) * len(arguments.block_sizes), desc="ordering neurons", unit="FFN") as bar:
@@ -164,7 +158,7 @@ def main(arguments: Arguments) -> None:
     study = open_detector(arguments) if arguments.arrays is None else open_arrays(arguments)
     orders, sections = neuron_orders(study, arguments)
 
-    tokens = token_counts(study.ffns_of, study.test)
+    tokens = token_counts(study.model, study.test)
     blocks = {1: "own"} | dict.fromkeys(arguments.block_sizes, "top-p")
 
     def settings(
@@ -179,7 +173,7 @@ def main(arguments: Arguments) -> None:
         compared = {name: compared[name] + of_order[name] for name in tokens}
     with tqdm(total=len(tokens) * len(study.test), desc="measuring tiles", unit="FFN") as bar:
         measured = measure_settings(
-            study.ffns_of,
+            study.model,
             study.test,
             {name: list(dict.fromkeys(where[name] + compared[name])) for name in tokens},
             orders,
