@@ -1,11 +1,10 @@
-"""Passes over training data, as inputs of whatever carries the FFNs."""
+"""Passes over data, as inputs of a `HasFFNs`."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from detr_jax.data.dataset import Dataset
 from detr_jax.data.features import embed_batch
@@ -16,36 +15,26 @@ from detr_jax.models import Detector
 
 
 class BatchSource(Protocol):
-    """Batches for an `HasFFNs`, pass after pass: a function of the pass and the position in it alone."""
+    """Batches for a `HasFFNs`, determined by the number of the pass and the position in it."""
 
     def __len__(self) -> int:
-        """Batches in one pass."""
+        """Number of batches in a pass."""
 
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[Any]:
-        """The batches of a pass from position `start` on."""
+        """Batches of a pass from position `start` on."""
 
 
 class ImageBatches:
     """Images of a data set, read again in every pass.
 
     Args:
-        model: the detector whose backbone they go through, on its devices.
-        dataset: the images.
+        model: detector whose backbone they go through, on its devices.
         batch_size: images per batch, over all devices.
-        shuffle_seed: of the order, another one in every pass; None keeps the data set's.
-        progress: title of a bar for every pass; None shows none.
+        shuffle_seed: for another order in every pass; None keeps that of the data set.
     """
 
-    def __init__(
-        self,
-        model: Detector,
-        dataset: Dataset,
-        batch_size: int,
-        shuffle_seed: int | None = None,
-        progress: str | None = None,
-    ):
-        self._model, self._dataset, self._batch_size = model, dataset, batch_size
-        self._seed, self._progress = shuffle_seed, progress
+    def __init__(self, model: Detector, dataset: Dataset, batch_size: int, shuffle_seed: int | None = None):
+        self._model, self._dataset, self._batch_size, self._seed = model, dataset, batch_size, shuffle_seed
 
     def __len__(self) -> int:
         sizes, name = self._dataset.image_sizes(), self._dataset.image_name
@@ -54,17 +43,15 @@ class ImageBatches:
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[Any]:
         mesh, order = mesh_of(self._model), {"shuffle_seed": self._seed, "epoch": epoch, "start": start}
         loaded = batches(self._dataset, self._model.preprocessing, self._batch_size, mesh=mesh, **order)
-        embedded = dispatch_ahead(embed_batch(self._model, batch, mesh) for batch in loaded)
-        hidden = self._progress is None
-        yield from tqdm(embedded, self._progress, len(self), initial=start, unit="batch", disable=hidden)
+        return dispatch_ahead(embed_batch(self._model, batch, mesh) for batch in loaded)
 
 
 class CachedBatches:
-    """Batches that are in memory, such as the tokens of an embedded data set.
+    """Batches in memory, such as the tokens of an embedded data set.
 
     Args:
         stored: the batches; where devices share them, the rows of this process.
-        shuffle_seed: of their order, another one in every pass; None keeps it.
+        shuffle_seed: for another order in every pass; None keeps that of `stored`.
         mesh: devices that share every batch, see `detr_jax.mesh`.
     """
 

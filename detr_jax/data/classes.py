@@ -3,12 +3,12 @@
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from detr_jax.data.dataset import Dataset, Example, View
+from detr_jax.data.dataset import Dataset, Example
 from detr_jax.errors import InputError
 
 _PLACEHOLDER = re.compile(r"LABEL_\d+")
@@ -17,12 +17,12 @@ _PLACEHOLDER = re.compile(r"LABEL_\d+")
 
 @dataclass(frozen=True)
 class ClassMapping:
-    """The class of a detector for every category of a data set.
+    """Classes of a detector for the categories of a data set.
 
     Attributes:
         categories: name of every category by id.
-        by_name: class of the categories that are matched by name, by category id.
-        by_id: category ids that are classes themselves, because their name or that of the class says nothing.
+        by_name: class of each category that is matched by name, by category id.
+        by_id: category ids that are classes themselves, because their name or that of the class is ambiguous.
         labels: names of the detector's classes.
     """
 
@@ -33,7 +33,7 @@ class ClassMapping:
 
     @property
     def classes(self) -> dict[int, int]:
-        """Class by category id, of those that the detector knows."""
+        """Class by category id, for categories that the detector knows."""
         return self.by_name | {id: id for id in self.by_id}
 
     @property
@@ -54,22 +54,17 @@ class ClassMapping:
         rows = [("category", "name", "class", "name of the class")]
         for id, name in self.categories.items():
             found = self.classes.get(id)
-            by_id = " (matched by id)" if id in self.by_id else ""
-            rows.append(
-                (str(id), name, "-", "") if found is None else (str(id), name, str(found), self.labels[found] + by_id)
-            )
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        return "\n".join(
-            f"{row[0]:>{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]}".rstrip() for row in rows
-        )
+            title = "" if found is None else self.labels[found] + (" (matched by id)" if id in self.by_id else "")
+            rows.append((str(id), name, "-" if found is None else str(found), title))
+        w = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(f"{a:>{w[0]}}  {b:<{w[1]}}  {c:>{w[2]}}  {d}".rstrip() for a, b, c, d in rows)
 
 
 def match_classes(labels: Sequence[str], categories: Sequence[dict]) -> ClassMapping:
-    """Matches the categories of a data set with a detector's classes.
+    """Categories of a data set matched with a detector's classes by name, whatever its case.
 
-    A category is the class of its name; upper and lower case are the same. Names that several categories or several
-    classes share, and placeholders such as LABEL_3, say nothing: there, and only there, a category is the class of its
-    id.
+    Names that several categories or several classes share, and placeholders such as LABEL_3, are ambiguous: there, and
+    only there, a category is the class of its id.
 
     Args:
         labels: name of every class, empty for one without.
@@ -81,15 +76,15 @@ def match_classes(labels: Sequence[str], categories: Sequence[dict]) -> ClassMap
     names = {category["id"]: category["name"] for category in categories}
     key = {id: name.strip().casefold() for id, name in names.items()}
     keys_of_classes = [label.strip().casefold() for label in labels]
-    of_data, of_detector = Counter(key.values()), Counter(keys_of_classes)
+    in_data, in_detector = Counter(key.values()), Counter(keys_of_classes)
 
-    def says_nothing(id: int) -> bool:
+    def is_ambiguous(id: int) -> bool:
         if not 0 <= id < len(labels) or not labels[id]:
             return False
-        return of_data[key[id]] > 1 or of_detector[key[id]] > 1 or bool(_PLACEHOLDER.fullmatch(labels[id]))
+        return in_data[key[id]] > 1 or in_detector[key[id]] > 1 or bool(_PLACEHOLDER.fullmatch(labels[id]))
 
-    by_name = {id: keys_of_classes.index(k) for id, k in key.items() if k and of_data[k] == 1 and of_detector[k] == 1}
-    by_id = tuple(id for id in names if id not in by_name and id not in by_name.values() and says_nothing(id))
+    by_name = {id: keys_of_classes.index(k) for id, k in key.items() if k and in_data[k] == in_detector[k] == 1}
+    by_id = tuple(id for id in names if id not in by_name and id not in by_name.values() and is_ambiguous(id))
     mapping = ClassMapping(names, by_name, by_id, tuple(labels))
     if names and not mapping.classes:
         raise InputError(
@@ -100,16 +95,13 @@ def match_classes(labels: Sequence[str], categories: Sequence[dict]) -> ClassMap
 
 
 def with_classes(dataset: Dataset, labels: Sequence[str]) -> tuple[Dataset, ClassMapping]:
-    """A data set whose category ids are a detector's classes, for training, scoring and comparing.
+    """A data set whose category ids are a detector's classes, and the mapping, which `print` shows as a table.
 
-    Categories that the detector does not know keep their objects in the ground truth, where they count as not found,
-    under ids beyond its classes; examples leave them out. Warns about them, and about categories matched by id.
-
-    Returns:
-        The data set, itself where its ids are the classes already, and the mapping, which `print` shows as a table.
+    Objects of categories that the detector does not know stay in the ground truth, where they count as not found, under
+    ids beyond its classes; examples leave them out. Warns about them, and about categories matched by id.
 
     Raises:
-        InputError: as `match_classes`.
+        InputError: see `match_classes`.
     """
     mapping = match_classes(labels, dataset.categories())
     if mapping.missing:
@@ -127,20 +119,33 @@ def with_classes(dataset: Dataset, labels: Sequence[str]) -> tuple[Dataset, Clas
     return (dataset if mapping.is_identity else _Relabelled(dataset, mapping)), mapping
 
 
-class _Relabelled(View):
+class _Relabelled:
     """A data set with the classes of a detector as its categories."""
 
     def __init__(self, dataset: Dataset, mapping: ClassMapping):
-        super().__init__(dataset)
+        self._dataset, self.has_annotations = dataset, dataset.has_annotations
+        self.name, self.fingerprint = dataset.name, dataset.fingerprint
         beyond = range(len(mapping.labels), len(mapping.labels) + len(mapping.missing))
         self._classes = mapping.classes
         self._ids = mapping.classes | dict(zip(mapping.missing, beyond, strict=True))
+
+    def __len__(self) -> int:
+        return len(self._dataset)
 
     def __getitem__(self, index: int) -> Example:
         example = self._dataset[index]
         known = np.array([label in self._classes for label in example.labels.tolist()], bool)
         labels = np.array([self._classes[label] for label in example.labels[known].tolist()], np.int32)
         return Example(example.image_id, example.image, example.boxes[known], labels)
+
+    def image_sizes(self) -> np.ndarray:
+        return self._dataset.image_sizes()
+
+    def image_ids(self) -> list[int]:
+        return self._dataset.image_ids()
+
+    def image_name(self, index: int) -> str:
+        return self._dataset.image_name(index)
 
     def categories(self) -> list[dict]:
         return [category | {"id": self._ids[category["id"]]} for category in self._dataset.categories()]
@@ -151,6 +156,6 @@ class _Relabelled(View):
         return truth | {"annotations": annotations, "categories": self.categories()}
 
 
-def _some(names: object) -> str:
+def _some(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -14,28 +14,32 @@ from detr_jax.data.dataset import Example, digest
 from detr_jax.data.images import is_sideways, read_image
 from detr_jax.errors import InputError, MissingFileError
 
-_Check = tuple[str, Callable[[Any], bool]]
-_ANY: _Check = ("anything", lambda value: True)
-_WHOLE: _Check = ("a whole number from 0", lambda value: type(value) is int and value >= 0)
-_SIDE: _Check = ("a whole number from 1", lambda value: type(value) is int and value >= 1)
-_TEXT: _Check = ("a text", lambda value: isinstance(value, str))
-_FLAG: _Check = ("0 or 1", lambda value: value in (0, 1))
-_NUMBER: _Check = ("a finite number", lambda value: isinstance(value, int | float) and math.isfinite(value))
-_BOX: _Check = (
-    "four finite numbers x, y, width, height",
-    lambda value: isinstance(value, list) and len(value) == 4 and all(map(_NUMBER[1], value)),
-)
-_CONTENT = {
-    "images": {"id": _WHOLE, "file_name": _TEXT, "height": _SIDE, "width": _SIDE},
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+_ID = ("a whole number from 0", lambda value: type(value) is int and value >= 0)
+_SIDE = ("a whole number from 1", lambda value: type(value) is int and value >= 1)
+_TEXT = ("a text", lambda value: isinstance(value, str))
+_CONTENT: dict[str, dict[str, tuple[str, Callable[[Any], bool]]]] = {
+    "images": {"id": _ID, "file_name": _TEXT, "height": _SIDE, "width": _SIDE},
     "annotations": {
-        **{"id": _ANY, "image_id": _WHOLE, "category_id": _WHOLE},
-        **{"bbox": _BOX, "area": _NUMBER, "iscrowd": _FLAG},
+        "id": ("anything", lambda value: True),
+        "image_id": _ID,
+        "category_id": _ID,
+        "bbox": (
+            "four finite numbers x, y, width, height",
+            lambda value: isinstance(value, list) and len(value) == 4 and all(map(_is_number, value)),
+        ),
+        "area": ("a finite number", _is_number),
+        "iscrowd": ("0 or 1", lambda value: value in (0, 1)),
     },
-    "categories": {"id": _WHOLE, "name": _TEXT},
+    "categories": {"id": _ID, "name": _TEXT},
 }
-"""Keys of the entries of each section that are needed, and what their values must be."""
+"""Keys that the entries of each section must have, and their right values."""
 _BESIDE = "_annotations.coco.json"
-"""The annotation file of Roboflow's exports, in the folder of the images."""
+"""Annotation file of Roboflow's exports, in the folder of the images."""
 
 
 class CocoDataset:
@@ -43,25 +47,20 @@ class CocoDataset:
 
     Images come in the order of their ids, those without objects included. The boxes and labels of an example are the
     official training targets: no crowd regions, boxes clipped to the image, none that are empty then. A label is the
-    category's id; see `detr_jax.data.classes` for detectors that number their classes in another way. The ground truth
-    keeps everything. Boxes refer to the stored pixels, whatever rotation the EXIF data ask for; a warning says so at
-    the first such image.
+    category's id; see `detr_jax.data.classes` for detectors with other numbers. The ground truth keeps everything.
+    Boxes refer to the stored pixels, whatever rotation the EXIF data ask for; the first such image gives a warning.
 
     Args:
-        root: folder of the data set.
-        split: "val2017", "train2017", or the name of another split in the same layout.
         images: use the first so many images only.
 
     Raises:
         MissingFileError: if the folder, the annotation file or an image that is to be used does not exist.
-        InputError: if the annotation file does not hold what it should, or there are fewer images than asked for.
+        InputError: if the annotation file is damaged or incomplete, or there are fewer images than asked for.
     """
 
     def __init__(self, root: Path, split: str, images: int | None = None):
-        root = Path(root)
-        self._folder = root / split
-        self.name = split
-        path = _annotation_file(root, split)
+        self._folder, self.name = Path(root) / split, split
+        path = _annotation_file(Path(root), split)
         data = path.read_bytes()
         content = _checked_annotations(path, data)
         available = len(content["images"])
@@ -70,14 +69,11 @@ class CocoDataset:
         self.fingerprint = digest(data, str(images or available))
         self._images = sorted(content["images"], key=lambda image: image["id"])[:images]
         used = set(self.image_ids())
-        self._ground_truth = {
-            "images": self._images,
-            "annotations": [a for a in content["annotations"] if a["image_id"] in used],
-            "categories": content["categories"],
-        }
-        self.has_annotations = bool(self._ground_truth["annotations"])
+        annotations = [a for a in content["annotations"] if a["image_id"] in used]
+        self._ground_truth = content | {"images": self._images, "annotations": annotations}
+        self.has_annotations = bool(annotations)
         self._objects = defaultdict(list)
-        for annotation in self._ground_truth["annotations"]:
+        for annotation in annotations:
             if not annotation["iscrowd"]:
                 self._objects[annotation["image_id"]].append(annotation)
         self._rotation_reported = False
@@ -88,35 +84,19 @@ class CocoDataset:
                 f"{len(missing)} of the {len(self)} images that {path} names are not in {self._folder}, "
                 f"the first is {missing[0]}"
             )
-        self._report_outside(path)
-
-    def _report_outside(self, path: Path) -> None:
-        outside = [
-            annotation["id"]
-            for image in self._images
-            for annotation in self._objects.get(image["id"], ())
-            if min(annotation["bbox"][2:]) > 0
-            and not (
-                -annotation["bbox"][2] < annotation["bbox"][0] < image["width"]
-                and -annotation["bbox"][3] < annotation["bbox"][1] < image["height"]
-            )
-        ]
+        outside = [o["id"] for image in self._images for o in self._objects[image["id"]] if _is_outside(o, image)]
         if outside:
             warnings.warn(
                 f"{path} has boxes outside their images: {len(outside)}, the first of annotation {outside[0]!r}. Boxes "
                 "of photographs that EXIF data rotate must refer to the stored pixels",
-                stacklevel=3,
+                stacklevel=2,
             )
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index: int) -> Example:
-        """Reads an image.
-
-        Raises:
-            InputError: if its file is damaged or has another size than the annotation file says.
-        """
+        """Raises an InputError if the file is damaged or has another size than the annotation file says."""
         entry = self._images[index]
         path = self._folder / entry["file_name"]
         image, orientation = read_image(path)
@@ -138,7 +118,7 @@ class CocoDataset:
                 "not to the rotated photograph (said once for the data set)",
                 stacklevel=2,
             )
-        objects = self._objects.get(entry["id"], [])
+        objects = self._objects[entry["id"]]
         boxes = np.array([o["bbox"] for o in objects], np.float32).reshape(-1, 4)
         labels = np.array([o["category_id"] for o in objects], np.int32)
         boxes[:, 2:] += boxes[:, :2]
@@ -162,12 +142,13 @@ class CocoDataset:
         return self._ground_truth
 
 
-def _annotation_file(root: Path, split: str) -> Path:
-    """The annotation file of a split.
+def _is_outside(annotation: dict, image: dict) -> bool:
+    x, y, width, height = annotation["bbox"]
+    return min(width, height) > 0 and not (-width < x < image["width"] and -height < y < image["height"])
 
-    Raises:
-        MissingFileError: if it or the folder of images does not exist; says what is there instead.
-    """
+
+def _annotation_file(root: Path, split: str) -> Path:
+    """The annotation file of a split; a MissingFileError names what is there instead."""
     folder, path = root / split, root / "annotations" / f"instances_{split}.json"
     if folder.is_dir() and path.is_file():
         return path
@@ -185,7 +166,7 @@ def _annotation_file(root: Path, split: str) -> Path:
 
 
 def _checked_annotations(path: Path, data: bytes) -> dict[str, list[dict[str, Any]]]:
-    """The entries of an annotation file, checked and without what boxes do not need."""
+    """The entries of an annotation file, checked, with the keys of `_CONTENT` only."""
     try:
         content = json.loads(data)
     except ValueError as error:
@@ -212,8 +193,8 @@ def _checked_annotations(path: Path, data: bytes) -> dict[str, list[dict[str, An
         raise InputError(f"{path} has no images")
     for section, reference in (("images", "image_id"), ("categories", "category_id")):
         counts = Counter(entry["id"] for entry in entries[section])
-        if twice := [id for id, count in counts.items() if count > 1]:
-            raise InputError(f"{path}: two {section} have the id {twice[0]!r}")
+        if len(counts) < len(entries[section]):
+            raise InputError(f"{path}: two {section} have the id {counts.most_common(1)[0][0]!r}")
         for position, annotation in enumerate(entries["annotations"]):
             if (id := annotation[reference]) not in counts:
                 name = f"{path}: entry {position} of 'annotations' (id {annotation['id']!r})"

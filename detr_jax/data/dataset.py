@@ -31,7 +31,7 @@ class Dataset(Protocol):
 
     name: str
     has_annotations: bool
-    """Whether the ground truth says what is in the images; without, AP is undefined."""
+    """Whether there are annotated objects; without, AP is undefined."""
     fingerprint: str
     """Equal for the same images and annotations, wherever they are."""
 
@@ -40,62 +40,23 @@ class Dataset(Protocol):
     def __getitem__(self, index: int) -> Example: ...
 
     def image_sizes(self) -> np.ndarray:
-        """(images, 2) int, height and width of every image, known without reading the image."""
-        ...
+        """(images, 2) int, height and width of every image, known without reading it."""
 
     def image_ids(self) -> list[int]:
         """Ids of the images in index order."""
-        ...
 
     def image_name(self, index: int) -> str:
-        """Of an image, for messages."""
-        ...
+        """Name of an image, for messages."""
 
     def categories(self) -> list[dict]:
-        """`id` and `name` of every category, those of the ground truth; known without making the ground truth."""
-        ...
+        """`id` and `name` of every category of the ground truth, which need not be made for that."""
 
     def ground_truth(self) -> dict:
-        """The annotations as a dictionary in the layout of COCO's `instances_*.json`; empty lists without any."""
-        ...
+        """Annotations in the layout of COCO's `instances_*.json`; empty lists without any."""
 
 
-class View:
-    """A data set in terms of another one; subclasses override what differs."""
-
-    def __init__(self, dataset: Dataset):
-        self._dataset = dataset
-        self.name, self.fingerprint = dataset.name, dataset.fingerprint
-        self.has_annotations = dataset.has_annotations
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, index: int) -> Example:
-        return self._dataset[index]
-
-    def image_sizes(self) -> np.ndarray:
-        return self._dataset.image_sizes()
-
-    def image_ids(self) -> list[int]:
-        return self._dataset.image_ids()
-
-    def image_name(self, index: int) -> str:
-        return self._dataset.image_name(index)
-
-    def categories(self) -> list[dict]:
-        return self._dataset.categories()
-
-    def ground_truth(self) -> dict:
-        return self._dataset.ground_truth()
-
-
-class Subset(View):
-    """A range of a data set's images, as a data set.
-
-    Args:
-        dataset: the whole.
-        start, stop: indices of the first image and of the one after the last.
+class Subset:
+    """The images of a data set from index `start` to before `stop`, as a data set.
 
     Raises:
         InputError: if the range is empty or reaches beyond the data set.
@@ -104,32 +65,33 @@ class Subset(View):
     def __init__(self, dataset: Dataset, start: int, stop: int):
         if not 0 <= start < stop <= len(dataset):
             raise InputError(f"{dataset.name} has {len(dataset)} images; there is no range from {start} to {stop}")
-        super().__init__(dataset)
-        self.name, self.fingerprint = f"{self.name}[{start}:{stop}]", f"{self.fingerprint}[{start}:{stop}]"
-        self._range = range(start, stop)
+        self._dataset, self.has_annotations = dataset, dataset.has_annotations
+        self.name, self.fingerprint = (f"{text}[{start}:{stop}]" for text in (dataset.name, dataset.fingerprint))
+        self._indices, self._slice = range(start, stop), slice(start, stop)
 
     def __len__(self) -> int:
-        return len(self._range)
+        return len(self._indices)
 
     def __getitem__(self, index: int) -> Example:
-        return self._dataset[self._range[index]]
+        return self._dataset[self._indices[index]]
 
     def image_sizes(self) -> np.ndarray:
-        return self._dataset.image_sizes()[self._range.start : self._range.stop]
+        return self._dataset.image_sizes()[self._slice]
 
     def image_ids(self) -> list[int]:
-        return self._dataset.image_ids()[self._range.start : self._range.stop]
+        return self._dataset.image_ids()[self._slice]
 
     def image_name(self, index: int) -> str:
-        return self._dataset.image_name(self._range[index])
+        return self._dataset.image_name(self._indices[index])
+
+    def categories(self) -> list[dict]:
+        return self._dataset.categories()
 
     def ground_truth(self) -> dict:
-        chosen = set(self.image_ids())
-        whole = self._dataset.ground_truth()
-        return whole | {
-            "images": [image for image in whole["images"] if image["id"] in chosen],
-            "annotations": [a for a in whole["annotations"] if a["image_id"] in chosen],
-        }
+        chosen, whole = set(self.image_ids()), self._dataset.ground_truth()
+        images = [image for image in whole["images"] if image["id"] in chosen]
+        annotations = [a for a in whole["annotations"] if a["image_id"] in chosen]
+        return whole | {"images": images, "annotations": annotations}
 
 
 def digest(*parts: bytes | str) -> str:

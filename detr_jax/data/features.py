@@ -1,4 +1,4 @@
-"""Images as the transformer sees them: the part of a forward pass that no selector changes, done once."""
+"""Backbone features of images: the part of a forward pass that no selector changes, computed once."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ from detr_jax.models import Detector
 
 @dataclass(frozen=True)
 class BackboneFeatures:
-    """A batch behind the backbone.
+    """Backbone features of a batch.
 
     Attributes:
-        tokens: what `Detector.embed` returned, in host memory; where several hosts share the batch, of the own images.
+        tokens: output of `Detector.embed` in host memory; where several hosts share the batch, of the own images.
         sizes: (batch, 2) int, original height and width in pixels.
         image_ids: (batch,) int.
         valid: (batch,) bool, false for copies that fill the batch.
@@ -44,26 +44,20 @@ def _embed(
 
 
 def embed_batch(model: Detector, batch: Batch, mesh: Mesh | None) -> Any:
-    """What the transformer gets of a batch, on the device of the detector or those that it was replicated over."""
+    """Output of `Detector.embed` for a batch, on the device of the detector or those that it was replicated over."""
     return _embed(model, *shard_batch(mesh, (batch.pixel_values, batch.pixel_mask, batch.valid[batch.own])), mesh=mesh)
 
 
 def backbone_features(
     model: Detector, dataset: Dataset, batch_size: int, progress: str | None, *, exact: bool = False
 ) -> Iterator[BackboneFeatures]:
-    """One pass over a data set behind the backbone, with a progress bar.
+    """Backbone features of a data set, batch by batch, with a progress bar titled `progress` unless that is None.
 
-    As a list it takes two arrays of tokens x d numbers of host memory for every image, and serves any number of passes.
-
-    Args:
-        model: the detector.
-        dataset: the images.
-        batch_size: images per batch.
-        progress: title of the bar; None shows none.
-        exact: without padding; compiles for every size of image.
+    A list of them takes two arrays of tokens x d numbers of host memory per image, and serves any number of passes.
+    `exact` means without padding, which compiles for every size of image.
 
     Raises:
-        ValueError: if the devices of the detector cannot share a batch.
+        InputError: if the devices of the detector cannot share a batch.
     """
     mesh = mesh_of(model)
     loaded = batches(dataset, model.preprocessing, batch_size, exact=exact, mesh=mesh)

@@ -9,18 +9,18 @@ from PIL import Image
 
 from detr_jax.data.dataset import Example, digest
 from detr_jax.data.images import pixels, pixels_size
-from detr_jax.data.transforms import preprocess
+from detr_jax.data.transforms import pad, preprocess
 from detr_jax.errors import InputError, MissingFileError
 from detr_jax.models import Preprocessing
 
 ImageLike = str | Path | Image.Image | np.ndarray
-"""A file, a PIL image, or (height, width, 3) uint8 RGB."""
+"""A file, a PIL image, or an array (height, width, 3) uint8 RGB."""
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-"""Of the files that are taken from a folder of images."""
+"""Suffixes of the files that are taken from a folder of images."""
 
 
 class GivenImages:
-    """Images without annotations that somebody names or has; the id of an image is its index unless ids are given.
+    """Images without annotations, as files or in memory; the id of an image is its index unless ids are given.
 
     Raises:
         MissingFileError: if a file does not exist.
@@ -65,9 +65,8 @@ class GivenImages:
         return []
 
     def ground_truth(self) -> dict:
-        images = [
-            {"id": i, "height": int(h), "width": int(w)} for i, (h, w) in zip(self._ids, self._sizes, strict=True)
-        ]
+        sizes = zip(self._ids, self._sizes.tolist(), strict=True)
+        images = [{"id": id, "height": height, "width": width} for id, (height, width) in sizes]
         return {"images": images, "annotations": [], "categories": []}
 
 
@@ -75,11 +74,10 @@ class ImageFolder(GivenImages):
     """Photographs in a folder and the folders in it, in the order of their names, without annotations.
 
     Where the folder holds `train/` or `val/`, these are the splits. Otherwise every fifth image is in "val" and the
-    others are in "train". "all" is everything. The id of an image is its position among all images.
+    others are in "train". "all" is everything. The id of an image is its position among all images. Files with other
+    suffixes than `SUFFIXES` and hidden ones are left out.
 
     Args:
-        root: the folder. Files with other suffixes than `SUFFIXES` and hidden ones are left out.
-        split: "train", "val" or "all".
         images: use the first so many images of the split only.
 
     Raises:
@@ -100,12 +98,11 @@ class ImageFolder(GivenImages):
             chosen = [i for i, parts in enumerate(names) if parts[0] == split and len(parts) > 1]
         else:
             chosen = [i for i in range(len(names)) if (i % 5 == 4) == (split == "val")]
-        wanted = len(chosen) if images is None else images
-        if not 0 < wanted <= len(chosen):
+        if not 0 < (len(chosen) if images is None else images) <= len(chosen):
             asked = "" if images is None else f", asked for {images}"
             raise InputError(f"{root} has {len(chosen)} images ({', '.join(SUFFIXES)}) for the split {split}{asked}")
+        chosen = chosen[:images]
         self._root, self.name = root, f"{root.name}-{split}"
-        chosen = chosen[:wanted]
         super().__init__([root.joinpath(*names[i]) for i in chosen], chosen)
 
     def _identity(self, index: int) -> str:
@@ -116,17 +113,17 @@ class ImageFolder(GivenImages):
 def preprocess_images(
     images: ImageLike | Sequence[ImageLike], preprocessing: Preprocessing
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What a detector sees of one or more images: resized, normalised, and padded to the largest of them.
+    """Inputs of a detector: one or more images resized, normalised, and padded to the largest of them.
 
     Args:
         images: files, PIL images or (height, width, 3) uint8 arrays, one or many.
-        preprocessing: of the detector, `model.preprocessing`.
+        preprocessing: `model.preprocessing` of the detector.
 
     Returns:
-        `pixel_values` (batch, height, width, 3) float32 and `pixel_mask` (batch, height, width) bool, for calls.
+        `pixel_values` (batch, height, width, 3) float32 and `pixel_mask` (batch, height, width) bool.
 
     Raises:
-        MissingFileError, InputTypeError, InputError: as `GivenImages`; also where there are no images.
+        MissingFileError, InputTypeError, InputError: see `GivenImages`; also where there are no images.
 
     >>> import detr_jax, numpy as np
     >>> preprocessing = detr_jax.preset_config("detr-tiny").preprocessing
@@ -144,14 +141,7 @@ def preprocess_images(
             resized.append(preprocess(image, preprocessing))
         except InputError as error:
             raise InputError(f"{given.image_name(index)}: {error}") from None
-    size = np.max([image.shape[:2] for image in resized], axis=0)
-    pixel_values = np.zeros((len(resized), *size, 3), np.float32)
-    pixel_mask = np.zeros(pixel_values.shape[:3], bool)
-    for i, image in enumerate(resized):
-        height, width, _ = image.shape
-        pixel_values[i, :height, :width] = image
-        pixel_mask[i, :height, :width] = True
-    return pixel_values, pixel_mask
+    return pad(resized, tuple(np.max([image.shape[:2] for image in resized], axis=0)))
 
 
 def as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:

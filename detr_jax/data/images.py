@@ -1,4 +1,4 @@
-"""Pixels of images: of files, of PIL images, of arrays."""
+"""Pixels of image files, PIL images and arrays."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,28 +11,16 @@ from PIL import ExifTags, Image
 
 from detr_jax.errors import InputError, InputTypeError, MissingFileError
 
-_TURN = Image.Transpose
-_UPRIGHT = {
-    2: _TURN.FLIP_LEFT_RIGHT,
-    3: _TURN.ROTATE_180,
-    4: _TURN.FLIP_TOP_BOTTOM,
-    5: _TURN.TRANSPOSE,
-    6: _TURN.ROTATE_270,
-    7: _TURN.TRANSVERSE,
-    8: _TURN.ROTATE_90,
-}
-"""EXIF orientation -> the operation that makes the image upright."""
+_TURNS = "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"
+_UPRIGHT = {orientation: Image.Transpose[name] for orientation, name in enumerate(_TURNS, 2)}
+"""EXIF orientation -> operation that makes the image upright."""
 
 
 def read_image(path: Path) -> tuple[np.ndarray, int]:
-    """(height, width, 3) uint8 RGB pixels of an image file as they are stored, and its EXIF orientation.
+    """(height, width, 3) uint8 RGB pixels of a file as stored, and its EXIF orientation, 1 for an upright image.
 
-    Pixels are taken as torchvision's `CocoDetection` takes them: without the rotation that EXIF data may ask for,
-    because annotations refer to stored pixels; grey, palette and CMYK become RGB, transparency is dropped. Only deeper
-    grey images differ: PIL would clip them to 8 bits, which turns most of them white.
-
-    Returns:
-        The pixels, and the orientation, 1 for an upright image.
+    As in torchvision's `CocoDetection`, pixels are not rotated, because annotations refer to stored ones; grey, palette
+    and CMYK become RGB, transparency is dropped. Deeper grey images are refused, which PIL would clip to white.
 
     Raises:
         MissingFileError: if there is no such file.
@@ -43,13 +31,11 @@ def read_image(path: Path) -> tuple[np.ndarray, int]:
 
 
 def pixels(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
-    """(height, width, 3) uint8 RGB pixels of a file, a PIL image or an array.
-
-    Files and PIL images are made upright where their EXIF data ask for it.
+    """(height, width, 3) uint8 RGB pixels; files and PIL images are made upright where their EXIF data ask for it.
 
     Raises:
         MissingFileError: if there is no such file.
-        InputTypeError: if it is none of these.
+        InputTypeError: if it is neither a file nor a PIL image nor an array.
         InputError: if it is a file and not an image, or an array of another shape or type.
     """
     if isinstance(image, str | Path):
@@ -68,8 +54,7 @@ def pixels_size(image: str | Path | Image.Image | np.ndarray) -> tuple[int, int]
             return pixels_size(opened)
     if isinstance(image, Image.Image):
         return (image.width, image.height) if is_sideways(_orientation(image)) else (image.height, image.width)
-    height, width, _ = _checked(image).shape
-    return height, width
+    return _checked(image).shape[:2]
 
 
 def is_sideways(orientation: int) -> bool:
@@ -97,7 +82,7 @@ def _checked(image: Any) -> np.ndarray:
 def _rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith(("I", "F")):
         raise InputError(
-            f"the grey values (mode {image.mode}) of this image have more than 8 bits; convert it to 8 bits first"
+            f"the grey values (mode {image.mode}) have more than 8 bits; convert the image to 8 bits first"
         )
     return np.asarray(image.convert("RGB"))
 

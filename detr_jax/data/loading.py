@@ -1,5 +1,6 @@
 """Batches of preprocessed images in a few padded shapes, loaded while the last ones are computed."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from jax.sharding import Mesh
 
 from detr_jax.data.dataset import Dataset
 from detr_jax.data.prefetch import prefetch, processes_for
-from detr_jax.data.transforms import preprocess, resized_size
+from detr_jax.data.transforms import pad, preprocess, resized_size
 from detr_jax.errors import InputError
 from detr_jax.mesh import local_slice
 from detr_jax.models import Preprocessing
@@ -21,12 +22,7 @@ LONG_SIDES = 5
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """Which images a batch holds and how large it is.
-
-    Attributes:
-        indices: of the images in the data set, at most `shape[0]`.
-        shape: (batch, height, width).
-    """
+    """Indices in the data set of a batch's images, at most `shape[0]`, and its shape (batch, height, width)."""
 
     indices: tuple[int, ...]
     shape: tuple[int, int, int]
@@ -37,8 +33,8 @@ class BatchLayout:
 class Batch:
     """Images in the top left corners of one shape, and their objects.
 
-    Where images ran out, the batch is filled up with copies of its first one; they are marked and have no entries
-    in `boxes` and `labels`. Of a batch that several hosts share, each has pixels and objects of its own images only.
+    Where images ran out, the batch is filled up with copies of its first one, which have no `boxes` and `labels`. Each
+    of several hosts that share a batch has pixels and objects of its own images only.
 
     Attributes:
         pixel_values: (own, height, width, 3) float32, zero where there is padding.
@@ -46,8 +42,8 @@ class Batch:
         sizes: (batch, 2) int, original height and width in pixels.
         image_ids: (batch,) int.
         valid: (batch,) bool, false for copies.
-        boxes: of each valid own image, (objects, 4) float32, (x0, y0, x1, y1) in original pixels.
-        labels: of each valid own image, (objects,) int32.
+        boxes: (objects, 4) float32 for each valid own image, (x0, y0, x1, y1) in original pixels.
+        labels: (objects,) int32 for each valid own image.
         first: index in the batch of the first own image.
     """
 
@@ -62,24 +58,19 @@ class Batch:
 
     @property
     def own(self) -> slice:
-        """Which images of the batch are this host's: all, where there is one host."""
+        """The images of the batch that are this host's: all, where there is one host."""
         return slice(self.first, self.first + len(self.pixel_values))
 
 
 def padded_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[int, int]:
-    """The padded (height, width) for an image that was resized to (height, width).
+    """Padded (height, width) of an image that was resized to `size`, multiples of the stride.
 
-    The shorter side is the detector's, the longer one of `LONG_SIDES` lengths, both multiples of the stride.
-    Only where the official rounding exceeds the cap is the longer side its own.
+    The shorter side is the detector's; the longer one has one of `LONG_SIDES` lengths, unless the official rounding
+    exceeds the cap.
     """
-    stride = preprocessing.stride
-
-    def whole(side: float) -> int:
-        return stride * int(np.ceil(side / stride))
-
     steps = np.linspace(preprocessing.shortest_side, preprocessing.longest_side, LONG_SIDES)
-    short = whole(preprocessing.shortest_side)
-    long = next((whole(step) for step in steps if whole(step) >= max(size)), whole(max(size)))
+    sides = np.ceil(np.array([*steps, max(size)]) / preprocessing.stride).astype(int) * preprocessing.stride
+    short, long = int(sides[0]), int(sides[sides >= max(size)][0])
     return (short, long) if size[0] <= size[1] else (long, short)
 
 
@@ -93,16 +84,14 @@ def layout_batches(
     epoch: int = 0,
     image_name: Callable[[int], str] = "image {}".format,
 ) -> list[BatchLayout]:
-    """Arranges images in batches of one shape each. How many batches there are does not depend on the shuffle.
+    """Images in batches of one shape each; the number of batches does not depend on the shuffle.
 
     Args:
         sizes: (images, 2), height and width of the original images.
-        preprocessing: says how images are resized.
-        batch_size: images per batch.
         exact: no padding and no copies: every size of image is a shape of its own.
         shuffle_seed: order images and batches by this seed and the epoch; None keeps the order within a shape.
         epoch: number of the pass over the data.
-        image_name: of an image by its index, for errors.
+        image_name: name of an image by its index, for errors.
 
     Raises:
         InputError: if the batch size is not positive, or an image is too elongated.
@@ -129,39 +118,24 @@ def layout_batches(
 
 
 def load_batch(
-    dataset: Dataset,
-    preprocessing: Preprocessing,
-    layout: BatchLayout,
-    sizes: np.ndarray,
-    ids: np.ndarray,
-    rows: slice,
+    dataset: Dataset, preprocessing: Preprocessing, layout: BatchLayout, sizes: np.ndarray, ids: np.ndarray, rows: slice
 ) -> Batch:
-    """Reads and preprocesses the images of one batch.
+    """The images of one batch, read and preprocessed.
 
     Args:
-        dataset: the images.
-        preprocessing: of the detector that will see them.
-        layout: of the batch.
-        sizes: (images, 2) of the data set.
-        ids: (images,) of the data set.
-        rows: of the batch, which are loaded.
+        sizes, ids: (images, 2) and (images,) of the data set.
+        rows: the rows of the batch that are loaded.
     """
     filled = np.array(layout.indices + layout.indices[:1] * (layout.shape[0] - len(layout.indices)))
     valid = np.arange(layout.shape[0]) < len(layout.indices)
     own = filled[rows].tolist()
     examples = {index: dataset[index] for index in dict.fromkeys(own)}
     preprocessed = {index: preprocess(example.image, preprocessing) for index, example in examples.items()}
-
-    pixel_values = np.zeros((len(own), *layout.shape[1:], 3), np.float32)
-    pixel_mask = np.zeros(pixel_values.shape[:3], bool)
-    for i, index in enumerate(own):
-        height, width, _ = preprocessed[index].shape
-        pixel_values[i, :height, :width] = preprocessed[index]
-        pixel_mask[i, :height, :width] = True
+    pixel_values, pixel_mask = pad([preprocessed[index] for index in own], layout.shape[1:])
     no_copies = [examples[index] for index in filled[rows][valid[rows]].tolist()]
     return Batch(
-        pixel_values=pixel_values,
-        pixel_mask=pixel_mask,
+        pixel_values,
+        pixel_mask,
         sizes=sizes[filled],
         image_ids=ids[filled],
         valid=valid,
@@ -186,28 +160,19 @@ def batches(
     """One pass over a data set, loaded in the background.
 
     Args:
-        dataset: the images.
-        preprocessing: of the detector that will see them.
         batch_size: images per batch, over all devices.
         exact, shuffle_seed, epoch: see `layout_batches`, which also tells how many batches a pass has.
-        start: index of the first batch, to go on where another run stopped.
-        mesh: devices that will share every batch, see `detr_jax.mesh`.
-        processes: that load, 0 for threads of this one; None chooses by the number of images and of CPU cores.
+        start: index of the first batch, to resume a pass.
+        mesh: devices that share every batch, see `detr_jax.mesh`.
+        processes: number that load, 0 for threads of this one; None chooses by the number of images and of CPU cores.
 
     Raises:
         ValueError: if the batch size is not positive, the devices cannot share a batch, or the pass has fewer than
             `start` batches.
     """
     sizes, ids = dataset.image_sizes(), np.array(dataset.image_ids())
-    layouts = layout_batches(
-        sizes,
-        preprocessing,
-        batch_size,
-        exact=exact,
-        shuffle_seed=shuffle_seed,
-        epoch=epoch,
-        image_name=dataset.image_name,
-    )
+    order = {"shuffle_seed": shuffle_seed, "epoch": epoch, "image_name": dataset.image_name}
+    layouts = layout_batches(sizes, preprocessing, batch_size, exact=exact, **order)
     if not 0 <= start <= len(layouts):
         raise ValueError(f"cannot start at batch {start} of {len(layouts)}")
     layouts = layouts[start:]
@@ -217,9 +182,7 @@ def batches(
         return load_batch(dataset, preprocessing, layout, sizes, ids, rows[layout.shape[0]])
 
     if processes is None and layouts:
-        shapes = [
-            (rows[size].stop - rows[size].start, height, width) for size, height, width in (x.shape for x in layouts)
-        ]
-        largest = max(images * height * width for images, height, width in shapes)
+        shapes = [(len(range(size)[rows[size]]), height, width) for size, height, width in (x.shape for x in layouts)]
+        largest = max(map(math.prod, shapes))
         processes = processes_for(sum(images for images, *_ in shapes), 3 * np.dtype(np.float32).itemsize * largest)
     return prefetch(layouts, load, processes or 0)

@@ -1,4 +1,4 @@
-"""Data sets by the text that names them: "scenes", "coco:PATH", "images:PATH"."""
+"""Data sets by name: "scenes", "coco:PATH", "images:PATH"."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -31,14 +31,14 @@ def open_dataset(data: str, split: str, images: int | None = None) -> Dataset:
 
     Args:
         data: "scenes" for generated scenes, "coco:PATH" for a folder in COCO's layout, "images:PATH" for a folder of
-            photographs without annotations, or what `register_dataset` has added.
-        split: "train" or "val"; of a COCO folder these are the splits of 2017, and the full name of any other split
-            is taken too; of a folder of photographs also "all".
+            photographs without annotations, or a kind added by `register_dataset`.
+        split: "train" or "val", for a COCO folder those of 2017, or the full name of another split there; for a folder
+            of photographs also "all".
         images: use the first so many images only.
 
     Raises:
         MissingFileError: if a folder or file does not exist.
-        InputError: if there is no such kind of data set or split, or it does not hold what it should.
+        InputError: if there is no such kind of data set or split, or the data are damaged or too few.
 
     >>> import detr_jax
     >>> len(detr_jax.open_dataset("scenes", "val"))

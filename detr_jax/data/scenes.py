@@ -17,16 +17,11 @@ SIDE = 128
 MAX_OBJECTS = 4
 VALIDATION_IMAGES = 600
 TRAINING_IMAGES = 2**31
-DIAMETERS = (26.0, 80.0)
-"""Diameter of a shape's circumscribed circle in pixels, drawn log-uniformly."""
-MIN_VISIBLE = 0.6
-"""A shape is placed only where this fraction of it, and of every shape below it, stays visible."""
-MIN_CONTRAST = 90.0
-"""Least distance of a shape's colour from the mean colour of the background, in 8-bit RGB."""
+DIAMETERS = (26.0, 80.0)  # of a shape's circumscribed circle in pixels, drawn log-uniformly
+MIN_VISIBLE = 0.6  # fraction of a shape, and of every shape below it, that stays visible
+MIN_CONTRAST = 90.0  # least distance of a shape's colour from the mean colour of the background, in 8-bit RGB
 SUPERSAMPLING = 4
-PLACEMENTS = 8
-"""Positions tried for a shape before it is left out."""
-
+PLACEMENTS = 8  # positions tried for a shape before it is left out
 _SPLITS = {"train": 0, "val": 1}
 
 
@@ -51,8 +46,8 @@ class ScenesDataset:
     """The scenes of one split as a data set.
 
     Args:
-        split: "val" (600 fixed scenes) or "train" (as many as anybody wants).
-        images: use the first so many scenes only; has to be given for "train", which has no end.
+        split: "val" (600 fixed scenes) or "train" (any number).
+        images: use the first so many scenes only; needed for "train".
 
     Raises:
         InputError: if the split does not exist or has fewer images, or a number of training scenes is not given.
@@ -69,10 +64,8 @@ class ScenesDataset:
         images = available if images is None else images
         if not 0 < images <= available:
             raise InputError(f"the {split} split of scenes has {available} images, asked for {images}")
-        self.split = split
-        self.name = f"scenes-{split}"
+        self.split, self.name, self._images = split, f"scenes-{split}", images
         self.fingerprint = f"{self.name}[:{images}]"
-        self._images = images
 
     def __len__(self) -> int:
         return self._images
@@ -101,21 +94,11 @@ class ScenesDataset:
             scene = render_scene(self.split, image_id)
             for label, box, visible in zip(scene.labels, scene.boxes, scene.visible, strict=True):
                 x0, y0, x1, y1 = box.tolist()
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,  # pycocotools takes a match with id 0 for no match
-                        "image_id": image_id,
-                        "category_id": int(label),
-                        "bbox": [x0, y0, x1 - x0, y1 - y0],
-                        "area": int(visible.sum()),
-                        "iscrowd": 0,
-                    }
-                )
-        return {
-            "images": [{"id": i, "width": SIDE, "height": SIDE} for i in self.image_ids()],
-            "annotations": annotations,
-            "categories": self.categories(),
-        }
+                # pycocotools takes a match with id 0 for no match
+                entry = {"id": len(annotations) + 1, "image_id": image_id, "category_id": int(label), "iscrowd": 0}
+                annotations.append(entry | {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": int(visible.sum())})
+        images = [{"id": i, "width": SIDE, "height": SIDE} for i in self.image_ids()]
+        return {"images": images, "annotations": annotations, "categories": self.categories()}
 
 
 def render_scene(split: str, index: int) -> Scene:

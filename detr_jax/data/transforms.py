@@ -1,5 +1,7 @@
 """Preprocessing of the official DETR: resize to a shorter side under a cap on the longer one, then normalise."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from PIL import Image
@@ -17,7 +19,7 @@ def resized_size(size: tuple[int, int], shortest: int, longest: int) -> tuple[in
         longest: cap on the longer side; rounding the shorter side can exceed it by a few pixels.
 
     Raises:
-        ValueError: if the image is so elongated that under the cap nothing of its shorter side is left.
+        InputError: if the image is so elongated that under the cap nothing of its shorter side is left.
     """
     height, width = int(size[0]), int(size[1])
     low, high = min(height, width), max(height, width)
@@ -40,15 +42,21 @@ def normalise(image: np.ndarray | jax.Array, preprocessing: Preprocessing) -> np
 
 
 def preprocess(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-    """What a detector sees of an image.
-
-    Args:
-        image: (height, width, 3) uint8, RGB.
-        preprocessing: of the detector.
-
-    Returns:
-        (resized height, resized width, 3) float32.
-    """
+    """(height, width, 3) uint8 RGB -> (resized height, resized width, 3) float32, normalised."""
     height, width = resized_size(image.shape[:2], preprocessing.shortest_side, preprocessing.longest_side)
     resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
     return normalise(np.asarray(resized), preprocessing)
+
+
+def pad(images: Sequence[np.ndarray], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Images (height, width, 3) in the top left corners of one size.
+
+    Returns:
+        (images, *size, 3) float32, zero where there is padding, and (images, *size) bool, true where the image is.
+    """
+    pixel_values = np.zeros((len(images), *size, 3), np.float32)
+    pixel_mask = np.zeros(pixel_values.shape[:3], bool)
+    for values, mask, image in zip(pixel_values, pixel_mask, images, strict=True):
+        height, width, _ = image.shape
+        values[:height, :width], mask[:height, :width] = image, True
+    return pixel_values, pixel_mask
