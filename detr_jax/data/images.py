@@ -82,7 +82,7 @@ def _checked(image: Any) -> np.ndarray:
 def _rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith(("I", "F")):
         raise InputError(
-            f"the grey values (mode {image.mode}) have more than 8 bits; convert the image to 8 bits first"
+            f"the grey values (mode {image.mode}) of this image have more than 8 bits; convert it to 8 bits first"
         )
     return np.asarray(image.convert("RGB"))
 
