@@ -12,14 +12,7 @@ from detr_jax.kernels.block_masks import BlockLists
 
 
 class FFNWeights(NamedTuple):
-    """An FFN as arrays: relu(x W_in^T + b_in) W_out + b_out.
-
-    Attributes:
-        w_in: (F, d), neurons on rows.
-        b_in: (F,).
-        w_out: (F, d), neurons on rows.
-        b_out: (d,).
-    """
+    """An FFN as arrays: relu(x W_in^T + b_in) W_out + b_out, neurons on the rows of both matrices."""
 
     w_in: Float[Array, "F d"]
     b_in: Float[Array, " F"]
@@ -49,7 +42,9 @@ class FFNShape:
 
 
 KernelFn = Callable[[jax.Array, FFNWeights, BlockLists, jax.Array | None], jax.Array]
-"""x (tiles, tile tokens, d), weights, lists with B entries a row, active (tiles, tile tokens, G) or None -> like x."""
+"""The FFN of tiles that each compute their own blocks: x (tiles, tile tokens, d), weights, lists whose `indices`
+(tiles, B) have permutations of the blocks as rows, active (tiles, tile tokens, G) bool or None -> like x. `active` are
+the groups that each token gets of its tile's blocks, None for all of them."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ class Backend:
     Attributes:
         name: of the implementation.
         platforms: kinds of devices on which it is preferred to the back ends that run everywhere.
-        run: computes the FFN of tiles that each compute their own blocks.
+        run: computes the FFN.
         unsupported_reason: why it cannot compute an FFN on the default device; None if it can.
         break_even: density of tiles and blocks above which the dense FFN is taken on devices that nobody has tuned.
     """

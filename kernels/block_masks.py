@@ -1,4 +1,4 @@
-"""Which blocks of hidden neurons each tile of tokens needs: as a map of pairs, and as a list for each tile."""
+"""Blocks of hidden neurons that each tile of tokens needs: as a mask, and as a list for each tile."""
 
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ class BlockLists(NamedTuple):
 
 
 def mask_to_indices(needed: Bool[Array, "*batch tiles B"]) -> BlockLists:
-    """A map as lists: (..., tiles, B) bool -> lists whose rows are permutations of the B blocks, needed ones ascending.
+    """Lists whose rows are permutations of the B blocks, needed ones first and ascending.
 
     All entries are valid blocks, also those behind the needed ones, so that nothing reads out of range.
     """
@@ -28,34 +28,22 @@ def mask_to_indices(needed: Bool[Array, "*batch tiles B"]) -> BlockLists:
 
 
 def indices_to_mask(lists: BlockLists, blocks: int) -> Bool[Array, "*batch tiles B"]:
-    """Lists as a map: a block is needed however often and in whatever order it is listed.
-
-    Args:
-        lists: `indices` (..., tiles, capacity), of any capacity; entries that name no block are ignored.
-        blocks: B, how many there are.
-
-    Returns:
-        (..., tiles, B) bool.
-    """
+    """A mask of lists of any capacity, in any order and with repetitions; entries that name no block are ignored."""
     listed = jnp.arange(lists.indices.shape[-1]) < lists.counts[..., None]
     inside = (lists.indices >= 0) & (lists.indices < blocks)
     named = jnp.where(listed & inside, lists.indices, blocks)
     flat = named.reshape(-1, named.shape[-1])
-    tile = jnp.arange(flat.shape[0])[:, None]
-    needed = jnp.zeros((flat.shape[0], blocks), bool).at[tile, flat].set(True, mode="drop")
+    needed = jnp.zeros((len(flat), blocks), bool).at[jnp.arange(len(flat))[:, None], flat].set(True, mode="drop")
     return needed.reshape(*named.shape[:-1], blocks)
 
 
 def any_per_tile(active: Bool[Array, "*batch tokens G"], tile_size: int, blocks: int) -> Bool[Array, "*batch tiles B"]:
-    """What tiles need when their tokens need groups: the union over the tokens of a tile and the groups of a block.
+    """The union of active groups over the tokens of a tile and the groups of a block.
 
     Args:
         active: (..., tokens, G) bool, the groups of F / G neurons that each token needs.
         tile_size: consecutive tokens per tile; the last tile may be shorter.
         blocks: B, of F / B neurons each.
-
-    Returns:
-        (..., tiles, B) bool.
 
     Raises:
         ValueError: if a block would not consist of whole groups.
@@ -71,12 +59,12 @@ def any_per_tile(active: Bool[Array, "*batch tokens G"], tile_size: int, blocks:
 def repeat_per_tile(
     decisions: Shaped[Array, "*batch tiles n"], tokens: int, tile_size: int | None
 ) -> Shaped[Array, "*batch tokens n"]:
-    """(..., tiles, n) -> (..., tokens, n), what each token's tile has; a tile size of None is one tile for all."""
+    """The decisions of each token's tile; a tile size of None is one tile for all."""
     return jnp.repeat(decisions, tile_size or tokens, axis=-2)[..., :tokens, :]
 
 
 def pad_tokens(array: Shaped[Array, "*batch tokens n"], tile_size: int) -> Shaped[Array, "*batch padded n"]:
-    """Appends zeros to (..., tokens, n) until tiles of `tile_size` tokens fill it."""
+    """Appends zeros until tiles of `tile_size` tokens fill it."""
     padding = [(0, 0)] * array.ndim
     padding[-2] = (0, -array.shape[-2] % tile_size)
     return jnp.pad(array, padding)

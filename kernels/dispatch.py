@@ -17,8 +17,7 @@ from detr_jax.kernels.backend import Backend, FFNShape
 BACKENDS = (reference.BACKEND, xla.BACKEND, mosaic_tpu.BACKEND, mosaic_gpu.BACKEND)
 IMPLEMENTATIONS = tuple(backend.name for backend in BACKENDS)
 LARGEST_UNION = 64
-"""Neurons of the largest block into which groups are united because a back end takes no smaller ones: the union of more
-groups is hardly ever sparse."""
+"""Neurons of the largest block into which groups are united for a back end: more groups are hardly ever sparse."""
 
 
 class UnavailableError(InputError):
@@ -54,41 +53,29 @@ def choose(shape: FFNShape, implementation: str | None = None, group_size: int |
     Raises:
         UnavailableError: if there is none of that name, or it cannot compute this here; it says why.
     """
-    refused = []
-    for backend in candidates(implementation):
-        block_size, reason = _block_size(backend, shape, group_size)
-        if reason is None:
-            here = dataclasses.replace(shape, block_size=block_size)
-            density = None if implementation else break_even(backend, jax.devices()[0].device_kind, here)
-            return Dispatch(backend, block_size, density, tuple(refused))
-        refused.append((backend.name, reason))
-    ((name, reason),) = refused  # without a name, the last candidate computes everything
-    raise UnavailableError(f"the implementation {name} cannot compute this: {reason}")
-
-
-def candidates(implementation: str | None) -> tuple[Backend, ...]:
-    """Back ends to try on the default device, the preferred one first: all that suit it, or the one of that name.
-
-    Raises:
-        UnavailableError: if there is none of that name.
-    """
     if implementation is None:
         device = jax.default_backend()
-        return (*(backend for backend in BACKENDS if device in backend.platforms), xla.BACKEND)
-    if implementation not in IMPLEMENTATIONS:
+        candidates = [*(backend for backend in BACKENDS if device in backend.platforms), xla.BACKEND]
+    elif implementation in IMPLEMENTATIONS:
+        candidates = [BACKENDS[IMPLEMENTATIONS.index(implementation)]]
+    else:
         known = ", ".join(IMPLEMENTATIONS)
         raise UnavailableError(f"there is no implementation {implementation!r} of the sparse FFN; there are {known}")
-    return (BACKENDS[IMPLEMENTATIONS.index(implementation)],)
-
-
-def _block_size(backend: Backend, shape: FFNShape, group_size: int | None) -> tuple[int, str | None]:
-    """Neurons per block, and why the back end cannot compute them; the reason is about whole groups where none does."""
     sizes = [group_size or shape.block_size]
     if group_size:
-        multiples = range(2 * group_size, max(LARGEST_UNION, group_size) + 1, group_size)
-        sizes += [size for size in multiples if shape.hidden % size == 0]
-    reasons = [backend.unsupported_reason(dataclasses.replace(shape, block_size=size)) for size in sizes]
-    return next(((size, None) for size, why in zip(sizes, reasons, strict=True) if why is None), (sizes[0], reasons[0]))
+        unions = range(2 * group_size, LARGEST_UNION + 1, group_size)
+        sizes += [size for size in unions if shape.hidden % size == 0]
+    shapes = [dataclasses.replace(shape, block_size=size) for size in sizes]
+    refused = []
+    for backend in candidates:
+        reasons = [backend.unsupported_reason(shape) for shape in shapes]
+        if None in reasons:
+            here = shapes[reasons.index(None)]
+            density = None if implementation else break_even(backend, jax.devices()[0].device_kind, here)
+            return Dispatch(backend, here.block_size, density, tuple(refused))
+        refused.append((backend.name, reasons[0]))  # about whole groups
+    ((name, reason),) = refused  # without a name, the last candidate computes everything
+    raise UnavailableError(f"the implementation {name} cannot compute this: {reason}")
 
 
 def break_even(backend: Backend, device_kind: str, shape: FFNShape) -> float:
@@ -100,14 +87,12 @@ def break_even(backend: Backend, device_kind: str, shape: FFNShape) -> float:
 
     def apart(entry: dict, key: str) -> float:
         measured, own = entry.get(key), getattr(shape, key)
-        if measured is None or not isinstance(own, int):  # a symbol of `jax.export`
-            return 0.0
-        return abs(math.log(measured / max(own, 1)))
+        known = measured is not None and isinstance(own, int)  # not a symbol of `jax.export`
+        return abs(math.log(measured / max(own, 1))) if known else 0.0
 
     def distance(entry: dict) -> tuple[float, ...]:
         sizes = ("tile_size", "block_size", "tokens", "d_model", "hidden")
-        other_type = float(entry.get("dtype", shape.dtype.name) != shape.dtype.name)
-        return (other_type, *(apart(entry, size) for size in sizes))
+        return (entry.get("dtype", shape.dtype.name) != shape.dtype.name, *(apart(entry, size) for size in sizes))
 
     measured = tuning(device_kind).get("break_even", {}).get(backend.name)
     return min(measured, key=distance)["density"] if measured else backend.break_even

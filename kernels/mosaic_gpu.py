@@ -13,18 +13,14 @@ registers are shared out with `set_max_registers`.
 """
 
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
 from detr_jax.kernels.backend import Backend, FFNShape, FFNWeights
 from detr_jax.kernels.block_masks import BlockLists, pad_tokens
 from detr_jax.kernels.reference import expand_groups
-
-if TYPE_CHECKING:
-    from jax.experimental.pallas import mosaic_gpu as plgpu
 
 CHUNK = 64
 """Neurons whose activations are computed at once."""
@@ -66,43 +62,20 @@ def unsupported(shape: FFNShape) -> str | None:
 def block_sparse_ffn(
     x: jax.Array,
     weights: FFNWeights,
-    lists: BlockLists,
+    lists: BlockLists | None,
     active: jax.Array | None = None,
     *,
-    interpret: "bool | plgpu.InterpretGPUParams" = False,
+    interpret: Any = False,
 ) -> jax.Array:
-    """The FFN of tiles that each compute their own blocks.
+    """The FFN as `backend.KernelFn` in bfloat16, in one launch.
 
     Args:
         x: (tiles, tile tokens, d) bfloat16.
         weights: of the FFN.
-        lists: `indices` (tiles, B), rows that are permutations of the blocks; see `mask_to_indices`.
-        active: (tiles, tile tokens, G) bool, groups that each token gets of its tile's blocks; None for all of them.
-            Unlike the hidden activations it passes through global memory.
-        interpret: for tests on other devices; the newest JAX only.
-
-    Returns:
-        (tiles, tile tokens, d).
+        lists: the blocks of each tile; None for all neurons, the dense FFN that sparsity has to beat.
+        active: groups of each token; unlike the hidden activations they pass through global memory.
+        interpret: for tests on other devices, the `InterpretGPUParams` of the newest JAX.
     """
-    return _call(x, weights, lists, active, interpret)
-
-
-def dense_ffn(x: jax.Array, weights: FFNWeights, *, interpret: "bool | plgpu.InterpretGPUParams" = False) -> jax.Array:
-    """The FFN with all of its neurons, by the same kernel without lists: what sparsity has to beat.
-
-    Args:
-        x: (tiles, tile tokens, d) bfloat16.
-        weights: of the FFN.
-        interpret: as for `block_sparse_ffn`.
-
-    Returns:
-        (tiles, tile tokens, d).
-    """
-    return _call(x, weights, None, None, interpret)
-
-
-def _call(x, weights, lists, active, interpret):
-    """One launch; without lists for all neurons, without active for all tokens."""
     from jax.experimental.pallas import mosaic_gpu as plgpu  # half a second: not where it does not run
 
     # Layout of operands of the matrix unit in shared memory: tiles of 8 rows of 128 bytes, which is 64 bfloat16.
@@ -120,7 +93,11 @@ def _call(x, weights, lists, active, interpret):
         b_in = b_in.reshape(-1, block_size)[lists.indices].reshape(-1)
     operands = [parts, weights.w_in, b_in, weights.w_out, weights.b_out, *(lists or ())]
     if active is not None:
-        operands.append(_in_order_of_lists(active, lists, features).astype(x.dtype).reshape(*parts.shape[:2], features))
+        # The neurons that each token gets, in the order in which its tile lists their blocks.
+        by_block = active.reshape(tiles, tile_size, lists.indices.shape[-1], -1)
+        listed = jnp.take_along_axis(by_block, lists.indices[:, None, :, None], axis=2).reshape(active.shape)
+        mask = pad_tokens(expand_groups(listed, features), tokens).astype(x.dtype)
+        operands.append(mask.reshape(*parts.shape[:2], features))
     run = plgpu.kernel(
         partial(_kernel, block_size, features, lists is not None, active is not None),
         out_type=jax.ShapeDtypeStruct(parts.shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type),
@@ -148,19 +125,11 @@ def _call(x, weights, lists, active, interpret):
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
     )
-    outputs = run(*operands)
-    return outputs.reshape(tiles, -1, d)[:, :tile_size]
-
-
-def _in_order_of_lists(active, lists, features):
-    """Which neurons each token gets, in the order in which its tile lists blocks: (tiles, tokens of whole parts, F)."""
-    tiles, tile_size, _ = active.shape
-    by_block = active.reshape(tiles, tile_size, lists.indices.shape[-1], -1)
-    listed = jnp.take_along_axis(by_block, lists.indices[:, None, :, None], axis=2).reshape(active.shape)
-    return pad_tokens(expand_groups(listed, features), ROWS if tile_size <= ROWS else TOKENS)
+    return run(*operands).reshape(tiles, -1, d)[:, :tile_size]
 
 
 def _kernel(block_size, features, sparse, exact, x, w_in, b_in, w_out, b_out, *refs):
+    from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     (indices, counts), refs = (refs[:2], refs[2:]) if sparse else ((None, None), refs)
@@ -198,6 +167,15 @@ def _kernel(block_size, features, sparse, exact, x, w_in, b_in, w_out, b_out, *r
 
     def copy_out(chunk):
         copy_rows(chunk, w_out, chunk_out, out_loaded.at[chunk % STAGES])
+
+    def along_rows(row, shape):
+        """The same numbers for every row of an accumulator, in float32."""
+        row = plgpu.layout_cast(row, plgpu.Layout.WGMMA.reduce(0)).astype(jnp.float32)
+        return jax.lax.broadcast_in_dim(row, shape, [1])
+
+    def transposed(ref):
+        """A matrix in shared memory seen as its transpose: a method since JAX 0.11, a function before."""
+        return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
 
     def replace(chunk, used, copy):
         """Once all warpgroups have used a chunk, its place is given to the next that belongs there."""
@@ -260,21 +238,6 @@ def _kernel(block_size, features, sparse, exact, x, w_in, b_in, w_out, b_out, *r
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(x_rows.at[group], out.at[part, rows])
     plgpu.wait_smem_to_gmem(0)
-
-
-def along_rows(row, shape):
-    """The same numbers for every row of an accumulator, in float32."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    row = plgpu.layout_cast(row, plgpu.Layout.WGMMA.reduce(0)).astype(jnp.float32)
-    return jax.lax.broadcast_in_dim(row, shape, [1])
-
-
-def transposed(ref):
-    """A matrix in shared memory seen as its transpose: a method since JAX 0.11, a function before."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
 
 
 BACKEND = Backend("mosaic_gpu", ("gpu",), block_sparse_ffn, unsupported_reason, break_even=0.6)

@@ -7,11 +7,10 @@ because rows can be picked at run time and lanes cannot.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from detr_jax.kernels.backend import Backend, FFNShape, FFNWeights
 from detr_jax.kernels.block_masks import BlockLists
@@ -39,7 +38,7 @@ def unsupported(shape: FFNShape) -> str | None:
     """Why this cannot compute an FFN on any TPU; None if it can."""
     if shape.dtype not in (jnp.float32, jnp.bfloat16):
         return f"it computes in float32 or bfloat16, not in {shape.dtype}"
-    rows = _rows(shape.dtype)
+    rows = 32 // shape.dtype.itemsize  # of a tile of registers
     if shape.block_size % rows:
         return f"blocks of {shape.block_size} neurons are not whole registers of {rows} rows, as {shape.dtype} needs"
     if shape.d_model % LANES:
@@ -50,31 +49,15 @@ def unsupported(shape: FFNShape) -> str | None:
     return None
 
 
-def _rows(dtype: jnp.dtype) -> int:
-    """Rows of a tile of registers."""
-    return 32 // jnp.dtype(dtype).itemsize
-
-
 def block_sparse_ffn(
     x: jax.Array,
     weights: FFNWeights,
     lists: BlockLists,
     active: jax.Array | None = None,
     *,
-    interpret: bool | pltpu.InterpretParams = False,
+    interpret: Any = False,
 ) -> jax.Array:
-    """The FFN of tiles that each compute their own blocks.
-
-    Args:
-        x: (tiles, tile tokens, d).
-        weights: of the FFN.
-        lists: `indices` (tiles, B), rows that are permutations of the blocks; see `mask_to_indices`.
-        active: (tiles, tile tokens, G) bool, groups that each token gets of its tile's blocks; None for all of them.
-        interpret: for tests on other devices.
-
-    Returns:
-        (tiles, tile tokens, d).
-    """
+    """The FFN as `backend.KernelFn`; for tests on other devices, `interpret` takes `pltpu.InterpretParams`."""
     tiles, tile_size, d = x.shape
     features, blocks = len(weights.w_in), lists.indices.shape[-1]
     # Whole registers, and no more tokens at once than fit; the parts of a tile share its list.
@@ -102,19 +85,17 @@ def block_sparse_ffn(
 
 def _call(block_size, exact, interpret, indices, counts, x, *operands):
     """One launch: indices (tiles * B,), counts (tiles,), x (tiles, tokens, d), [active (tiles, F, tokens)], weights."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu  # 0.2 seconds: not where it does not run
+
     tiles, tokens, d = x.shape
-    per_tile = [pl.BlockSpec((1, *array.shape[1:]), lambda i, *_: (i, 0, 0)) for array in (x, *operands[: int(exact)])]
-    resident = [
-        pl.BlockSpec(array.shape, lambda *_: (0, 0), pipeline_mode=pl.Buffered(1)) for array in operands[int(exact) :]
-    ]
+    split = int(exact)
+    per_tile = [pl.BlockSpec((1, *array.shape[1:]), lambda i, *_: (i, 0, 0)) for array in (x, *operands[:split])]
+    once = pl.Buffered(1)
+    resident = [pl.BlockSpec(array.shape, lambda *_: (0, 0), pipeline_mode=once) for array in operands[split:]]
     chunk = max(CHUNK // block_size, 1) * block_size
-    scratch = [
-        pltpu.VMEM((chunk, d), x.dtype),
-        pltpu.VMEM((chunk, 1), jnp.float32),
-        pltpu.VMEM((chunk, d), x.dtype),
-        *([pltpu.VMEM((chunk, tokens), x.dtype)] if exact else []),
-        pltpu.VMEM((tokens, d), jnp.float32),
-    ]
+    rows = [pltpu.VMEM((chunk, d), x.dtype), pltpu.VMEM((chunk, 1), jnp.float32), pltpu.VMEM((chunk, d), x.dtype)]
+    mask = [pltpu.VMEM((chunk, tokens), x.dtype)] if exact else []
     return pl.pallas_call(
         partial(_kernel, block_size, exact),
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type),
@@ -123,7 +104,7 @@ def _call(block_size, exact, interpret, indices, counts, x, *operands):
             grid=(tiles,),
             in_specs=[*per_tile, *resident],
             out_specs=pl.BlockSpec((1, tokens, d), lambda i, *_: (i, 0, 0)),
-            scratch_shapes=scratch,
+            scratch_shapes=[*rows, *mask, pltpu.VMEM((tokens, d), jnp.float32)],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=interpret,
@@ -132,6 +113,8 @@ def _call(block_size, exact, interpret, indices, counts, x, *operands):
 
 
 def _kernel(block_size, exact, indices, counts, x, *refs):
+    from jax.experimental import pallas as pl
+
     active, refs = (refs[0], refs[1:]) if exact else (None, refs)
     w_in, b_in, w_out, b_out, out, chunk_in, chunk_bias, chunk_out, *chunk_active, total = refs
     tile, blocks = pl.program_id(0), w_in.shape[0] // block_size

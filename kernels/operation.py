@@ -45,12 +45,12 @@ class Execution:
     implementation: str | None = None
 
     def dispatch(self, x: jax.Array | jax.ShapeDtypeStruct, hidden: int, groups: int) -> Dispatch:
-        """How `sparse_ffn` computes an FFN on the default device.
+        """How `sparse_ffn` computes an FFN of F = `hidden` neurons in G = `groups` groups on the default device.
 
         Args:
             x: (..., tokens, d), or its shape.
-            hidden: F, neurons of the FFN.
-            groups: G, about which is decided.
+            hidden: F.
+            groups: G.
 
         Raises:
             InputError: if blocks of that size do not divide the neurons, or `UnavailableError`, see `choose`.
@@ -72,15 +72,11 @@ def sparse_ffn(
     """The FFN with the groups that its tokens need; jit it together with the decision about `active`.
 
     Args:
-        x: (batch, tokens, d).
+        x: inputs.
         weights: of the FFN.
-        active: (batch, decisions, G) bool, the groups of F / G consecutive neurons that are needed; padding should
-            need nothing.
+        active: the groups of F / G consecutive neurons that are needed; padding should need nothing.
         execution: tiles, blocks and implementation.
         shared_by: consecutive tokens that a decision is about; None for all of an image.
-
-    Returns:
-        (batch, tokens, d).
 
     Raises:
         ValueError: if blocks of that size do not divide the neurons or consist of whole groups, or see
@@ -100,14 +96,8 @@ def _sparse_ffn(execution, shared_by, x, weights, active):
         order = signature_order(active, active.any(-1))[..., None]
         x, active = (jnp.take_along_axis(array, order, axis=1) for array in (x, active))
     needed = any_per_tile(active, 1 if at_once else tile_size, features // block_size)
-    outputs = block_sparse_ffn(
-        x,
-        weights,
-        needed,
-        tile_size,
-        active=active if execution.exact else None,
-        implementation=execution.implementation,
-    )
+    exact = active if execution.exact else None
+    outputs = block_sparse_ffn(x, weights, needed, tile_size, active=exact, implementation=execution.implementation)
     if execution.ordered:
         outputs = jnp.take_along_axis(outputs, jnp.argsort(order, axis=1), axis=1)
     return outputs
@@ -129,17 +119,14 @@ def block_sparse_ffn(
     does with leading axes, and runs inside `jax.shard_map` over tokens or images.
 
     Args:
-        x: (..., tokens, d) float32 or bfloat16.
+        x: float32 or bfloat16.
         weights: of the FFN, of the same type.
         needed: (..., tiles, B) bool; or lists of blocks, in any order and with repetitions, which need `blocks`.
         tile_size: tokens per tile; the last tile may be shorter.
         blocks: B, where `needed` is lists.
-        active: (..., tokens, G) bool, with G a multiple of B: the exact mode, see `reference.block_sparse_ffn`.
+        active: with G a multiple of B: the exact mode, see `reference.block_sparse_ffn`.
         implementation: name of one; None for the fastest on the device, which above the device's break-even density is
             the dense FFN, decided on the device.
-
-    Returns:
-        (..., tokens, d) of x's type.
 
     Raises:
         ValueError: if shapes or types do not fit, or the implementation cannot compute this; it says why.
@@ -151,14 +138,13 @@ def block_sparse_ffn(
     _check(x, weights, needed, tile_size, active)
     if 0 in x.shape:
         return jnp.zeros_like(x)
-    batch, d = x.shape[:-2], x.shape[-1]
-    hidden = weights.w_in.shape[0]
+    hidden, d = weights.w_in.shape
     shape = FFNShape(x.dtype, tile_size, d, hidden, hidden // needed.shape[-1], math.prod(x.shape[:-1]))
-    run = partial(_differentiable, choose(shape, implementation), tile_size)
+    dispatch = choose(shape, implementation)
 
     def flattened(x, weights, needed, active):
-        flat = partial(jax.tree.map, lambda array: array.reshape(-1, *array.shape[len(batch) :]))
-        return run(flat(x), weights, flat(needed), flat(active)).reshape(x.shape)
+        flat = partial(jax.tree.map, lambda array: array.reshape(-1, *array.shape[-2:]))
+        return _differentiable(dispatch, tile_size, flat(x), weights, flat(needed), flat(active)).reshape(x.shape)
 
     return _on_each_shard(flattened, x, weights, needed, active)
 
@@ -245,12 +231,10 @@ def _compute(dispatch, tile_size, x, weights, needed, active):
     x, weights, needed, active = _varying_alike(x, weights, needed, active)
     batch, tokens, d = x.shape
 
-    def tiles(array):
-        return pad_tokens(array, tile_size).reshape(-1, tile_size, array.shape[-1])
-
     def sparse():
         lists = mask_to_indices(needed.reshape(-1, needed.shape[-1]))
-        outputs = dispatch.backend.run(tiles(x), weights, lists, None if active is None else tiles(active))
+        tiles = partial(jax.tree.map, lambda a: pad_tokens(a, tile_size).reshape(-1, tile_size, a.shape[-1]))
+        outputs = dispatch.backend.run(tiles(x), weights, lists, tiles(active))
         return outputs.reshape(batch, -1, d)[:, :tokens].astype(x.dtype)
 
     def masked():

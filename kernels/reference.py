@@ -17,21 +17,12 @@ from detr_jax.kernels.block_masks import BlockLists, indices_to_mask, repeat_per
 def hidden_activations(
     x: Float[Array, "*batch d"], w_in: Float[Array, "F d"], b_in: Float[Array, " F"]
 ) -> Float[Array, "*batch F"]:
-    """h = relu(x W_in^T + b_in).
-
-    Args:
-        x: (..., d) inputs.
-        w_in: (F, d), neurons on rows.
-        b_in: (F,).
-
-    Returns:
-        (..., F) hidden activations.
-    """
+    """h = relu(x W_in^T + b_in)."""
     return jax.nn.relu(x @ w_in.T + b_in)
 
 
 def expand_groups(active: Shaped[Array, "*batch G"], neurons: int) -> Shaped[Array, "*batch F"]:
-    """Repeats a decision per group to one per neuron: (..., G) -> (..., F), groups of F / G consecutive neurons.
+    """Repeats a decision per group to one per neuron, groups of F / G consecutive neurons.
 
     Raises:
         ValueError: if `neurons` is not a multiple of the number of groups.
@@ -50,19 +41,7 @@ def ffn(
     b_out: Float[Array, " d"],
     active: Bool[Array, "*batch G"] | None = None,
 ) -> Float[Array, "*batch d"]:
-    """The FFN with inactive groups left out.
-
-    Args:
-        x: (..., d) inputs.
-        w_in: (F, d), neurons on rows.
-        b_in: (F,).
-        w_out: (F, d), neurons on rows.
-        b_out: (d,).
-        active: (..., G) bool, the groups to compute for each token; None computes all of them.
-
-    Returns:
-        (..., d) outputs.
-    """
+    """The FFN with inactive groups left out; `active` None computes all of them."""
     hidden = hidden_activations(x, w_in, b_in)
     if active is not None:
         hidden = jnp.where(expand_groups(active, hidden.shape[-1]), hidden, 0)
@@ -79,15 +58,12 @@ def block_sparse_ffn(
     """The FFN where every tile of consecutive tokens computes, for all of its tokens, the blocks that it needs.
 
     Args:
-        x: (..., tokens, d).
+        x: of the tokens.
         weights: of the FFN.
-        needed: (..., tiles, B) bool, blocks of F / B consecutive neurons.
+        needed: blocks of F / B consecutive neurons.
         tile_size: tokens per tile; the last tile may be shorter.
-        active: (..., tokens, G) bool, with G a multiple of B: of the blocks that are computed each token gets these
-            groups only (the exact mode); None gives it all of them.
-
-    Returns:
-        (..., tokens, d).
+        active: with G a multiple of B: of the blocks that are computed each token gets these groups only (the exact
+            mode); None gives it all of them.
     """
     per_token = repeat_per_tile(needed, x.shape[-2], tile_size)
     if active is not None:

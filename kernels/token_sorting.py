@@ -19,11 +19,11 @@ def signature_order(
     few bits: a key of 32 bits and a sort, cheap enough before a kernel.
 
     Args:
-        active: (images, tokens, G) bool, the groups that each token needs.
-        tokens: (images, tokens) bool, false for padding.
+        active: the groups that each token needs.
+        tokens: false for padding.
 
     Returns:
-        (images, tokens) int32, the token that comes to each place; padding comes last.
+        The token that comes to each place; padding comes last.
     """
     needed = active & tokens[..., None]
     share = needed.sum(1) / jnp.maximum(tokens.sum(1), 1)[:, None]

@@ -35,71 +35,47 @@ def capacities(blocks: int) -> tuple[int, ...]:
 def block_sparse_ffn(
     x: jax.Array, weights: FFNWeights, lists: BlockLists, active: jax.Array | None = None
 ) -> jax.Array:
-    """The FFN of tiles that each compute their own blocks.
-
-    Args:
-        x: (tiles, tile tokens, d).
-        weights: of the FFN.
-        lists: `indices` (tiles, B), rows that are permutations of the blocks; see `mask_to_indices`.
-        active: (tiles, tile tokens, G) bool, groups that each token gets of its tile's blocks; None for all of them.
-
-    Returns:
-        (tiles, tile tokens, d).
-    """
+    """The FFN as `backend.KernelFn`."""
     small = x.shape[1] <= SMALL * len(weights.w_in) / lists.indices.shape[-1]
     return (_block_by_block if small and x.shape[0] != 1 else _tile_by_tile)(x, weights, lists, active)
 
 
 def _tile_by_tile(x, weights, lists, active):
+    """Branches compute one tile: x (tile tokens, d), indices (B,), count (), active (tile tokens, G) or None."""
     blocks = lists.indices.shape[-1]
+    by_block = _by_block(weights, blocks)
+
+    def nothing(x, indices, count, active):
+        return jnp.broadcast_to(weights.b_out, x.shape)
+
+    def gathered(capacity, x, indices, count, active):
+        """The first `capacity` blocks of the list, of which `count` are needed."""
+        listed = indices[:capacity]
+        kept = jnp.broadcast_to(jnp.arange(capacity) < count, (len(x), capacity))
+        if active is not None:
+            kept = (active.reshape(len(x), blocks, -1)[:, listed] & kept[..., None]).reshape(len(x), -1)
+        rows = (array[listed].reshape(-1, *array.shape[2:]) for array in by_block)
+        return ffn(x, *rows, weights.b_out, kept)
+
+    def masked(x, indices, count, active):
+        kept = jnp.broadcast_to(jnp.zeros(blocks, bool).at[indices].set(jnp.arange(blocks) < count), (len(x), blocks))
+        return ffn(x, *weights, kept if active is None else expand_groups(kept, active.shape[-1]) & active)
+
+    def everything(x, indices, count, active):
+        return ffn(x, *weights, active)
+
     sizes = capacities(blocks)
-    branches = [partial(_nothing, weights), *(partial(_gathered, weights, capacity) for capacity in sizes)]
-    branches += [partial(_masked, weights), partial(_all, weights)]
     least = jnp.array((0, *sizes, blocks - 1))  # of each branch the most blocks that it can compute
-
-    def of_type(branch, *tile):
-        return branch(*tile).astype(x.dtype)
-
-    branches = [partial(of_type, branch) for branch in branches]
-
-    def compute(tile):
-        return jax.lax.switch(jnp.searchsorted(least, tile[2]), branches, *tile)
-
-    return jax.lax.map(compute, (x, *lists, active))
+    branches = (nothing, *(partial(gathered, capacity) for capacity in sizes), masked, everything)
+    branches = [lambda *tile, branch=branch: branch(*tile).astype(x.dtype) for branch in branches]
+    return jax.lax.map(
+        lambda tile: jax.lax.switch(jnp.searchsorted(least, tile[2]), branches, *tile), (x, *lists, active)
+    )
 
 
-# The branches compute one tile: x (tile tokens, d), indices (B,), count (), active (tile tokens, G) or None.
-
-
-def _nothing(weights, x, indices, count, active):
-    return jnp.broadcast_to(weights.b_out, x.shape)
-
-
-def _gathered(weights, capacity, x, indices, count, active):
-    """The first `capacity` blocks of the list, of which `count` are needed."""
-    blocks = len(indices)
-    listed = indices[:capacity]
-
-    def gather(array):
-        return array.reshape(blocks, -1, *array.shape[1:])[listed].reshape(-1, *array.shape[1:])
-
-    kept = jnp.broadcast_to(jnp.arange(capacity) < count, (len(x), capacity))
-    if active is not None:
-        listed_groups = active.reshape(len(x), blocks, -1)[:, listed]
-        kept = (listed_groups & kept[..., None]).reshape(len(x), -1)
-    return ffn(x, gather(weights.w_in), gather(weights.b_in), gather(weights.w_out), weights.b_out, kept)
-
-
-def _masked(weights, x, indices, count, active):
-    blocks = len(indices)
-    kept = jnp.broadcast_to(jnp.zeros(blocks, bool).at[indices].set(jnp.arange(blocks) < count), (len(x), blocks))
-    if active is not None:
-        kept = expand_groups(kept, active.shape[-1]) & active
-    return ffn(x, *weights, kept)
-
-
-def _all(weights, x, indices, count, active):
-    return ffn(x, *weights, active)
+def _by_block(weights, blocks):
+    """W_in (B, F / B, d), b_in (B, F / B) and W_out (B, F / B, d)."""
+    return [array.reshape(blocks, -1, *array.shape[1:]) for array in weights[:3]]
 
 
 def _block_by_block(x, weights, lists, active):
@@ -111,7 +87,7 @@ def _block_by_block(x, weights, lists, active):
     needing = mask_to_indices(indices_to_mask(lists, blocks).T)  # of each block, the tiles
     steps = -(-needing.counts // together)
     ends = jnp.cumsum(steps)
-    by_block = [array.reshape(blocks, -1, *array.shape[1:]) for array in weights[:3]]
+    by_block = _by_block(weights, blocks)
     no_bias = jnp.zeros_like(weights.b_out)
 
     def add(step, total):
@@ -119,8 +95,7 @@ def _block_by_block(x, weights, lists, active):
         first = (step - (ends[block] - steps[block])) * together
         places = first + jnp.arange(together)
         listed = needing.indices.at[block, places].get(mode="clip")
-        kept = jnp.broadcast_to((places < needing.counts[block])[:, None], (together, tile_size))
-        kept = kept[..., None]
+        kept = jnp.broadcast_to((places < needing.counts[block])[:, None, None], (together, tile_size, 1))
         if active is not None:
             kept &= active.reshape(tiles, tile_size, blocks, -1)[listed, :, block]
         part = ffn(x[listed], *(array[block] for array in by_block), no_bias, kept)

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from kernel_cases import change_backend
-from tiny import TINY_CONFIG, tiny_detector, tiny_ffn
+from tiny import TINY_CONFIG, every_selector, tiny_detector, tiny_ffn
 
 from detr_jax import fingerprint, load_sparse
 from detr_jax.commands.execution_options import ExecutionOptions
 from detr_jax.kernels import Execution
-from detr_jax.methods import Executed, InputMagnitude, Oracle, PartitionedSelector, PooledGate, Thresholded
+from detr_jax.methods import Executed, InputMagnitude, Oracle, PartitionedSelector, PooledStatistics, Thresholded
 from detr_jax.models.ffn import forward
 from detr_jax.plan import Plan, load_plan, save_plan
 from detr_jax.plan.checks import check_fit
@@ -25,6 +25,16 @@ def test_the_exact_mode_is_the_masked_reference():
             lambda x, execution=execution: forward(weights, x, Executed(selector, execution)(weights, x, tokens))
         )
         np.testing.assert_allclose(np.asarray(run(x))[tokens], np.asarray(masked)[tokens], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", every_selector(tiny_ffn()[0], 4))
+def test_without_images_there_are_no_outputs(name):
+    """Decisions and masked reference of every kind; the execution where it can compute the selector."""
+    weights, x, tokens = tiny_ffn(images=0)
+    selector = every_selector(weights, 4)[name]
+    assert forward(weights, x, selector(weights, x, tokens)).shape == x.shape
+    if not any(part in name for part in ("input", "compensated")):
+        assert forward(weights, x, Executed(selector, Execution(2))(weights, x, tokens)).shape == x.shape
 
 
 def test_padding_needs_nothing():
@@ -67,7 +77,7 @@ def test_plans_run_in_every_type(dtype, implementation):
     model = tiny_detector(dtype=dtype)
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.random((1, 32, 40, 3)), jnp.float32)
-    pooled = PooledGate(*(jnp.float32(rng.standard_normal(shape)) for shape in ((16, 2), 2, (2, 4), 4)))
+    pooled = PooledStatistics(jnp.float32(rng.standard_normal((48, 4))), jnp.zeros(4))
     selectors = {
         "encoder.0": Oracle(4),
         "decoder.0": PartitionedSelector(Thresholded(pooled, jnp.float32(0)), always=8, gated=16),

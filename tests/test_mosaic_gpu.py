@@ -16,7 +16,7 @@ from random_gates import RandomGate
 from detr_jax.kernels import BlockLists, FFNWeights, ffn, mask_to_indices
 from detr_jax.kernels.backend import FFNShape
 from detr_jax.kernels.dispatch import choose
-from detr_jax.kernels.mosaic_gpu import block_sparse_ffn, dense_ffn, unsupported, unsupported_reason
+from detr_jax.kernels.mosaic_gpu import block_sparse_ffn, unsupported, unsupported_reason
 from detr_jax.kernels.operation import block_sparse_ffn as operation
 from detr_jax.kernels.reference import block_sparse_ffn as definition
 
@@ -76,7 +76,7 @@ def test_exact_mode_masks_per_token(shape):
 @interpreted
 def test_dense_equals_the_definition():
     x, weights, _ = random_case(31, batch=(2,), tokens=70, d=64, features=320, dtype=jnp.bfloat16)
-    close(dense_ffn(x, weights, interpret=params()), ffn(x, *weights), jnp.bfloat16)
+    close(block_sparse_ffn(x, weights, None, interpret=params()), ffn(x, *weights), jnp.bfloat16)
 
 
 @interpreted
@@ -142,7 +142,7 @@ def operands(block_size, *, exact=False, tiles=17, tile=64, d=256, features=2048
 
     weights = FFNWeights(array(features, d), array(features), array(features, d), array(d))
     if block_size is None:
-        return dense_ffn, (array(tiles, tile, d), weights)
+        return block_sparse_ffn, (array(tiles, tile, d), weights, None)
     lists = BlockLists(array(tiles, features // block_size, dtype=jnp.int32), array(tiles, dtype=jnp.int32))
     active = [array(tiles, tile, features // 8, dtype=bool)] if exact else []
     return block_sparse_ffn, (array(tiles, tile, d), weights, lists, *active)

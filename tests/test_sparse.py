@@ -23,6 +23,7 @@ from detr_jax.methods import (
     Oracle,
     PartitionedSelector,
     Pooled,
+    PooledStatistics,
     Random,
     Thresholded,
     TopK,
@@ -200,6 +201,19 @@ def test_implementations_by_name(sparse, name):
         assert jax.tree.structure(selector) == jax.tree.structure(sparse.plan.selectors["encoder.0"])
     else:
         assert selector.execution == Execution(implementation=None if name == "auto" else name)
+
+
+def test_an_empty_batch_gives_an_empty_result(dense):
+    rng = np.random.default_rng(0)
+    pooled = PooledStatistics(jnp.float32(rng.standard_normal((48, 4))), jnp.zeros(4))
+    selectors = {"encoder.0": Thresholded(pooled, jnp.float32(0)), "decoder.0": gates()["decoder.0"]}
+    model = detr_jax.load_sparse(dense, plan_of(dense, selectors), implementation="auto")
+    outputs = model(np.zeros((0, 40, 56, 3), np.float32))
+    assert outputs.logits.shape == (0, 5, 4) and outputs.boxes.shape == (0, 5, 4)
+    assert model.detections(outputs, np.zeros((0, 2))).boxes.shape == (0, 5, 4)
+    layers = model.inspect(np.zeros((0, 40, 56, 3), np.float32))
+    assert layers["encoder.0"].hidden.shape == (0, 35, 32)
+    assert model.detect([]) == []
 
 
 def test_what_was_measured_belongs_to_an_implementation(sparse):

@@ -94,4 +94,4 @@ def tiles_of(values: jax.Array, tile_size: int) -> jax.Array:
     if tile_size < 1:
         raise InputError(f"a tile must have at least 1 token, not {tile_size}")
     padded = pad_tokens(values, tile_size)
-    return padded.reshape(*values.shape[:-2], -1, tile_size, values.shape[-1])
+    return padded.reshape(*values.shape[:-2], padded.shape[-2] // tile_size, tile_size, values.shape[-1])

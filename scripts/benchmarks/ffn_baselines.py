@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from random_gates import RandomGate, random_inputs
 
-from detr_jax.kernels import FFNWeights, block_sparse_ffn
+from detr_jax.kernels import FFNWeights, block_sparse_ffn, mosaic_gpu
 from detr_jax.kernels.block_masks import pad_tokens
 from detr_jax.kernels.reference import block_sparse_ffn as definition
 
@@ -31,10 +31,8 @@ def random_weights(d_model: int, features: int, dtype: str) -> FFNWeights:
 
 def fused_dense(x: jax.Array, weights: FFNWeights) -> jax.Array:
     """The dense FFN by the Hopper kernel: (tokens, d) -> (tokens, d)."""
-    from detr_jax.kernels.mosaic_gpu import dense_ffn  # needs what comes with JAX for GPUs only
-
     tiles = pad_tokens(x, FUSED_TILE).reshape(-1, FUSED_TILE, x.shape[-1])
-    return dense_ffn(tiles, weights).reshape(-1, x.shape[-1])[: len(x)]
+    return mosaic_gpu.block_sparse_ffn(tiles, weights, None).reshape(-1, x.shape[-1])[: len(x)]
 
 
 def sparse_ffn(gate: RandomGate, implementation: str | None) -> Callable[..., jax.Array]:
