@@ -128,7 +128,7 @@ def test_a_plan_for_another_device_says_what_is_missing(tmp_path):
     model = tiny_detector()
     for name, reason in (("mosaic_gpu", "runs on Hopper GPUs, not on"), ("triton", "there is no implementation")):
         selector = Executed(Oracle(4), Execution(8, 16, implementation=name))
-        save_plan(Plan("oracle", fingerprint(model), {"encoder.0": selector}, {}, {}, {}, {}), tmp_path / "plan")
+        save_plan(Plan("oracle", fingerprint(model), {"encoder.0": selector}, {}, {}, {}, {}), tmp_path / name)
         with pytest.raises(ValueError, match=f"selector of encoder.0 cannot be computed on this.*{name}.*") as error:
-            load_plan(tmp_path / "plan", model)
+            load_plan(tmp_path / name, model)
         assert reason in str(error.value)

@@ -95,7 +95,7 @@ def count_activity(trace: FFNTrace, group_size: int) -> ActivityCounts:
     fired = (trace.hidden > 0) & tokens
     groups_fired = active_groups(trace.hidden, groups) & tokens
     computed = tokens & neurons_computed(trace)
-    groups_computed = computed.reshape(*computed.shape[:-1], groups, -1).any(-1)
+    groups_computed = computed.reshape(*computed.shape[:-1], groups, computed.shape[-1] // groups).any(-1)
     kept_channels = trace.selection.channels
     return ActivityCounts(
         neurons=tokens.sum() * neurons,

@@ -167,7 +167,7 @@ def ordered_bits(numbers: jax.Array) -> jax.Array:
 
 def group_sums(per_neuron: jax.Array, groups: int) -> jax.Array:
     """(..., F) -> (..., G), the sum over each group of consecutive neurons."""
-    return per_neuron.reshape(*per_neuron.shape[:-1], groups, -1).sum(-1)
+    return per_neuron.reshape(*per_neuron.shape[:-1], groups, per_neuron.shape[-1] // groups).sum(-1)
 
 
 def log_odds(probability: float) -> float:

@@ -30,12 +30,12 @@ def active_groups(hidden: jax.Array, groups: int) -> jax.Array:
     Returns:
         (..., G) bool.
     """
-    return (hidden.reshape(*hidden.shape[:-1], groups, -1) > 0).any(-1)
+    return (hidden.reshape(*hidden.shape[:-1], groups, hidden.shape[-1] // groups) > 0).any(-1)
 
 
 def group_output_norms(weights: FFNWeights, hidden: jax.Array, groups: int) -> jax.Array:
     """(..., F) activations -> (..., G) norms ||h_g W_out,g|| of what each group adds to the output."""
     rows = weights.w_out.astype(jnp.float32).reshape(groups, -1, weights.w_out.shape[-1])
     gram = jnp.einsum("gid,gjd->gij", rows, rows)
-    grouped = hidden.astype(jnp.float32).reshape(*hidden.shape[:-1], groups, -1)
+    grouped = hidden.astype(jnp.float32).reshape(*hidden.shape[:-1], groups, hidden.shape[-1] // groups)
     return jnp.sqrt(jnp.maximum(jnp.einsum("...gi,gij,...gj->...g", grouped, gram, grouped), 0))
