@@ -34,22 +34,26 @@ def obs_ranking(weights: FFNWeights, moments: "Moments") -> np.ndarray:
     covariance = moments.covariance
     varies = np.diag(covariance) > 0
     neurons = np.flatnonzero(varies)
-    inverse = np.asfortranarray(np.linalg.inv(_ridged(covariance[np.ix_(neurons, neurons)])))
+    ridged = _ridged(covariance[np.ix_(neurons, neurons)])
+    inverse = np.asfortranarray(np.linalg.inv(ridged))
+    # (A^-1)_ii is at least 1 / A_ii; after few images, rounding makes it smaller or negative.
+    least = 0.5 / np.diag(ridged)
     rows = np.asarray(weights.w_out, np.float64)[neurons]
     # What is gone has a zero row and column, and is cut off now and then.
     order, left = [], neurons
     gone = np.zeros(len(left), bool)
     for _ in range(len(neurons)):
-        variances = np.maximum(np.diag(inverse), np.finfo(np.float64).tiny)
+        variances = np.maximum(np.diag(inverse), least)
         costs = np.divide((rows**2).sum(1), variances, out=np.full(len(left), np.inf), where=~gone)
         out = int(costs.argmin())
         order.append(left[out])
         gone[out] = True
         column = inverse[:, out].copy()
+        column[out] = variances[out]
         rows -= np.outer(column, rows[out] / column[out])
         inverse = dger(-1 / column[out], column, column, a=inverse, overwrite_a=True)
         if gone.mean() > 0.25:
-            left, rows = left[~gone], rows[~gone]
+            left, rows, least = left[~gone], rows[~gone], least[~gone]
             inverse = np.asfortranarray(inverse[np.ix_(~gone, ~gone)])
             gone = np.zeros(len(left), bool)
     return np.concatenate([np.array(order[::-1], int), np.flatnonzero(~varies)])
