@@ -76,6 +76,7 @@ def detect_each(
 
     Boxes are clipped to the image here and not before AP is measured, as in the official post-processing.
     """
+    from detr_jax.evaluation.counts import kept_share
     from detr_jax.evaluation.evaluate import warn_if_far_from_calibration
     from detr_jax.evaluation.runs import predictions
 
@@ -86,7 +87,7 @@ def detect_each(
     if plan is not None:  # its facts stay outside: what it was measured to do is no reason to compile again
         model, selectors = model.detector, plan.selectors
     densities: list[float] = []
-    options = {"selectors": selectors, "progress": False, "with_density": plan is not None}
+    options = {"selectors": selectors, "progress": False, "measure": None if plan is None else kept_share}
     for batch, _, detections, density in predictions(model, dataset, batch_size, **options):
         for i in batch.valid.nonzero()[0]:
             found = in_image(detections, i, threshold, model.labels)

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from studies.common import Rows, Splits, cached, embed, frozen, open_splits, train
+from studies.common import Rows, Splits, cached, describe, embed, frozen, one_at_a_time, open_splits, train
 from studies.comparison_plots import plot_comparison
 from studies.comparison_report import comparison_markdown
 from studies.tile_density import describe_statistics, measure_tile_density
@@ -36,7 +36,7 @@ from detr_jax.commands import cli
 from detr_jax.commands.data_options import DataOptions
 from detr_jax.data.dataset import Dataset, Subset
 from detr_jax.errors import InputError
-from detr_jax.evaluation.comparison import Comparison, Row, describe, one_at_a_time
+from detr_jax.evaluation.comparison import Comparison, Row
 from detr_jax.evaluation.flops import mean_dense_flops
 from detr_jax.files import replacing, write_json
 from detr_jax.methods import (

@@ -10,12 +10,12 @@ from pathlib import Path
 import jax
 import numpy as np
 from commands import run
+from tiny import detect_dataset
 
 import detr_jax
 from detr_jax.calibration.moments import measure_moments
 from detr_jax.data.batches import ImageBatches
 from detr_jax.data.coco import CocoDataset
-from detr_jax.evaluation.runs import detect_dataset
 from detr_jax.kernels import Execution
 from detr_jax.mesh import is_first_process, replicate
 from detr_jax.methods import executed
@@ -34,9 +34,7 @@ def main(inputs: Path, out: Path, *options: str) -> None:
     plan = load_plan(out / "plan.safetensors", model)
     # The implementation that leaves work out has to run on each device by itself.
     selectors = executed(plan.selectors, Execution(None, 4, implementation="xla"))
-    results = detect_dataset(
-        model.with_permutations(plan.permutations), dataset, BATCH, selectors=selectors, progress=False
-    )
+    results = detect_dataset(model.with_permutations(plan.permutations), dataset, BATCH, selectors=selectors)
     found = {
         "detections": np.array([[r["image_id"], r["category_id"], r["score"], *r["bbox"]] for r in results]),
         "moments": measure_moments(model, ImageBatches(model, dataset, BATCH)),

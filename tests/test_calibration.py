@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from standalone import FFNInputs, StandaloneFFNs
 from tiny import TINY_CONFIG, tiny_detector, tiny_ffn
 
 from detr_jax.calibration.accumulate import add_by_name
@@ -30,7 +31,6 @@ from detr_jax.methods.grouping import active_groups
 from detr_jax.methods.tiles import count_tiles
 from detr_jax.models import FFNTrace, Selection
 from detr_jax.models.ffn import trace
-from detr_jax.models.standalone import FFNInputs, StandaloneFFNs
 
 RESOLUTION = 2.0**-9
 """Scores closer than this, relatively, may share a bin."""

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from standalone import FFNInputs, StandaloneFFNs
 from tiny import tiny_ffn
 
 from detr_jax.calibration.activations import measure
@@ -15,7 +16,6 @@ from detr_jax.evaluation.counts import count_activity
 from detr_jax.kernels import Execution, ffn
 from detr_jax.methods import Pooled, sketch
 from detr_jax.models.ffn import forward, permute, trace
-from detr_jax.models.standalone import FFNInputs, StandaloneFFNs
 from detr_jax.search.candidates import CANDIDATE_KINDS, DYNAMIC, Material, candidates_of, reconstructed
 
 F, SIZE = 24, 2

@@ -6,18 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from studies.common import one_at_a_time
 from tile_density import measure_tile_density, measure_tiles
 from tiny import TINY_CONFIG, annotation, tiny_detector, write_coco
 
 from detr_jax.calibration.sensitivity import OutputDivergence, layer_sensitivity
 from detr_jax.data.coco import CocoDataset
 from detr_jax.data.features import backbone_features
-from detr_jax.evaluation.comparison import Comparison, one_at_a_time
+from detr_jax.evaluation.comparison import Comparison
 from detr_jax.evaluation.counts import ActivityCounts
 from detr_jax.evaluation.flops import dense_flops, remaining_share, sparse_flops
 from detr_jax.methods import HiddenMagnitude, InputMagnitude, LinearGate, Oracle, Random, Thresholded
 from detr_jax.models import DetrOutputs
-from detr_jax.models.detr.divergence import output_divergence
+from detr_jax.models.detr.outputs import output_divergence
 
 
 @pytest.fixture(scope="module")

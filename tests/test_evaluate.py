@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import annotation, tiny_detector, write_coco
+from tiny import annotation, detect_dataset, tiny_detector, write_coco
 
 import detr_jax
 from detr_jax.evaluation.coco_ap import bootstrap, bootstrap_difference, confidence_interval, score
 from detr_jax.evaluation.evaluate import evaluate_selections
-from detr_jax.evaluation.runs import detect_dataset
 from detr_jax.methods import LinearGate, Thresholded
 
 
@@ -21,7 +20,7 @@ def coco(tmp_path_factory):
     """Images of three shapes, with the detections of the detector as objects, so that AP is above 0."""
     root, sizes = tmp_path_factory.mktemp("coco"), [(32, 40), (40, 32), (32, 64)] * 2
     data = detr_jax.open_dataset(f"coco:{write_coco(root, sizes, [])}", "val")
-    found = detect_dataset(tiny_detector(2), data, 2, progress=False)
+    found = detect_dataset(tiny_detector(2), data, 2)
     truth = json.loads((root / "annotations/instances_val2017.json").read_text())
     truth["annotations"] = [
         annotation(i, r["image_id"], r["bbox"], r["category_id"]) for i, r in enumerate(found, 1) if r["category_id"]
@@ -52,7 +51,7 @@ def test_it_is_the_ap_of_the_detections_with_a_paired_difference(data, scores):
     sparse = sparse_detector()
     truth, ids = data.ground_truth(), data.image_ids()
     dense, ours = (
-        score(truth, detect_dataset(sparse.detector, data, 2, selectors=selectors, progress=False), ids)
+        score(truth, detect_dataset(sparse.detector, data, 2, selectors=selectors), ids)
         for selectors in ({}, sparse.plan.selectors)
     )
     assert scores.dense_ap == pytest.approx(dense.numbers["AP"])

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from standalone import FFNInputs, StandaloneFFNs
 from tiny import TINY_CONFIG, annotation, tiny_detector, tiny_ffn, write_coco
 
 import detr_jax
@@ -19,7 +20,6 @@ from detr_jax.errors import InputError
 from detr_jax.evaluation.runs import measure_dataset
 from detr_jax.methods import METHODS, MGS, DejaVu, LinearGate, LowRankGate, RSparse, Thresholded
 from detr_jax.models.ffn import trace
-from detr_jax.models.standalone import FFNInputs, StandaloneFFNs
 from detr_jax.training import gates as gate_training
 from detr_jax.training.gates import GateTraining, train_gates
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from standalone import FFNInputs, StandaloneFFNs
 from tiny import tiny_detector, tiny_ffn
 from toy_method import InputSize, LargestInput
 
@@ -24,7 +25,6 @@ from detr_jax.methods.base import STORABLE
 from detr_jax.methods.docs import methods_table
 from detr_jax.models.ffn import trace
 from detr_jax.models.parameters import fingerprint
-from detr_jax.models.standalone import FFNInputs, StandaloneFFNs
 from detr_jax.plan import Plan, load_plan, save_plan
 from detr_jax.training.gates import GateTraining
 

@@ -57,10 +57,11 @@ def test_padding_does_not_reach_what_is_masked(model):
 
     x, positions = np.random.default_rng(1).standard_normal((2, *tokens.shape, 16)).astype(np.float32)
     disturbed = np.where(tokens[..., None], x, 1e3)
-    memories = [model.transformer.encode(features, positions, tokens, {}, None) for features in (x, disturbed)]
+    run, _ = model.ffn_runner(None, np.ones(2, bool), trace=False)
+    memories = [model.transformer.encode(features, positions, tokens, run) for features in (x, disturbed)]
     np.testing.assert_array_equal(*(np.asarray(memory)[np.asarray(tokens)] for memory in memories))
     assert np.abs(memories[0] - memories[1]).max() > 0.1
-    np.testing.assert_array_equal(*(model.transformer.decode(m, positions, tokens, {}, None)[-1] for m in memories))
+    np.testing.assert_array_equal(*(model.transformer.decode(m, positions, tokens, run)[-1] for m in memories))
 
 
 def test_embedding_then_transforming_is_the_whole_detector(model):

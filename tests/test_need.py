@@ -3,10 +3,9 @@
 import jax
 import numpy as np
 import pytest
+from standalone import FFNInputs, StandaloneFFNs
 from tiny import tiny_ffn
 from top_p import measure_top_p, needed
-
-from detr_jax.models.standalone import FFNInputs, StandaloneFFNs
 
 SHARE = 0.9
 

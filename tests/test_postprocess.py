@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from detr_jax.models.detr.postprocess import postprocess
+from detr_jax.models.detr.outputs import postprocess
 
 GOLDEN = Path(__file__).parent / "golden/official_detr_r50.npz"
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from standalone import FFNInputs, StandaloneFFNs
 from tiny import tiny_ffn
 
 from detr_jax.calibration.moments import Moments, measure_moments, moments_of
@@ -14,7 +15,6 @@ from detr_jax.kernels import ffn
 from detr_jax.methods import Fixed
 from detr_jax.methods.reconstruction import obs_ranking, reconstruct_output
 from detr_jax.models.ffn import forward, trace
-from detr_jax.models.standalone import FFNInputs, StandaloneFFNs
 
 WEIGHTS, X, TOKENS = tiny_ffn(12, 6, images=60)
 HIDDEN = np.asarray(trace(WEIGHTS, X, TOKENS).hidden, np.float64)[np.asarray(TOKENS)]

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import annotation, tiny_detector, write_coco
+from tiny import annotation, detect_dataset, tiny_detector, write_coco
 
 from detr_jax.calibration.activations import profile_activations
 from detr_jax.calibration.thresholds import measure_scores
@@ -12,7 +12,7 @@ from detr_jax.data.batches import ImageBatches
 from detr_jax.data.coco import CocoDataset
 from detr_jax.data.dataset import Subset
 from detr_jax.data.features import backbone_features
-from detr_jax.evaluation.runs import detect_dataset, measure_dataset
+from detr_jax.evaluation.runs import measure_dataset
 from detr_jax.methods import MGS, LinearGate, Thresholded
 from detr_jax.training.gates import train_gates
 
@@ -59,7 +59,7 @@ def test_nothing_is_compiled_in_a_second_pass(dataset, compilations, name):
         # Other weights, and another threshold.
         model, selectors = tiny_detector(seed), selectors_at(seed / 10, seed)
         if name == "detections":
-            detect_dataset(model, dataset, BATCH, progress=False)
+            detect_dataset(model, dataset, BATCH)
         elif name == "counts":
             measure_dataset(model, backbone_features(model, dataset, BATCH, ""), selectors=selectors, group_size=4)
         else:
@@ -104,6 +104,6 @@ def test_bfloat16_trains_the_same_gates_and_detects_the_same(one_shape, tmp_path
         other = found[1][name].kernel
         assert other.dtype == jnp.float32
         assert 0.98 < np.corrcoef(gate.kernel.ravel(), other.ravel())[0, 1] < 1
-    one, other = (detect_dataset(model, one_shape, BATCH, progress=False) for model in (single, half))
+    one, other = (detect_dataset(model, one_shape, BATCH) for model in (single, half))
     differences = np.abs([a["score"] - b["score"] for a, b in zip(one, other, strict=True)])
     assert 0 < np.median(differences) < 0.02

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import annotation, write_coco
+from tiny import annotation, detect_dataset, write_coco
 from toy_detector import ToyConfig, ToyDetector, toy_detector
 
 import detr_jax
@@ -20,7 +20,6 @@ from detr_jax.data.features import backbone_features
 from detr_jax.data.loading import batches
 from detr_jax.evaluation.flops import dense_flops
 from detr_jax.evaluation.padding import padding_effect
-from detr_jax.evaluation.runs import detect_dataset
 from detr_jax.methods import MGS
 from detr_jax.training.gates import train_gates
 
@@ -36,7 +35,7 @@ def model():
 def data(model, tmp_path_factory):
     """Images of three shapes whose objects are what the detector finds, so that its AP says something."""
     root = write_coco(tmp_path_factory.mktemp("coco"), SIZES * 2, [])
-    found = detect_dataset(model, detr_jax.open_dataset(f"coco:{root}", "val"), 2, progress=False)
+    found = detect_dataset(model, detr_jax.open_dataset(f"coco:{root}", "val"), 2)
     path = root / "annotations/instances_val2017.json"
     objects = [annotation(i, r["image_id"], r["bbox"], r["category_id"]) for i, r in enumerate(found, 1)]
     objects = [o for o in objects if o["category_id"]]

@@ -11,8 +11,10 @@ from PIL import Image
 
 from detr_jax import DETR, DetrConfig
 from detr_jax import methods as selectors
+from detr_jax.data.dataset import Dataset
+from detr_jax.evaluation.runs import coco_results, predictions
 from detr_jax.methods import LowRankCompensation, Thresholded, low_rank_factors
-from detr_jax.models import BackboneConfig, FFNWeights, OutputLayer, Preprocessing, Selector
+from detr_jax.models import BackboneConfig, Detector, FFNWeights, OutputLayer, Preprocessing, Selector
 
 TINY_CONFIG = DetrConfig(
     BackboneConfig(depths=(1, 1), widths=(4, 8), strides=(1, 2), stem_width=4),
@@ -115,6 +117,12 @@ def write_coco(root: Path, sizes: list[tuple[int, int]], annotations: list[dict]
     }
     (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
     return root
+
+
+def detect_dataset(model: Detector, dataset: Dataset, batch_size: int, **options) -> list[dict]:
+    """Every image's detections in COCO's results format; `options` of `predictions`."""
+    found = predictions(model, dataset, batch_size, progress=False, **options)
+    return [result for batch, _, detections, _ in found for result in coco_results(batch, detections)]
 
 
 def annotation(

@@ -1,6 +1,6 @@
 """A second architecture: two token grids, two sizes of tokens and of FFNs, sigmoid outputs without "no object"."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -99,23 +99,19 @@ class ToyDetector(Detector):
     def transform(
         self, features: ToyFeatures, *, selectors: Selectors | None = None, trace: bool = False
     ) -> ToyOutputs:
-        selectors, traces = self.known_selectors(selectors), {}
-
-        def run(name: str, x: jax.Array, tokens: jax.Array) -> jax.Array:
-            if trace:
-                traced = self.ffns[name].trace(x, tokens, selectors.get(name))
-                traces[name] = replace(traced, tokens=traced.tokens & features.valid[:, None])
-            return x + self.ffns[name](x, tokens, selectors.get(name))
-
+        run, traces = self.ffn_runner(selectors, features.valid, trace)
         fine, coarse = features.x
         mask = jnp.concatenate(features.mask, axis=1)
-        fine += self.widen(run("fine", self.narrow(fine), features.mask[0]))
-        x = run("both", jnp.concatenate([fine, coarse], axis=1), mask)
+        narrow = self.narrow(fine)
+        fine += self.widen(narrow + run("fine", narrow, features.mask[0]))
+        x = jnp.concatenate([fine, coarse], axis=1)
+        x += run("both", x, mask)
         queries = jnp.broadcast_to(self.embeddings[...].astype(x.dtype), (len(x), *self.embeddings.shape))
         scores = jnp.where(mask[:, None], queries @ x.swapaxes(1, 2), -1e9)
-        queries = run("queries", queries + jax.nn.softmax(scores) @ x, jnp.ones(queries.shape[:2], bool))
+        queries += jax.nn.softmax(scores) @ x
+        queries += run("queries", queries, jnp.ones(queries.shape[:2], bool))
         found = self.head(queries.astype(jnp.float32))
-        return ToyOutputs(found[..., :-4], jax.nn.sigmoid(found[..., -4:]), traces if trace else None)
+        return ToyOutputs(found[..., :-4], jax.nn.sigmoid(found[..., -4:]), traces)
 
     def query_predictions(self, outputs: ToyOutputs) -> tuple[jax.Array, jax.Array]:
         return jax.nn.sigmoid(outputs.log_odds), outputs.boxes

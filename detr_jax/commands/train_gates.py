@@ -83,7 +83,7 @@ class Arguments:
     """Also meet this mean density over the FFNs, to which gates are trained on, all in effect; the plan is this one."""
     max_divergence: float | None = None
     """Also find the least mean density at which the detector's outputs diverge by this much, see
-    `detr_jax.models.detr.divergence`, to which gates are trained on, all in effect; the plan is this one."""
+    `detr_jax.models.detr.outputs`, to which gates are trained on, all in effect; the plan is this one."""
     tuning: GateTuning = field(default_factory=GateTuning)
     computation: Annotated[ExecutionOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=ExecutionOptions)
     per_layer: bool = False

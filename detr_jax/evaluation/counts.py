@@ -1,7 +1,8 @@
-"""Counts of what fires in every FFN and what its selector makes of it."""
+"""Counts of active hidden neurons of every FFN, and of those that its selector keeps."""
 
+import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -83,12 +84,7 @@ def _share(part: int, whole: int) -> float:
 
 
 def count_activity(trace: FFNTrace, group_size: int) -> ActivityCounts:
-    """Counts of one FFN in one batch; jittable.
-
-    Args:
-        trace: of the FFN, in the forward pass that the selectors act on.
-        group_size: neurons per group.
-    """
+    """Counts of one FFN in one batch, in groups of `group_size` neurons; jittable."""
     tokens = trace.tokens[..., None]
     neurons, channels = trace.hidden.shape[-1], trace.inputs.shape[-1]
     groups = group_count(neurons, group_size)
@@ -120,19 +116,18 @@ def neurons_computed(trace: FFNTrace) -> jax.Array:
 
 def kept_share(traces: Mapping[str, FFNTrace]) -> jax.Array:
     """(batch,) share of the hidden neurons that is kept for tokens that are no padding, mean over FFNs; jittable."""
-    shares = []
-    for trace in traces.values():
+
+    def share(trace: FFNTrace) -> jax.Array:
         kept = (neurons_computed(trace) & trace.tokens[..., None]).sum((1, 2))
-        shares.append(kept / jnp.maximum(trace.tokens.sum(1) * trace.hidden.shape[-1], 1))
-    return jnp.mean(jnp.stack(shares), axis=0)
+        return kept / jnp.maximum(trace.tokens.sum(1) * trace.hidden.shape[-1], 1)
+
+    return jnp.mean(jnp.stack([share(trace) for trace in traces.values()]), axis=0)
 
 
 def total_counts(batches: Iterable[Mapping[str, ActivityCounts]]) -> dict[str, ActivityCounts]:
     """The sum of the counts of batches, single or one for each device, in Python's unbounded integers."""
-    totals: dict[str, dict[str, int]] = {}
+    totals: dict[str, ActivityCounts] = {}
     for batch in batches:
-        for name, counts in batch.items():
-            total = totals.setdefault(name, dict.fromkeys((f.name for f in fields(ActivityCounts)), 0))
-            for field in total:
-                total[field] += int(np.asarray(getattr(counts, field), np.int64).sum())
-    return {name: ActivityCounts(**total) for name, total in totals.items()}
+        for name, counts in jax.tree.map(lambda count: int(np.asarray(count, np.int64).sum()), dict(batch)).items():
+            totals[name] = jax.tree.map(operator.add, totals[name], counts) if name in totals else counts
+    return totals

@@ -275,4 +275,6 @@ def calibrated_density(measured: Mapping[str, Any]) -> float | None:
     """The mean density over the FFNs that a plan says it has; None where it says nothing."""
     if "calibration" in measured:
         return float(np.mean(list(measured["calibration"]["density"].values())))
+    if "density" in measured:
+        return float(measured["density"])
     return 1 - float(measured["mean_group_sparsity"]) if "mean_group_sparsity" in measured else None

@@ -1,9 +1,10 @@
-"""Floating-point operations of a detector and of what a selector leaves of it."""
+"""Floating-point operations of a dense and of a sparse detector."""
 
 import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -50,16 +51,15 @@ def dense_flops(model: Detector, height: int, width: int) -> DenseFlops:
 def mean_dense_flops(model: Detector, sizes: np.ndarray) -> DenseFlops:
     """Mean over images of the dense forward pass, each in the padded shape that it is computed in.
 
-    Args:
-        model: the detector.
-        sizes: (images, 2), height and width of the original images.
+    `sizes` (images, 2) are height and width of the original images.
     """
     shapes = Counter(layout.shape[1:] for layout in layout_batches(sizes, model.preprocessing, 1))
-    counted = [(dense_flops(model, *shape), images / len(sizes)) for shape, images in shapes.items()]
+    counted = [dense_flops(model, *shape) for shape in shapes]
+    mean = partial(np.average, weights=list(shapes.values()))
     return DenseFlops(
-        ffns={name: sum(flops.ffns[name] * weight for flops, weight in counted) for name in model.ffn_specs()},
-        transformer=sum(flops.transformer * weight for flops, weight in counted),
-        detector=sum(flops.detector * weight for flops, weight in counted),
+        ffns={name: float(mean([flops.ffns[name] for flops in counted])) for name in model.ffn_specs()},
+        transformer=float(mean([flops.transformer for flops in counted])),
+        detector=float(mean([flops.detector for flops in counted])),
     )
 
 
@@ -68,13 +68,9 @@ def _count(function, *arguments) -> float:
 
 
 def remaining_share(traits: Traits, cost: float, counts: ActivityCounts, d_model: int, features: int) -> float:
-    """What is left of an FFN's multiply-adds, the selector's own included; above 1 where it costs more than it saves.
+    """Share of an FFN's multiply-adds that is left, with the selector's own; above 1 where it costs more than it saves.
 
-    Args:
-        traits: of the selector.
-        cost: its multiply-adds per token.
-        counts: of the FFN while the selector was in effect.
-        d_model, features: of the FFN.
+    `cost` is the selector's multiply-adds per token, `counts` are of the FFN while the selector was in effect.
     """
     kept = counts.density * counts.channel_density
     first = kept if traits.saves in ("both", "first") else 1.0

@@ -1,4 +1,4 @@
-"""What happens in the FFNs of a sparse detector for some images, as arrays."""
+"""Activity of the FFNs of a sparse detector for some images, as arrays, and how they are computed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from detr_jax.evaluation.counts import neurons_computed
-from detr_jax.kernels import any_per_tile, repeat_per_tile, signature_order
+from detr_jax.kernels import Dispatch, any_per_tile, repeat_per_tile, signature_order
 from detr_jax.models import Detector, FFNTrace, Selectors
 
 
@@ -47,15 +47,14 @@ class FFNExecution:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FFNActivity:
-    """What happened in one FFN. Neurons are in the plan's order.
+    """Activity of one FFN. Neurons are in the plan's order.
 
     Attributes:
         hidden: (batch, tokens, F) activations as the dense FFN has them for these inputs.
         kept: (batch, tokens, F) bool, the gate map: neurons that the selector keeps.
         channels: (batch, tokens, d) bool, channels of the FFN's input that the selector keeps.
         tokens: (batch, tokens) bool, false for padding.
-        executed: () share of the hidden neurons that is computed in the end, for all tokens and padding: 1 for the
-            masked reference; else whatever a tile needs, or everything where that is faster on this device.
+        executed: () share of the hidden neurons that is computed in the end, see `executed_share`.
         grids: rows and columns of the token grids that the tokens come from, one after the other; none for object
             queries.
         execution: how it was computed.
@@ -95,51 +94,42 @@ class FFNActivity:
 
 
 def activity(trace: FFNTrace, grids: tuple[tuple[int, int], ...]) -> FFNActivity:
-    """What a trace shows; jittable."""
-    kept_channels = trace.selection.channels
-    return FFNActivity(
-        hidden=trace.hidden,
-        kept=neurons_computed(trace),
-        channels=jnp.ones(trace.inputs.shape, bool) if kept_channels is None else kept_channels,
-        tokens=trace.tokens,
-        executed=executed_share(trace),
-        grids=grids,
-        execution=ffn_execution(trace),
-    )
+    """Activity that a trace shows; jittable."""
+    channels = trace.selection.channels
+    channels = jnp.ones(trace.inputs.shape, bool) if channels is None else channels
+    kept, executed, how = neurons_computed(trace), executed_share(trace), ffn_execution(trace)
+    return FFNActivity(trace.hidden, kept, channels, trace.tokens, executed, grids, how)
+
+
+def _dispatched(trace: FFNTrace) -> tuple[int, int, Dispatch | None]:
+    """Numbers of neurons that are always computed and that are decided about, and how the latter are computed."""
+    selection, execution = trace.selection, trace.selection.execution
+    always, gated = selection.sections or (0, trace.hidden.shape[-1])
+    if execution is None or not gated:
+        return always, gated, None
+    return always, gated, execution.dispatch(trace.inputs, gated, selection.active.shape[-1])
 
 
 def ffn_execution(trace: FFNTrace) -> FFNExecution:
     """How the FFN of a trace is computed on the default device; a trace of shapes alone will do."""
-    selection, execution = trace.selection, trace.selection.execution
-    if execution is None:
+    selection = trace.selection
+    if selection.execution is None:
         return FFNExecution("masked" if jax.tree.leaves(selection) or selection.sections else "dense")
-    always, gated = selection.sections or (0, trace.hidden.shape[-1])
-    if not gated:
-        return FFNExecution("dense", neurons=always)
-    chosen = execution.dispatch(trace.inputs, gated, selection.active.shape[-1])
-    return FFNExecution(
-        chosen.backend.name,
-        execution.tile_size,
-        chosen.block_size,
-        chosen.break_even,
-        chosen.refused,
-        neurons=None if selection.sections is None else always + gated,
-    )
+    always, gated, chosen = _dispatched(trace)
+    neurons = None if selection.sections is None else always + gated
+    if chosen is None:
+        return FFNExecution("dense", neurons=neurons)
+    tile_size = selection.execution.tile_size
+    name = chosen.backend.name
+    return FFNExecution(name, tile_size, chosen.block_size, chosen.break_even, chosen.refused, neurons)
 
 
 def execution_report(
     detector: Detector, selectors: Selectors, image_size: tuple[int, int], batch_size: int = 1
 ) -> dict[str, FFNExecution]:
-    """How each FFN of a detector is computed on the default device. Traces the detector, computes nothing.
+    """How each FFN of a detector is computed on the default device; see `SparseDETR.execution_report`.
 
-    Args:
-        detector: the detector.
-        selectors: selector of each sparse FFN by name.
-        image_size: height and width of the images in pixels.
-        batch_size: images per batch.
-
-    Returns:
-        By name of the FFN, in the order in which they run. `dataclasses.asdict` makes each JSON, `describe` a text.
+    Traces the detector, computes nothing. `dataclasses.asdict` makes each JSON, `describe` a text.
     """
     images = jax.ShapeDtypeStruct((batch_size, *image_size, 3), jnp.float32)
     traces = jax.eval_shape(
@@ -157,15 +147,17 @@ def describe(report: Mapping[str, FFNExecution]) -> str:
 
 
 def executed_share(trace: FFNTrace) -> jax.Array:
-    """() share of the hidden neurons that is computed in the end, see `FFNActivity.executed`."""
+    """() share of the hidden neurons that is computed in the end, for all tokens and padding.
+
+    It is 1 for the masked reference, else what a tile needs, or everything where that is faster on this device.
+    """
     selection, execution = trace.selection, trace.selection.execution
     if execution is None:
         return jnp.ones(())
     tokens, features = trace.hidden.shape[-2:]
-    always, gated = selection.sections or (0, features)
-    if not gated:
+    always, gated, chosen = _dispatched(trace)
+    if chosen is None:
         return jnp.float32(always / features)
-    chosen = execution.dispatch(trace.inputs, gated, selection.active.shape[-1])
     active = repeat_per_tile(selection.active, tokens, selection.tile_size)
     if execution.ordered:
         active = jnp.take_along_axis(active, signature_order(active, active.any(-1))[..., None], axis=1)

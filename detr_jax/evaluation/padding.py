@@ -21,9 +21,9 @@ def padding_effect(model: Detector | SparseDETR, dataset: Dataset, batch_size: i
     """Compares padded batches with images at their exact size, for a detector as it runs.
 
     Returns:
-        `images`, their number; `change`, the maximum and median absolute change of each output (of DETR the logits, and
-        the boxes in fractions of the image) and of the detections' scores; `AP` padded and exact, and the 95 % interval
-        of the difference, None without annotations.
+        The number of `images`; `change`, the maximum and median absolute change of each output (of DETR the logits, and
+        the boxes in fractions of the image) and of the detections' scores; `AP` padded and exact, and
+        `AP_difference_interval`, the 95 % interval of the difference, both None without annotations.
     """
     dataset, _ = with_classes(dataset, model.labels)
     outputs, results = {}, {}

@@ -1,7 +1,7 @@
 """Running a detector over a data set."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,73 +12,49 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from detr_jax.data.dataset import Dataset
-from detr_jax.data.features import BackboneFeatures
+from detr_jax.data.features import BackboneFeatures, embed_batch
 from detr_jax.data.loading import Batch, batches
 from detr_jax.data.prefetch import dispatch_ahead
 from detr_jax.errors import InputError
-from detr_jax.evaluation.counts import ActivityCounts, count_activity, kept_share, total_counts
+from detr_jax.evaluation.counts import ActivityCounts, count_activity, total_counts
 from detr_jax.evaluation.inspection import executed_share
 from detr_jax.mesh import local_slice, map_shards, mesh_of, replicate_like, shard_batch, to_host
-from detr_jax.models import Detector, Outputs, Selectors
+from detr_jax.models import Detector, FFNTrace, Outputs, Selectors
 from detr_jax.models.detections import Detections
 
+Measure = Callable[[dict[str, FFNTrace]], Any]
+"""Of the traces of a batch, arrays with an axis of images or one entry for the device in front; hashable."""
 
-@partial(jax.jit, static_argnames=("mesh", "with_density"))
+
+@partial(jax.jit, static_argnames=("measure", "mesh"))
 def detect(
     model: Detector,
-    pixel_values: jax.Array,
-    pixel_mask: jax.Array,
+    features: Any,
     sizes: jax.Array,
     selectors: Selectors | None = None,
     *,
+    measure: Measure | None = None,
     mesh: Mesh | None = None,
-    with_density: bool = False,
-) -> tuple[Outputs, Detections, jax.Array | None]:
+) -> tuple[Outputs, Detections, Any]:
     """One batch, compiled once per shape and kind of detector, not per value of its weights or selectors.
 
     Args:
         model: the detector.
-        pixel_values: (batch, height, width, 3) float32.
-        pixel_mask: (batch, height, width) bool.
+        features: from `Detector.embed`.
         sizes: (batch, 2) original height and width in pixels.
         selectors: selector of each sparse FFN by name.
+        measure: applied to the traces of the FFNs; None measures nothing.
         mesh: devices that share the batch, see `detr_jax.mesh`.
-        with_density: also return, for every image, the share of the hidden neurons that the selectors keep.
     """
 
     def of_images(held, images):
-        (model, selectors), (pixel_values, pixel_mask, sizes) = held, images
-        outputs = model(pixel_values, pixel_mask, selectors=selectors, trace=with_density)
-        density = kept_share(outputs.traces) if with_density else None
+        (model, selectors), (features, sizes) = held, images
+        outputs = model.transform(features, selectors=selectors, trace=measure is not None)
+        measured = None if measure is None else measure(outputs.traces)
         outputs = dataclasses.replace(outputs, traces=None)
-        return outputs, model.detections(outputs, sizes), density
+        return outputs, model.detections(outputs, sizes), measured
 
-    return map_shards(mesh, of_images)((model, selectors), (pixel_values, pixel_mask, sizes))
-
-
-@partial(jax.jit, static_argnames=("group_size", "mesh"))
-def detect_and_count(
-    model: Detector,
-    tokens: Any,
-    sizes: jax.Array,
-    selectors: Selectors,
-    *,
-    group_size: int,
-    mesh: Mesh | None = None,
-) -> tuple[Outputs, Detections, dict[str, ActivityCounts], dict[str, jax.Array]]:
-    """As `detect`, from what the backbone gave; and of every FFN, per device, activity in groups of `group_size` and
-    the share that is executed."""
-
-    def of_images(held, images):
-        (model, selectors), (tokens, sizes) = held, images
-        outputs = model.transform(tokens, selectors=selectors, trace=True)
-        counts = {name: count_activity(trace, group_size) for name, trace in outputs.traces.items()}
-        executed = {name: executed_share(trace) for name, trace in outputs.traces.items()}
-        seen = dataclasses.replace(outputs, traces=None)
-        per_device = jax.tree.map(lambda count: count[None], (counts, executed))
-        return seen, model.detections(outputs, sizes), *per_device
-
-    return map_shards(mesh, of_images)((model, selectors), (tokens, sizes))
+    return map_shards(mesh, of_images)((model, selectors), (features, sizes))
 
 
 def predictions(
@@ -89,9 +65,9 @@ def predictions(
     selectors: Selectors | None = None,
     exact: bool = False,
     progress: bool = True,
-    with_density: bool = False,
-) -> Iterator[tuple[Batch, Outputs, Detections, np.ndarray | None]]:
-    """What the detector says about every image of a data set, batch by batch, as numpy arrays.
+    measure: Measure | None = None,
+) -> Iterator[tuple[Batch, Outputs, Detections, Any]]:
+    """Outputs and detections for every image of a data set, batch by batch, as numpy arrays.
 
     Args:
         model: the detector.
@@ -100,7 +76,7 @@ def predictions(
         selectors: selector of each sparse FFN by name.
         exact: without padding; compiles for every size of image.
         progress: show a bar with images per second.
-        with_density: also the share of the hidden neurons that is kept, see `detect`; else None.
+        measure: see `detect`; its results come last.
 
     Raises:
         InputError: if a score is not finite, or the devices of the detector cannot share a batch.
@@ -109,15 +85,15 @@ def predictions(
     selectors = replicate_like(model, selectors)
 
     def compute(batch: Batch) -> tuple[Batch, tuple]:
-        images = shard_batch(mesh, (batch.pixel_values, batch.pixel_mask, batch.sizes[batch.own]))
-        return batch, detect(model, *images, selectors, mesh=mesh, with_density=with_density)
+        sizes = shard_batch(mesh, batch.sizes[batch.own])
+        return batch, detect(model, embed_batch(model, batch, mesh), sizes, selectors, measure=measure, mesh=mesh)
 
     loaded = batches(dataset, model.preprocessing, batch_size, exact=exact, mesh=mesh)
     with tqdm(total=len(dataset), unit="image", disable=not progress) as bar:
         for batch, computed in dispatch_ahead(map(compute, loaded)):
-            outputs, detections, density = to_host(computed)
+            outputs, detections, measured = to_host(computed)
             _check_finite(batch, detections)
-            yield batch, outputs, detections, density
+            yield batch, outputs, detections, measured
             bar.update(int(batch.valid.sum()))
 
 
@@ -134,18 +110,16 @@ def coco_results(batch: Batch | BackboneFeatures, detections: Detections) -> lis
     ]
 
 
-def detect_dataset(
-    model: Detector,
-    dataset: Dataset,
-    batch_size: int,
-    *,
-    selectors: Selectors | None = None,
-    exact: bool = False,
-    progress: bool = True,
-) -> list[dict]:
-    """Every image's detections in COCO's results format; arguments and errors as in `predictions`."""
-    passes = predictions(model, dataset, batch_size, selectors=selectors, exact=exact, progress=progress)
-    return [result for batch, _, detections, _ in passes for result in coco_results(batch, detections)]
+@dataclass(frozen=True)
+class _CountActivity:
+    """Activity counts of every FFN and the share of it that is executed, per device."""
+
+    group_size: int
+
+    def __call__(self, traces: dict[str, FFNTrace]) -> tuple[dict[str, ActivityCounts], dict[str, jax.Array]]:
+        counts = {name: count_activity(trace, self.group_size) for name, trace in traces.items()}
+        executed = {name: executed_share(trace) for name, trace in traces.items()}
+        return jax.tree.map(lambda count: count[None], (counts, executed))
 
 
 @dataclass(frozen=True)
@@ -155,8 +129,7 @@ class MeasuredDetections:
     Attributes:
         results: in COCO's results format.
         counts: of every FFN by name in the order in which they run, in the forward passes that the selectors acted on.
-        executed: of every FFN by name, the share of its hidden neurons that is computed in the end, see
-            `detr_jax.evaluation.inspection`.
+        executed: of every FFN by name, see `detr_jax.evaluation.inspection.executed_share`; mean over images.
         divergence: mean over the images of the divergence of the outputs from those of the first selection; 0 for it.
     """
 
@@ -167,22 +140,14 @@ class MeasuredDetections:
 
 
 def measure_dataset(
-    model: Detector,
-    embedded: Iterable[BackboneFeatures],
-    *,
-    selectors: Selectors,
-    group_size: int,
+    model: Detector, embedded: Iterable[BackboneFeatures], *, selectors: Selectors, group_size: int
 ) -> MeasuredDetections:
-    """Every image's detections, and the activity counts of every FFN; arguments as of `measure_selections`."""
+    """As `measure_selections`, with one selection."""
     return measure_selections(model, embedded, {"": selectors}, group_size=group_size)[""]
 
 
 def measure_selections(
-    model: Detector,
-    embedded: Iterable[BackboneFeatures],
-    selections: Mapping[str, Selectors],
-    *,
-    group_size: int,
+    model: Detector, embedded: Iterable[BackboneFeatures], selections: Mapping[str, Selectors], *, group_size: int
 ) -> dict[str, MeasuredDetections]:
     """Detections and activity counts with each of several selections, in one pass over the images.
 
@@ -195,14 +160,14 @@ def measure_selections(
     Raises:
         InputError: if a score is not finite.
     """
-    mesh = mesh_of(model)
+    mesh, measure = mesh_of(model), _CountActivity(group_size)
     selections = {title: replicate_like(model, dict(selectors)) for title, selectors in selections.items()}
 
     def compute(batch: BackboneFeatures) -> tuple[BackboneFeatures, dict[str, tuple]]:
         images = shard_batch(mesh, (batch.tokens, batch.sizes[local_slice(mesh, len(batch.sizes))]))
         computed, reference = {}, None
         for title, selectors in selections.items():
-            outputs, *found = detect_and_count(model, *images, selectors, group_size=group_size, mesh=mesh)
+            outputs, *found = detect(model, *images, selectors, measure=measure, mesh=mesh)
             reference = outputs if reference is None else reference
             computed[title] = *found, _divergence(model, reference, outputs)
         return batch, computed
@@ -211,9 +176,9 @@ def measure_selections(
     images = []
     for batch, computed in dispatch_ahead(map(compute, embedded)):
         images.append(int(batch.valid.sum()))
-        for title, (detections, counts, executed, divergence) in to_host(computed).items():
+        for title, (detections, activity, divergence) in to_host(computed).items():
             _check_finite(batch, detections)
-            found[title].append((coco_results(batch, detections), counts, executed, divergence[batch.valid]))
+            found[title].append((coco_results(batch, detections), *activity, divergence[batch.valid]))
     return {title: _total(list(model.ffn_specs()), images, *zip(*of, strict=True)) for title, of in found.items()}
 
 

@@ -3,7 +3,8 @@
 from detr_jax.models.base import Detector, FFNSpec, HasFFNs, Outputs
 from detr_jax.models.detections import Detections, ImageDetections
 from detr_jax.models.detr.config import PRESETS, DetrConfig, preset_config
-from detr_jax.models.detr.modeling import DETR, DetrOutputs, ImageTokens
+from detr_jax.models.detr.modeling import DETR, ImageTokens
+from detr_jax.models.detr.outputs import DetrOutputs
 from detr_jax.models.ffn import FFNTrace
 from detr_jax.models.preprocessing import Preprocessing
 from detr_jax.models.registry import register

@@ -2,9 +2,10 @@
 
 import abc
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, Self
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -12,27 +13,20 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from detr_jax.errors import InputError
 from detr_jax.models.detections import Detections
-from detr_jax.models.ffn import FFN, FFNTrace, permute
+from detr_jax.models.ffn import FFN, FFNTrace, RunFFN, permute
 from detr_jax.models.preprocessing import Preprocessing
 from detr_jax.models.selection import FFNWeights, Permutations, PlanSelectors, Selectors
 
 
 @dataclass(frozen=True)
 class FFNSpec:
-    """Shape of one FFN, and the tokens that go through it.
-
-    Attributes:
-        d_model: features of a token.
-        hidden: hidden neurons F.
-        tokens: "image" for tokens that stand for places, "query" for object queries.
-        grids: indices into `Detector.token_grids` of the grids whose tokens go through it, one after the other, rows
-            first; empty for object queries.
-    """
+    """Features of a token and hidden neurons of one FFN, and the tokens that go through it: of places or of queries."""
 
     d_model: int
     hidden: int
     tokens: Literal["image", "query"]
     grids: tuple[int, ...] = ()
+    """Indices into `Detector.token_grids` of the image tokens' grids, one after the other, rows first."""
 
 
 class HasFFNs(Protocol):
@@ -46,22 +40,18 @@ class HasFFNs(Protocol):
 
 
 class Outputs(Protocol):
-    """Outputs of a detector: a dataclass and pytree of arrays with an axis of images in front.
-
-    Attributes:
-        traces: of the FFNs by name, if asked for.
-    """
+    """Outputs of a detector: a dataclass and pytree of arrays with an axis of images in front."""
 
     traces: dict[str, FFNTrace] | None
+    """Of the FFNs by name, if asked for."""
 
 
 class Detector(nnx.Module):
-    """A detector whose FFNs can be made sparse. Subclasses add the abstract methods and an entry in the registry.
+    """A detector whose FFNs can be made sparse. Subclasses add the abstract methods and a line in the registry.
 
     Its features and outputs are pytrees of its own, every array with an axis of images in front; features have `valid`
-    (batch,), as `embed` got it, and outputs have `traces`. A subclass is built
-    from a configuration with `labels`, `preprocessing` and `queries`, as `cls(config, dtype=..., rngs=...)`, and keeps
-    `config` and `dtype`.
+    (batch,), as `embed` got it, and outputs have `traces`. A subclass is built from a configuration with `labels`,
+    `preprocessing` and `queries`, as `cls(config, dtype=..., rngs=...)`, and keeps `config` and `dtype`.
     """
 
     config: Any
@@ -104,11 +94,8 @@ class Detector(nnx.Module):
 
         Args:
             features: of a batch.
-            selectors: selector of each sparse FFN by name; FFNs without one are dense.
+            selectors: by name of the FFN, see `known_selectors`; FFNs without one are dense.
             trace: also return inputs and hidden activations of every FFN.
-
-        Raises:
-            InputError: if a selector names an FFN that does not exist.
         """
 
     @abc.abstractmethod
@@ -149,23 +136,21 @@ class Detector(nnx.Module):
         trace: bool = False,
         **options: Any,
     ) -> Any:
-        """Outputs for a batch of images; an empty batch gives empty outputs.
+        """Outputs for a batch of images from `detr_jax.preprocess_images`; an empty batch gives empty outputs.
 
         Args:
-            pixel_values: images from `detr_jax.preprocess_images`.
+            pixel_values: the images.
             pixel_mask: true where the image is; None where nothing is padding.
-            selectors, trace: see `transform`.
-            options: of the architecture's own `transform`.
+            selectors, trace, options: of `transform`.
 
         Raises:
-            InputError: if a shape or type does not fit, or a selector names an FFN that does not exist.
+            InputError: if a shape or type does not fit, or as `known_selectors`.
         """
         if pixel_values.ndim != 4 or pixel_values.shape[-1] != 3:
             raise InputError(f"pixel_values must be (batch, height, width, 3), got {pixel_values.shape}")
-        if not jnp.issubdtype(pixel_values.dtype, jnp.floating):
+        if not jnp.issubdtype(dtype := pixel_values.dtype, jnp.floating):
             raise InputError(
-                f"pixel_values must be normalised floats, got {pixel_values.dtype}; detr_jax.preprocess_images makes "
-                "them"
+                f"pixel_values must be normalised floats, got {dtype}; detr_jax.preprocess_images makes them"
             )
         if pixel_mask is None:
             pixel_mask = jnp.ones(pixel_values.shape[:3], bool)
@@ -189,11 +174,8 @@ class Detector(nnx.Module):
     def with_permutations(self, permutations: Mapping[str, Int[np.ndarray, " hidden"]]) -> Self:
         """The same function with the hidden neurons of some FFNs permuted; this detector stays as it is.
 
-        Args:
-            permutations: of each FFN by name, the neuron that comes to each place; the others keep theirs.
-
         Raises:
-            InputError: if an array is no permutation of the hidden neurons.
+            InputError: as `permute`, which also says how permutations are given.
         """
         copy = nnx.clone(self)
         ffns = copy.ffns
@@ -202,6 +184,25 @@ class Detector(nnx.Module):
                 getattr(ffns[name], parameter)[...] = value
         copy.permutations = self.permutations.then(permutations)
         return copy
+
+    def ffn_runner(
+        self, selectors: Selectors | None, valid: Bool[Array, " batch"], trace: bool
+    ) -> tuple[RunFFN, dict[str, FFNTrace] | None]:
+        """For `transform`: a function that computes FFNs, and the traces that its calls fill in, None without `trace`.
+
+        Raises:
+            InputError: as `known_selectors`.
+        """
+        selectors, ffns = self.known_selectors(selectors), self.ffns
+        traces: dict[str, FFNTrace] | None = {} if trace else None
+
+        def run(name: str, x: jax.Array, tokens: jax.Array) -> jax.Array:
+            if traces is not None:
+                traced = ffns[name].trace(x, tokens, selectors.get(name))
+                traces[name] = replace(traced, tokens=traced.tokens & valid[:, None])
+            return ffns[name](x, tokens, selectors.get(name))
+
+        return run, traces
 
     def known_selectors(self, selectors: Selectors | None) -> Selectors:
         """The selectors of a call, {} for None.

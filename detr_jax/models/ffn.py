@@ -1,5 +1,6 @@
 """The feed-forward layer of the transformer: the one module that sparsity acts on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -15,11 +16,11 @@ from detr_jax.models.selection import FFNWeights, Selection, Selector
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FFNTrace:
-    """What went through one FFN.
+    """Inputs and activations of one FFN.
 
     Attributes:
         inputs: (batch, tokens, d).
-        hidden: (batch, tokens, F), after the ReLU, as the dense FFN has them for these inputs.
+        hidden: (batch, tokens, F) after the ReLU, as the dense FFN has them for these inputs.
         tokens: (batch, tokens) bool, false for tokens that do not count: padding, and images that only fill the batch.
         selection: what was computed.
     """
@@ -31,24 +32,16 @@ class FFNTrace:
 
 
 def trace(weights: FFNWeights, x: jax.Array, tokens: jax.Array, selector: Selector | None = None) -> FFNTrace:
-    """What goes through an FFN for inputs x (batch, tokens, d); `tokens` (batch, tokens) is false for padding."""
+    """Trace of an FFN for inputs x (batch, tokens, d); `tokens` (batch, tokens) is false for padding."""
     selection = Selection() if selector is None else selector(weights, x, tokens)
     return FFNTrace(x, kernels.hidden_activations(x, weights.w_in, weights.b_in), tokens, selection)
 
 
 def forward(weights: FFNWeights, x: jax.Array, selection: Selection) -> jax.Array:
-    """What a selection leaves of an FFN; the definition of what selections mean.
+    """Outputs (..., d) of an FFN for x (..., d) with a selection; the definition of what selections mean.
 
     With factors A_in B_in for W_in and A_out B_out for W_out, the channels of x that are left out go through the
     factors of the first matrix, and the neurons that are left out through the factors of both.
-
-    Args:
-        weights: of the FFN.
-        x: (..., d).
-        selection: what is computed.
-
-    Returns:
-        (..., d).
     """
     if selection.second is not None:
         w_out, b_out = (array.astype(x.dtype) for array in selection.second)
@@ -80,7 +73,6 @@ def forward(weights: FFNWeights, x: jax.Array, selection: Selection) -> jax.Arra
 
 
 def _execute(weights: FFNWeights, x: jax.Array, selection: Selection) -> jax.Array:
-    """The selected part alone."""
     if selection.sections is None:
         return kernels.sparse_ffn(x, weights, selection.active, selection.execution, selection.tile_size)
     of_always, of_gated = selection.sections.parts(weights)
@@ -91,11 +83,7 @@ def _execute(weights: FFNWeights, x: jax.Array, selection: Selection) -> jax.Arr
 
 
 def permute(weights: FFNWeights, permutation: np.ndarray) -> FFNWeights:
-    """The same function with its hidden neurons in another order.
-
-    Args:
-        weights: of the FFN.
-        permutation: (F,), the neuron that comes to each place.
+    """The same function with its hidden neurons in another order; `permutation` (F,) has the neuron of each place.
 
     Raises:
         InputError: if that is no permutation of the hidden neurons.
@@ -106,6 +94,10 @@ def permute(weights: FFNWeights, permutation: np.ndarray) -> FFNWeights:
             f"an order of {features} hidden neurons names each of them once; got shape {permutation.shape}"
         )
     return FFNWeights(weights.w_in[permutation], weights.b_in[permutation], weights.w_out[permutation], weights.b_out)
+
+
+RunFFN = Callable[[str, jax.Array, jax.Array], jax.Array]
+"""Computes an FFN by name for inputs (batch, tokens, d) and a mask (batch, tokens) that is false for padding."""
 
 
 class FFN(nnx.Module):
@@ -135,5 +127,5 @@ class FFN(nnx.Module):
         return forward(self.weights(), x, Selection() if selector is None else selector(self.weights(), x, tokens))
 
     def trace(self, x: jax.Array, tokens: jax.Array, selector: Selector | None = None) -> FFNTrace:
-        """What goes through; under `jax.jit` XLA shares the work with the call on the same inputs."""
+        """Trace of a call; under `jax.jit` XLA shares the work with the call on the same inputs."""
         return trace(self.weights(), x.astype(self.dtype), tokens, selector)

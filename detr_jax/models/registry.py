@@ -8,7 +8,7 @@ from detr_jax.models.base import Detector
 
 
 class Architecture(NamedTuple):
-    """One kind of detector: a dataclass of its configuration, and its module."""
+    """The dataclass of an architecture's configuration, and its module."""
 
     config: type
     module: type[Detector]
@@ -31,8 +31,7 @@ def register(name: str, config: type, module: type[Detector]) -> None:
 
 def architecture_of(config: Any) -> str:
     """Name of the architecture that a configuration describes."""
-    (name,) = (name for name, architecture in ARCHITECTURES.items() if architecture.config is type(config))
-    return name
+    return next(name for name, architecture in ARCHITECTURES.items() if architecture.config is type(config))
 
 
 def make_detector(config: Any, **arguments: Any) -> Detector:
@@ -48,11 +47,11 @@ def config_from_json(architecture: str, values: dict) -> Any:
         TypeError: if a field is missing or unknown.
     """
     config = ARCHITECTURES[architecture].config
-    return getattr(config, "from_json", lambda values: dataclass_from_json(config, values))(values)
+    return config.from_json(values) if hasattr(config, "from_json") else dataclass_from_json(config, values)
 
 
 def dataclass_from_json(cls: type, values: dict) -> Any:
-    """A dataclass from JSON types; lists become tuples, and what a field says is a dataclass becomes one."""
+    """A dataclass from JSON types: lists become tuples, objects the dataclasses of their fields."""
     types = typing.get_type_hints(cls)
 
     def field(name: str, value: Any) -> Any:

@@ -5,6 +5,7 @@ He et al. 2016, in the form of torchvision (the stride sits on the 3x3 convoluti
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -66,25 +67,16 @@ class ConvNorm(nnx.Module):
         features_out: int,
         size: int,
         *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
         stride: int = 1,
         dilation: int = 1,
         initial_scale: float = 1.0,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
     ):
-        padding = dilation * (size // 2)
-        self.conv = nnx.Conv(
-            features_in,
-            features_out,
-            (size, size),
-            strides=stride,
-            padding=((padding, padding), (padding, padding)),
-            kernel_dilation=dilation,
-            use_bias=False,
-            kernel_init=nnx.initializers.he_normal(),
-            dtype=dtype,
-            rngs=rngs,
-        )
+        padding = [(dilation * (size // 2),) * 2] * 2
+        options = {"strides": stride, "padding": padding, "kernel_dilation": dilation, "dtype": dtype, "rngs": rngs}
+        init = nnx.initializers.he_normal()
+        self.conv = nnx.Conv(features_in, features_out, (size, size), use_bias=False, kernel_init=init, **options)
         self.norm = FrozenBatchNorm(features_out, initial_scale=initial_scale, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -100,31 +92,17 @@ def _pointwise(conv: nnx.Conv, x: jax.Array) -> jax.Array:
 class Bottleneck(nnx.Module):
     """1x1, 3x3, 1x1 convolutions around a shortcut; four times `width` features outside."""
 
-    def __init__(
-        self,
-        features_in: int,
-        width: int,
-        *,
-        stride: int,
-        dilation: int,
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ):
-        features_out = 4 * width
-        self.conv1 = ConvNorm(features_in, width, 1, dtype=dtype, rngs=rngs)
-        self.conv2 = ConvNorm(width, width, 3, stride=stride, dilation=dilation, dtype=dtype, rngs=rngs)
+    def __init__(self, features_in: int, width: int, *, stride: int, dilation: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        conv, features_out = partial(ConvNorm, dtype=dtype, rngs=rngs), 4 * width
+        self.conv1 = conv(features_in, width, 1)
+        self.conv2 = conv(width, width, 3, stride=stride, dilation=dilation)
         # Small branches at the start train faster from scratch, most of all where batch norm is frozen.
-        self.conv3 = ConvNorm(width, features_out, 1, initial_scale=0.2, dtype=dtype, rngs=rngs)
-        self.downsample = (
-            ConvNorm(features_in, features_out, 1, stride=stride, dtype=dtype, rngs=rngs)
-            if stride != 1 or features_in != features_out
-            else None
-        )
+        self.conv3 = conv(width, features_out, 1, initial_scale=0.2)
+        projected = stride != 1 or features_in != features_out
+        self.downsample = conv(features_in, features_out, 1, stride=stride) if projected else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jax.nn.relu(self.conv1(x))
-        y = jax.nn.relu(self.conv2(y))
-        y = self.conv3(y)
+        y = self.conv3(jax.nn.relu(self.conv2(jax.nn.relu(self.conv1(x)))))
         shortcut = x if self.downsample is None else self.downsample(x)
         return jax.nn.relu(y + shortcut)
 
@@ -137,22 +115,12 @@ class ResNet(nnx.Module):
         features = config.stem_width
         stages = []
         for index, (depth, width, stride) in enumerate(zip(config.depths, config.widths, config.strides, strict=True)):
+            block = partial(Bottleneck, width=width, dtype=dtype, rngs=rngs)
             dilated = config.dilate_last and index == len(config.depths) - 1
-            blocks = []
-            for block in range(depth):
-                first = block == 0
-                blocks.append(
-                    Bottleneck(
-                        features,
-                        width,
-                        stride=stride if first and not dilated else 1,
-                        dilation=2 if dilated and not first else 1,
-                        dtype=dtype,
-                        rngs=rngs,
-                    )
-                )
-                features = 4 * width
-            stages.append(nnx.List(blocks))
+            first = block(features, stride=1 if dilated else stride, dilation=1)
+            features = 4 * width
+            others = [block(features, stride=1, dilation=2 if dilated else 1) for _ in range(depth - 1)]
+            stages.append(nnx.List([first, *others]))
         self.stages = nnx.List(stages)
 
     def __call__(self, pixel_values: jax.Array) -> jax.Array:

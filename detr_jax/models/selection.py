@@ -1,7 +1,5 @@
 """The part of an FFN that is computed, and what decides it."""
 
-import hashlib
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -14,14 +12,7 @@ from detr_jax.kernels import Execution, FFNWeights, expand_groups, repeat_per_ti
 
 
 class LowRankFactors(NamedTuple):
-    """Both matrices of an FFN as products of rank r, a cheap stand-in for what is left out.
-
-    Attributes:
-        in_neurons: (F, r), with `in_model` about W_in.
-        in_model: (r, d).
-        out_neurons: (F, r), with `out_model` about W_out.
-        out_model: (r, d).
-    """
+    """W_in and W_out (F, d) of an FFN as products of (F, r) and (r, d), a cheap stand-in for what is left out."""
 
     in_neurons: jax.Array
     in_model: jax.Array
@@ -45,8 +36,8 @@ class Partition(NamedTuple):
     """The hidden neurons of an FFN in three parts, in this order; the rest is never computed.
 
     Attributes:
-        always: number of neurons that are computed for every token.
-        gated: number of neurons that something decides about.
+        always: neurons that are computed for every token.
+        gated: neurons that a selector decides about.
     """
 
     always: int
@@ -54,12 +45,9 @@ class Partition(NamedTuple):
 
     def parts(self, weights: FFNWeights) -> tuple[FFNWeights, FFNWeights]:
         """The FFN of the neurons that are always computed, and that of the gated ones, which has no bias."""
-        ends = (0, self.always, self.always + self.gated)
-        of_always, of_gated = (
-            FFNWeights(*(array[start:end] for array in weights[:3]), weights.b_out)
-            for start, end in itertools.pairwise(ends)
-        )
-        return of_always, of_gated._replace(b_out=jnp.zeros_like(weights.b_out))
+        always, end, bias = self.always, self.always + self.gated, weights.b_out
+        of_always = FFNWeights(*(array[:always] for array in weights[:3]), bias)
+        return of_always, FFNWeights(*(array[always:end] for array in weights[:3]), jnp.zeros_like(bias))
 
 
 @jax.tree_util.register_dataclass
@@ -92,9 +80,7 @@ class Selection:
     def per_token(self, shape: tuple[int, ...], features: int) -> jax.Array | None:
         """(*shape, G) bool, or (*shape, F) with sections: what each token gets; None for everything.
 
-        Args:
-            shape: (..., tokens) of the FFN's inputs.
-            features: F.
+        `shape` is (..., tokens) of the FFN's inputs, `features` F.
         """
         active = self.active
         if active is not None and self.tile_size != 1:
@@ -116,13 +102,7 @@ class Selector(Protocol):
     """Decides which part of an FFN is computed. A pytree, so that it passes through `jax.jit`."""
 
     def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> Selection:
-        """Selects.
-
-        Args:
-            ffn: the FFN; selectors that look at hidden activations compute them.
-            x: (..., tokens, d) inputs of the FFN.
-            tokens: (..., tokens) bool, false for padding.
-        """
+        """Selects for the inputs x (..., tokens, d) of an FFN; `tokens` (..., tokens) bool is false for padding."""
 
 
 Selectors = Mapping[str, Selector]
@@ -137,29 +117,24 @@ class Permutations:
     """
 
     def __init__(self, arrays: Mapping[str, np.ndarray]):
-        found = {name: np.asarray(array) for name, array in sorted(arrays.items())}
+        found = {name: np.asarray(array, np.int64) for name, array in sorted(arrays.items())}
         self.arrays = {name: a for name, a in found.items() if not np.array_equal(a, np.arange(len(a)))}
-        content = (name.encode() + b"=" + a.astype(np.int64).tobytes() for name, a in self.arrays.items())
-        self._digest = hashlib.sha256(b"".join(content)).digest()
+        self._content = tuple((name, a.tobytes()) for name, a in self.arrays.items())
 
     def then(self, others: Mapping[str, np.ndarray]) -> "Permutations":
-        """These, and after them others."""
+        """The composition of these, and after them others."""
         composed = {name: self.arrays[name][array] if name in self.arrays else array for name, array in others.items()}
         return Permutations(self.arrays | composed)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Permutations) and self._digest == other._digest
+        return isinstance(other, Permutations) and self._content == other._content
 
     def __hash__(self) -> int:
-        return hash(self._digest)
+        return hash(self._content)
 
 
 class PlanSelectors(dict[str, Selector]):
-    """The selectors of a plan by name; detectors whose neurons are in another order than the plan's refuse them.
-
-    Attributes:
-        permutations: of the plan.
-    """
+    """The selectors of a plan by name, with its permutations; detectors with other permutations refuse them."""
 
     def __init__(self, selectors: Selectors, permutations: Permutations):
         super().__init__(selectors)

@@ -66,8 +66,9 @@ def our_forwards(config: DetrConfig, arguments: Arguments) -> tuple[dict[str, Fo
         flat = (features.shape[0], -1)
         x = model.input_projection(features).reshape(*flat, config.d_model)
         positions, tokens = positions.reshape(*flat, config.d_model), mask.reshape(flat)
-        memory = model.transformer.encode(x, positions, tokens, {}, None)
-        return model.transformer.decode(memory, positions, tokens, {}, None)[-1]
+        run, _ = model.ffn_runner(None, valid=tokens.any(1), trace=False)
+        memory = model.transformer.encode(x, positions, tokens, run)
+        return model.transformer.decode(memory, positions, tokens, run)[-1]
 
     whole = jax.jit(lambda state, images: nnx.merge(graph, state)(images)).lower(state, images).compile()
     backbone, transformer = jax.jit(backbone), jax.jit(transformer)

@@ -22,7 +22,7 @@ from detr_jax.evaluation.coco_ap import bootstrap, confidence_interval, score
 from detr_jax.evaluation.runs import measure_dataset
 from detr_jax.files import write_json
 from detr_jax.methods import Thresholded, TrainedMethod
-from detr_jax.models import DETR, Selectors
+from detr_jax.models import DETR, Selector, Selectors
 from detr_jax.models.base import HasFFNs
 from detr_jax.training.gates import Gates, train_gates
 
@@ -139,6 +139,26 @@ class Scorer:
             "AP_minus_dense_interval": confidence_interval(bootstrap(scores) - self._samples),
             "density": float(np.mean([of_ffn.density for of_ffn in counts.values()])),
         }
+
+
+def describe(selector: Selector) -> dict:
+    """What a selector needs, decides and saves, for a row of the comparison."""
+    traits = selector.traits
+    return {
+        "needs": traits.needs,
+        "granularity": traits.granularity,
+        "saves": traits.saves,
+        "dynamic": traits.dynamic,
+        "trained": traits.needs == "training",
+    }
+
+
+def one_at_a_time(selectors: Selectors) -> dict[str, dict[str, Selector]]:
+    """Which FFN costs the accuracy: each alone, then from the first to each, by title."""
+    alone = {f"{name} alone": {name: selector} for name, selector in selectors.items()}
+    names = list(selectors)
+    up_to = {f"up to {name}": {n: selectors[n] for n in names[: i + 1]} for i, name in enumerate(names)}
+    return alone | up_to
 
 
 @contextlib.contextmanager

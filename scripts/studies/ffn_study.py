@@ -14,6 +14,7 @@ import numpy as np
 from common import markdown_table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from standalone import FFNInputs, StandaloneFFNs
 
 from detr_jax.errors import InputError, MissingFileError
 from detr_jax.evaluation.counts import count_activity, total_counts
@@ -22,7 +23,6 @@ from detr_jax.methods import Fixed, IndicatorSelector, LowRankCompensation, Orac
 from detr_jax.models import FFNWeights, Selection
 from detr_jax.models.base import HasFFNs
 from detr_jax.models.ffn import forward
-from detr_jax.models.standalone import FFNInputs, StandaloneFFNs
 from detr_jax.viz.figures import COLOURS, new_figure
 
 MeasuredSelector = Thresholded | TopK | LowRankCompensation | Fixed | Oracle | IndicatorSelector

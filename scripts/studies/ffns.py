@@ -23,6 +23,7 @@ from ffn_study import (
     read_ffns,
     study_markdown,
 )
+from standalone import StandaloneFFNs
 from tile_density import TILE_SIZES, measure_tiles
 from tqdm import tqdm
 
@@ -54,7 +55,6 @@ from detr_jax.methods import (
 from detr_jax.methods.grouping import group_count
 from detr_jax.methods.reconstruction import obs_ranking, reconstruct_from_kept, reconstruct_output
 from detr_jax.models.ffn import permute
-from detr_jax.models.standalone import StandaloneFFNs
 from detr_jax.training.gates import Gates, GateTraining
 from detr_jax.viz.figures import save_figure
 

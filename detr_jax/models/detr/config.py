@@ -1,4 +1,4 @@
-"""What a DETR is made of, and the five presets."""
+"""Configuration of a DETR, and the five presets."""
 
 from dataclasses import dataclass, field, replace
 
@@ -41,9 +41,8 @@ class DetrConfig:
     @property
     def ffn_names(self) -> tuple[str, ...]:
         """Names of the FFNs in the order in which they run: encoder.0 ... decoder.0 ..."""
-        return tuple(f"encoder.{i}" for i in range(self.encoder_layers)) + tuple(
-            f"decoder.{i}" for i in range(self.decoder_layers)
-        )
+        parts = (("encoder", self.encoder_layers), ("decoder", self.decoder_layers))
+        return tuple(f"{part}.{i}" for part, layers in parts for i in range(layers))
 
     @classmethod
     def from_json(cls, values: dict) -> "DetrConfig":
@@ -61,29 +60,15 @@ class DetrConfig:
         return dataclass_from_json(cls, values)
 
 
-def detr_r50() -> DetrConfig:
-    """Carion et al., "End-to-End Object Detection with Transformers", 2020: ResNet-50, stride 32."""
-    return DetrConfig(BackboneConfig(depths=(3, 4, 6, 3)))
+_R50 = BackboneConfig(depths=(3, 4, 6, 3))
+_R101 = BackboneConfig(depths=(3, 4, 23, 3))
 
-
-def detr_r50_dc5() -> DetrConfig:
-    """ResNet-50 with a dilated last stage, stride 16."""
-    return DetrConfig(BackboneConfig(depths=(3, 4, 6, 3), dilate_last=True))
-
-
-def detr_r101() -> DetrConfig:
-    """ResNet-101, stride 32."""
-    return DetrConfig(BackboneConfig(depths=(3, 4, 23, 3)))
-
-
-def detr_r101_dc5() -> DetrConfig:
-    """ResNet-101 with a dilated last stage, stride 16."""
-    return DetrConfig(BackboneConfig(depths=(3, 4, 23, 3), dilate_last=True))
-
-
-def detr_tiny() -> DetrConfig:
-    """The embedded detector of generated scenes: 128x128 pixels, stride 16, 64 encoder tokens."""
-    return DetrConfig(
+PRESETS = {
+    "detr-r50": DetrConfig(_R50),
+    "detr-r50-dc5": DetrConfig(replace(_R50, dilate_last=True)),
+    "detr-r101": DetrConfig(_R101),
+    "detr-r101-dc5": DetrConfig(replace(_R101, dilate_last=True)),
+    "detr-tiny": DetrConfig(
         BackboneConfig(depths=(2, 2, 2), widths=(16, 32, 64), strides=(2, 2, 1), stem_width=16),
         labels=SCENES_LABELS,
         d_model=128,
@@ -95,16 +80,10 @@ def detr_tiny() -> DetrConfig:
         decoder_layers=3,
         queries=20,
         preprocessing=Preprocessing(128, 213),
-    )
-
-
-PRESETS = {
-    "detr-r50": detr_r50,
-    "detr-r50-dc5": detr_r50_dc5,
-    "detr-r101": detr_r101,
-    "detr-r101-dc5": detr_r101_dc5,
-    "detr-tiny": detr_tiny,
+    ),
 }
+"""The published detectors (Carion et al. 2020), of stride 32 or, with a dilated last stage (DC5), 16; and the embedded
+detector of generated scenes: 128x128 pixels, stride 16, 64 encoder tokens."""
 
 
 def preset_config(name: str) -> DetrConfig:
@@ -115,4 +94,4 @@ def preset_config(name: str) -> DetrConfig:
     """
     if name not in PRESETS:
         raise InputError(f"no preset named {name!r}; there are {', '.join(PRESETS)}")
-    return PRESETS[name]()
+    return PRESETS[name]

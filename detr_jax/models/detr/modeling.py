@@ -1,6 +1,5 @@
 """The detector: backbone, transformer and the two heads."""
 
-import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -11,10 +10,9 @@ from jaxtyping import Array, Bool, Float, Shaped
 from detr_jax.models.base import Detector, FFNSpec
 from detr_jax.models.detections import Detections
 from detr_jax.models.detr.config import DetrConfig
-from detr_jax.models.detr.divergence import output_divergence
-from detr_jax.models.detr.postprocess import class_probabilities, postprocess
+from detr_jax.models.detr.outputs import DetrOutputs, class_probabilities, output_divergence, postprocess
 from detr_jax.models.detr.transformer import Transformer
-from detr_jax.models.ffn import FFN, FFNTrace
+from detr_jax.models.ffn import FFN
 from detr_jax.models.positions import downsample_mask, sine_positions
 from detr_jax.models.resnet import ResNet
 from detr_jax.models.selection import Selectors
@@ -23,7 +21,7 @@ from detr_jax.models.selection import Selectors
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ImageTokens:
-    """Features of a batch of images behind the backbone, with their positions.
+    """Features of a batch of images after the backbone, with their positions.
 
     Attributes:
         x: (batch, tokens, d) projected features of the backbone.
@@ -36,26 +34,6 @@ class ImageTokens:
     positions: jax.Array
     mask: jax.Array
     valid: jax.Array
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class DetrOutputs:
-    """Outputs of a DETR for a batch of images, in float32.
-
-    Attributes:
-        logits: (batch, queries, classes + 1), "no object" last.
-        boxes: (batch, queries, 4) as (cx, cy, w, h), fractions of the unpadded image.
-        auxiliary: (logits, boxes) after each decoder layer but the last, if asked for.
-        encoder: (batch, tokens, d) input and output of the encoder, if auxiliary outputs were asked for.
-        traces: of the FFNs by name, if asked for.
-    """
-
-    logits: jax.Array
-    boxes: jax.Array
-    auxiliary: tuple[tuple[jax.Array, jax.Array], ...] = ()
-    encoder: tuple[jax.Array, ...] = ()
-    traces: dict[str, FFNTrace] | None = None
 
 
 class BoxHead(nnx.Module):
@@ -126,23 +104,13 @@ class DETR(Detector):
         return ImageTokens(x, positions.reshape(shape), mask.reshape(flat), valid)
 
     def transform(
-        self,
-        features: ImageTokens,
-        *,
-        selectors: Selectors | None = None,
-        trace: bool = False,
-        auxiliary: bool = False,
+        self, features: ImageTokens, *, selectors: Selectors | None = None, trace: bool = False, auxiliary: bool = False
     ) -> DetrOutputs:
         """See `Detector.transform`; `auxiliary` outputs are those after every decoder layer, and of the encoder."""
-        selectors = self.known_selectors(selectors)
+        run, traces = self.ffn_runner(selectors, features.valid, trace)
         x, positions, mask = features.x, features.positions, features.mask
-        traces: dict[str, FFNTrace] | None = {} if trace else None
-        memory = self.transformer.encode(x, positions, mask, selectors, traces)
-        layers = self.transformer.decode(memory, positions, mask, selectors, traces)
-        if traces is not None:
-            valid = features.valid[:, None]
-            traces = {name: dataclasses.replace(t, tokens=t.tokens & valid) for name, t in traces.items()}
-
+        memory = self.transformer.encode(x, positions, mask, run)
+        layers = self.transformer.decode(memory, positions, mask, run)
         *earlier, (logits, boxes) = [self.heads(x) for x in (layers if auxiliary else layers[-1:])]
         return DetrOutputs(logits, boxes, tuple(earlier), (x, memory) if auxiliary else (), traces)
 

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from detr_jax.models.detr.config import DetrConfig
-from detr_jax.models.ffn import FFN, FFNTrace
-from detr_jax.models.selection import Selectors
+from detr_jax.models.ffn import FFN, RunFFN
 
 LAYER_NORM_EPSILON = 1e-5
 
@@ -19,14 +18,9 @@ def softmax_attention(
     The weights are by far the largest arrays of the transformer; this saves a pass over them.
 
     Args:
-        query: (batch, queries, heads, d).
-        key: (batch, keys, heads, d).
-        value: (batch, keys, heads, d).
+        query: (batch, queries, heads, d), the shape of the result; `key` and `value` are (batch, keys, heads, d).
         mask: (batch, 1, 1, keys) bool, true where to attend; every row has a key to attend to.
-        unused: what else the module passes: dropout and the like.
-
-    Returns:
-        (batch, queries, heads, d).
+        unused: options of the module for dropout and the like.
     """
     exact = jnp.float32  # scores and sums, whatever the dtype of the computation
     scores = jnp.einsum("bqhd,bkhd->bhqk", query * query.shape[-1] ** -0.5, key, preferred_element_type=exact)
@@ -39,16 +33,8 @@ def softmax_attention(
 
 
 def _attention(config: DetrConfig, heads: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.MultiHeadAttention:
-    return nnx.MultiHeadAttention(
-        heads,
-        config.d_model,
-        decode=False,
-        keep_rngs=False,
-        attention_fn=softmax_attention,
-        kernel_init=nnx.initializers.glorot_uniform(),
-        dtype=dtype,
-        rngs=rngs,
-    )
+    options = {"attention_fn": softmax_attention, "kernel_init": nnx.initializers.glorot_uniform(), "dtype": dtype}
+    return nnx.MultiHeadAttention(heads, config.d_model, decode=False, keep_rngs=False, rngs=rngs, **options)
 
 
 def _norm(config: DetrConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -101,44 +87,19 @@ class Transformer(nnx.Module):
         self.queries = nnx.Param(jax.random.normal(rngs.params(), (config.queries, config.d_model)))
         self.dtype = dtype
 
-    def encode(
-        self,
-        x: jax.Array,
-        positions: jax.Array,
-        tokens: jax.Array,
-        selectors: Selectors,
-        traces: dict[str, FFNTrace] | None,
-    ) -> jax.Array:
-        """Image tokens -> memory.
+    def encode(self, x: jax.Array, positions: jax.Array, tokens: jax.Array, run: RunFFN) -> jax.Array:
+        """Image tokens and their position encodings (batch, tokens, d) -> memory (batch, tokens, d).
 
-        Args:
-            x: (batch, tokens, d).
-            positions: (batch, tokens, d) position encoding.
-            tokens: (batch, tokens) bool, false for padding.
-            selectors: selector of each sparse FFN by name.
-            traces: filled with every FFN's trace unless None.
-
-        Returns:
-            (batch, tokens, d).
+        `tokens` (batch, tokens) bool is false for padding.
         """
         mask = tokens[:, None, None, :]
         for index, layer in enumerate(self.encoder):
-            name = f"encoder.{index}"
             x = layer.attend(x, positions, mask)
-            if traces is not None:
-                traces[name] = layer.ffn.trace(x, tokens, selectors.get(name))
-            x = layer.norm2(x + layer.ffn(x, tokens, selectors.get(name)))
+            x = layer.norm2(x + run(f"encoder.{index}", x, tokens))
         return x
 
-    def decode(
-        self,
-        memory: jax.Array,
-        positions: jax.Array,
-        tokens: jax.Array,
-        selectors: Selectors,
-        traces: dict[str, FFNTrace] | None,
-    ) -> list[jax.Array]:
-        """Memory -> the object queries' features (batch, queries, d) after each layer, normalised."""
+    def decode(self, memory: jax.Array, positions: jax.Array, tokens: jax.Array, run: RunFFN) -> list[jax.Array]:
+        """Memory -> features (batch, queries, d) of the object queries after each layer, normalised."""
         mask = tokens[:, None, None, :]
         batch = memory.shape[0]
         queries = jnp.broadcast_to(self.queries[...].astype(self.dtype), (batch, *self.queries.shape))
@@ -147,10 +108,7 @@ class Transformer(nnx.Module):
         x = jnp.zeros_like(queries)
         outputs = []
         for index, layer in enumerate(self.decoder):
-            name = f"decoder.{index}"
             x = layer.attend(x, queries, memory, located_memory, mask)
-            if traces is not None:
-                traces[name] = layer.ffn.trace(x, every_query, selectors.get(name))
-            x = layer.norm3(x + layer.ffn(x, every_query, selectors.get(name)))
+            x = layer.norm3(x + run(f"decoder.{index}", x, every_query))
             outputs.append(self.decoder_norm(x))
         return outputs

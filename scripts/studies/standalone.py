@@ -1,15 +1,11 @@
 """FFNs as arrays alone, without a detector around them."""
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 import jax
 
 from detr_jax.models.ffn import FFNTrace, trace
 from detr_jax.models.selection import FFNWeights, Selectors
-
-Sum = TypeVar("Sum")
-"""Anything that adds up over batches."""
 
 
 @jax.tree_util.register_dataclass
