@@ -143,11 +143,11 @@ def test_boxes_are_clipped_to_the_image_where_people_see_them(dataset):
 
 def test_a_plan_far_from_its_calibration_is_noticed(model, dataset):
     selectors = {"encoder.0": FirstGroups(jnp.array(2))}  # half of one FFN of two
-    plan = Plan("toy", "", selectors, {}, {}, {"density": 0.75}, {})
+    plan = Plan("toy", "", selectors, {}, {}, {"mean_group_sparsity": 0.25}, {})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         SparseDETR(model, plan).detect(dataset[0].image)
-    far = SparseDETR(model, dataclasses.replace(plan, measured={"density": 0.25}))
+    far = SparseDETR(model, dataclasses.replace(plan, measured={"mean_group_sparsity": 0.75}))
     with pytest.warns(UserWarning, match=r"keeps 75\.0% of the hidden neurons on images, for 25\.0% on"):
         far.detect(dataset[0].image)
 
