@@ -4,20 +4,23 @@ import argparse
 import json
 import pathlib
 import pickle
+import shutil
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
 from PIL import Image
-from published import empty_entries
+from published import empty_entries, parameter_shapes
 
+import detr_jax
 from detr_jax import convert
 from detr_jax.convert import open_checkpoint
 from detr_jax.convert.facts import read_facts
-from detr_jax.data.transforms import preprocess
+from detr_jax.convert.layouts import LAYOUTS
 from detr_jax.errors import InputError
-from detr_jax.models import Preprocessing
+from detr_jax.models import BackboneConfig, DetrConfig, Preprocessing
 from detr_jax.models.labels import COCO_LABELS
 
 CONFIG = {"model_type": "detr", "id2label": {"0": "cat", "1": "dog"}, "dilation": False}
@@ -53,13 +56,24 @@ def folder(tmp_path):
     return write
 
 
-def test_preprocessing_is_that_of_the_checkpoint(folder):
-    """The case of shared numbers: sides of 480 and 640, mean and deviation of 0.5."""
-    preprocessing = read_facts(folder(CONFIG, PROCESSOR)).preprocessing
-    assert preprocessing == Preprocessing(480, 640, (0.5,) * 3, (0.5,) * 3)
+def test_a_checkpoint_is_fed_as_its_files_say(tmp_path):
+    """Files of a fine-tuned detector as Hugging Face writes them: 480 and 640 pixels, mean and deviation of 0.5."""
+    folder = shutil.copytree(Path(__file__).parent / "data/preprocessor", tmp_path / "model")
+    config = DetrConfig(BackboneConfig((1, 1, 1, 1)), ("",) * 5, encoder_layers=1, decoder_layers=1, queries=20)
+    shapes, rng = parameter_shapes(config), np.random.default_rng(0)
+    entries = {
+        place.theirs: rng.uniform(0.01, 0.1, place.form.shape(shapes[place.ours])).astype(np.float32)
+        for place in LAYOUTS[2].places(config)
+    }
+    safetensors.numpy.save_file(entries, folder / "model.safetensors")
+    model = detr_jax.load(folder)
+    assert model.preprocessing == Preprocessing(480, 640, (0.5,) * 3, (0.5,) * 3)
+    assert model.labels == ("cat", "dog", "bird", "cow", "boat")
     image = np.random.default_rng(0).integers(0, 256, (72, 96, 3), np.uint8)
+    pixel_values, pixel_mask = detr_jax.preprocess_images(image, model.preprocessing)
+    assert pixel_values.shape == (1, 480, 640, 3) and pixel_mask.all()
     resized = np.asarray(Image.fromarray(image).resize((640, 480), Image.Resampling.BILINEAR))
-    np.testing.assert_allclose(preprocess(image, preprocessing), resized / 127.5 - 1, atol=1e-6)
+    np.testing.assert_allclose(pixel_values[0], resized / 127.5 - 1, atol=1e-6)
 
 
 @pytest.mark.parametrize(
