@@ -122,7 +122,7 @@ def budgets_of(method: Method, arguments: Arguments) -> dict[str, Any]:
 
 def alone(name: str, uniform: Mapping[str, Selector]) -> dict[str, Selector]:
     """One FFN sparse: the others keep everything, in the same program."""
-    return {n: selector if n == name else at_threshold(selector, -math.inf) for n, selector in uniform.items()}
+    return {n: s if n == name else at_threshold(s, lambda found: found.at(-math.inf)) for n, s in uniform.items()}
 
 
 def thresholds_of(method: Method, selectors: Mapping[str, Selector]) -> dict[str, float | None]:
