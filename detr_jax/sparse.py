@@ -20,7 +20,7 @@ from detr_jax.models import Detector, Outputs, Preprocessing, Selectors
 from detr_jax.models.detections import Detections, ImageDetections
 from detr_jax.models.parameters import fingerprint
 from detr_jax.plan import Plan, load_plan
-from detr_jax.plan.checks import check_fit
+from detr_jax.plan.checks import check_plan
 from detr_jax.plan.plan import same_permutations
 
 
@@ -29,10 +29,9 @@ from detr_jax.plan.plan import same_permutations
 class SparseDETR:
     """A frozen detector whose FFNs compute what a plan says. `detr_jax.load_sparse` makes one.
 
-    It is called like the dense detector and is a pytree like it: pass it through `jax.jit`, `jax.grad`, `jax.vmap` and
-    `jax.shard_map`. Parameters are in `detector`; to differentiate by them and not by the plan's numbers, take the
-    gradient of `lambda detector: loss(dataclasses.replace(model, detector=detector))`. Methods whose names begin with
-    `with` give another one that shares the detector's parameters.
+    It is called like the dense detector and is a pytree like it. To differentiate by parameters and not by the plan's
+    numbers, take the gradient of `lambda detector: loss(dataclasses.replace(model, detector=detector))`. Methods whose
+    names begin with `with` give another one that shares the detector's parameters.
 
     Attributes:
         detector: the frozen detector, its hidden neurons in the plan's orders.
@@ -49,9 +48,7 @@ class SparseDETR:
         Raises:
             ValueError: if the plan was made for another detector, or its selectors do not fit.
         """
-        if plan.fingerprint != (own := fingerprint(model)):
-            raise InputError(f"the plan was made for the detector {plan.fingerprint[:12]}, this one is {own[:12]}")
-        check_fit(plan.selectors, plan.permutations, model, "the plan")
+        check_plan(plan, model, fingerprint(model), "the plan")
         return cls(model.with_permutations(plan.permutations), plan)
 
     def __repr__(self) -> str:
@@ -97,28 +94,20 @@ class SparseDETR:
         pixel_mask: jax.Array | None = None,
         *,
         selectors: Selectors | None = None,
-        trace: bool = False,
         **options: Any,
     ) -> Any:
-        """Outputs as of the dense detector, but `selectors` None are the plan's, and {} is dense."""
+        """Outputs and options as of the dense detector, but `selectors` None are the plan's, and {} is dense."""
         selectors = self.plan.selectors if selectors is None else selectors
-        return self.detector(pixel_values, pixel_mask, selectors=selectors, trace=trace, **options)
+        return self.detector(pixel_values, pixel_mask, selectors=selectors, **options)
 
     def embed(self, pixel_values: jax.Array, pixel_mask: jax.Array, valid: jax.Array) -> Any:
         """The part before the transformer, see `Detector.embed`."""
         return self.detector.embed(pixel_values, pixel_mask, valid)
 
-    def transform(
-        self,
-        features: Any,
-        *,
-        selectors: Selectors | None = None,
-        trace: bool = False,
-        **options: Any,
-    ) -> Outputs:
+    def transform(self, features: Any, *, selectors: Selectors | None = None, **options: Any) -> Outputs:
         """The transformer and the heads; arguments and errors as of a call."""
         selectors = self.plan.selectors if selectors is None else selectors
-        return self.detector.transform(features, selectors=selectors, trace=trace, **options)
+        return self.detector.transform(features, selectors=selectors, **options)
 
     def detections(self, outputs: Any, sizes: jax.Array) -> Detections:
         """Detections in pixels, see `Detector.detections`."""
@@ -131,14 +120,11 @@ class SparseDETR:
         return detect(self, images, threshold, batch_size=batch_size)
 
     def inspect(self, pixel_values: jax.Array, pixel_mask: jax.Array | None = None) -> dict[str, FFNActivity]:
-        """What happens in every FFN: hidden activations, gate maps, densities.
+        """Hidden activations, gate maps and densities of each FFN by name, in the order in which they run.
 
         Args:
             pixel_values: (batch, height, width, 3) float, see `detr_jax.preprocess_images`.
             pixel_mask: (batch, height, width) bool; None where nothing is padding.
-
-        Returns:
-            By name of the FFN, in the order in which they run.
 
         >>> import detr_jax
         >>> from detr_jax.data.scenes import ScenesDataset
@@ -155,14 +141,11 @@ class SparseDETR:
         return {name: found[name] for name in self.detector.ffn_specs()}
 
     def execution_report(self, image_size: tuple[int, int], batch_size: int = 1) -> dict[str, FFNExecution]:
-        """How each FFN is computed on this device, without computing it: what ran, and why nothing faster did.
+        """How each FFN is computed on this device, without computing it: what runs, and why nothing faster does.
 
         Args:
             image_size: height and width of the images in pixels.
             batch_size: images per batch.
-
-        Returns:
-            By name of the FFN; see `detr_jax.evaluation.inspection.execution_report`.
 
         >>> import detr_jax
         >>> model = detr_jax.load_sparse("detr-tiny").with_implementation("xla")
@@ -172,35 +155,20 @@ class SparseDETR:
         return execution_report(self.detector, self.plan.selectors, image_size, batch_size)
 
     def draw_activity(self, image: ImageLike, path: Path | str, threshold: float = 0.7) -> None:
-        """Writes a figure of where on an image neurons fire, and where the plan computes them.
-
-        Args:
-            image: a file, a PIL image or an array.
-            path: of the figure, a PNG.
-            threshold: least score of the detections that are drawn.
-        """
+        """Writes a PNG of where on an image neurons fire, where the plan computes them, and detections from a score."""
         from detr_jax.viz.activity_map import plot_activity  # imports matplotlib
         from detr_jax.viz.figures import save_figure
 
         save_figure(plot_activity(self, image, threshold), Path(path))
 
     def with_plan(self, plan: Plan | Path | str) -> "SparseDETR":
-        """The same detector with another plan, an object or what `detr_jax.load_plan` takes.
-
-        Raises:
-            FileNotFoundError, ValueError: as `detr_jax.load_plan` and `SparseDETR.of`.
-        """
+        """The same detector with another plan, an object or what `detr_jax.load_plan` takes; raises as that does."""
         if not isinstance(plan, Plan):
             plan = load_plan(plan, self.dense)
-        if same_permutations(plan.permutations, self.plan.permutations):
-            if plan.fingerprint != self.plan.fingerprint:
-                raise InputError(
-                    f"the plan was made for the detector {plan.fingerprint[:12]}, this one is "
-                    f"{self.plan.fingerprint[:12]}"
-                )
-            check_fit(plan.selectors, plan.permutations, self.detector, "the plan")
-            return SparseDETR(self.detector, plan)
-        return SparseDETR.of(self.dense, plan)
+        if not same_permutations(plan.permutations, self.plan.permutations):
+            return SparseDETR.of(self.dense, plan)
+        check_plan(plan, self.detector, self.plan.fingerprint, "the plan")
+        return SparseDETR(self.detector, plan)
 
     def with_threshold(
         self,
@@ -208,12 +176,11 @@ class SparseDETR:
         *,
         score: float | Mapping[str, float] | None = None,
     ) -> "SparseDETR":
-        """The same with other thresholds; `plan.measured`, which is not true any more, is emptied.
+        """The same with other thresholds for all FFNs, or by name for some; `plan.measured` is emptied.
 
         Args:
-            probability: threshold of gates, for all FFNs, or by name for some of them: groups are computed that are
-                active with at least this probability.
-            score: thresholds in the unit of the method's own score, instead; log-odds for gates.
+            probability: threshold of gates: groups are computed that are active with at least this probability.
+            score: instead, threshold in the unit of the method's own score; log-odds for gates.
 
         Raises:
             InputError: if both or none are given, an FFN has no selector or its selector no threshold, its score is no
@@ -237,12 +204,11 @@ class SparseDETR:
         return SparseDETR(self.detector, dataclasses.replace(self.plan, selectors=selectors, measured={}))
 
     def with_implementation(self, implementation: str | Execution) -> "SparseDETR":
-        """The same, computed in another way. Unless that is the plan's own, `plan.measured` is emptied: it is not true
-        any more.
+        """The same, computed in another way; unless that is the plan's own, `plan.measured` is emptied.
 
         Args:
             implementation: "masked" computes everything and ignores what is not kept; "auto" leaves out what no token
-                of an image needs, by the fastest implementation for this device; or the name of one of
+                of an image needs, by the fastest implementation for this device; or one of
                 `detr_jax.kernels.IMPLEMENTATIONS`, or an `Execution`, which also has the sizes of tiles and blocks.
 
         Raises:
@@ -253,7 +219,14 @@ class SparseDETR:
         >>> model.plan.selectors["encoder.0"].execution
         Execution(tile_size=None, block_size=None, exact=False, ordered=False, implementation=None)
         """
-        selectors = executed(self.plan.selectors, _execution(implementation))
+        ways = {"masked": None, "auto": Execution()} | {
+            name: Execution(implementation=name) for name in IMPLEMENTATIONS
+        }
+        if isinstance(implementation, str) and implementation not in ways:
+            known = ", ".join(ways)
+            raise InputError(f"there is no implementation {implementation!r} of the sparse FFN; there are {known}")
+        execution = ways[implementation] if isinstance(implementation, str) else implementation
+        selectors = executed(self.plan.selectors, execution)
         if jax.tree.structure(selectors) == jax.tree.structure(dict(self.plan.selectors)):
             return self
         return self.with_plan(dataclasses.replace(self.plan, selectors=selectors, measured={}))
@@ -266,14 +239,3 @@ def _inspect(
     traces = detector(pixel_values, pixel_mask, selectors=selectors, trace=True).traces
     grids, specs = detector.token_grids(pixel_values.shape[1:3]), detector.ffn_specs()
     return {name: activity(trace, tuple(grids[i] for i in specs[name].grids)) for name, trace in traces.items()}
-
-
-def _execution(implementation: str | Execution) -> Execution | None:
-    if isinstance(implementation, Execution):
-        return implementation
-    if implementation == "masked":
-        return None
-    if implementation not in ("auto", *IMPLEMENTATIONS):
-        known = ", ".join(("masked", "auto", *IMPLEMENTATIONS))
-        raise InputError(f"there is no implementation {implementation!r} of the sparse FFN; there are {known}")
-    return Execution(implementation=None if implementation == "auto" else implementation)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from detr_jax.kernels.backend import Backend, FFNShape, FFNWeights
-from detr_jax.kernels.block_masks import BlockLists
+from detr_jax.kernels.block_masks import BlockLists, pad_tokens
 from detr_jax.kernels.reference import expand_groups
 
 CHUNK = 128
@@ -65,12 +65,10 @@ def block_sparse_ffn(
     tokens = -(-tile_size // (parts * 16)) * 16
 
     def divide(array):
-        padded = jnp.pad(array, ((0, 0), (0, parts * tokens - tile_size), (0, 0)))
-        return padded.reshape(tiles * parts, tokens, array.shape[-1])
+        return pad_tokens(array, parts * tokens).reshape(tiles * parts, tokens, array.shape[-1])
 
     operands = [divide(x)]
-    if active is not None:
-        # Neurons on rows, as the activations are.
+    if active is not None:  # neurons on rows, as the activations are
         operands.append(divide(expand_groups(active, features)).swapaxes(1, 2).astype(x.dtype))
     indices, counts = (jnp.repeat(array, parts, axis=0) for array in lists)
     resident = (weights.w_in, weights.b_in[:, None].astype(jnp.float32), weights.w_out, weights.b_out[None])

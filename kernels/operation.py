@@ -30,8 +30,7 @@ class Execution:
 
     Attributes:
         tile_size: tokens that share their blocks; None for all tokens of an image.
-        block_size: neurons of a block; None for a group of the selector's, or the smallest number of groups that the
-            implementation takes.
+        block_size: neurons of a block; None for the fewest groups of the selector that the implementation takes.
         exact: whether a token gets only its own groups of the blocks that its tile computes. Otherwise it gets the
             whole blocks, which is closer to the dense FFN and costs nothing.
         ordered: whether tokens that need the same groups are brought together into tiles, and back afterwards.
@@ -45,12 +44,7 @@ class Execution:
     implementation: str | None = None
 
     def dispatch(self, x: jax.Array | jax.ShapeDtypeStruct, hidden: int, groups: int) -> Dispatch:
-        """How `sparse_ffn` computes an FFN of F = `hidden` neurons in G = `groups` groups on the default device.
-
-        Args:
-            x: (..., tokens, d), or its shape.
-            hidden: F.
-            groups: G.
+        """How `sparse_ffn` computes x (..., tokens, d) on the default device, with F `hidden` neurons in G `groups`.
 
         Raises:
             InputError: if blocks of that size do not divide the neurons, or `UnavailableError`, see `choose`.
@@ -172,8 +166,7 @@ def _check(x, weights, needed, tile_size, active):
         )
     if tile_size < 1:
         raise InputError(f"a tile must have at least 1 token, not {tile_size}")
-    blocks = needed.shape[-1]
-    tiles = (*x.shape[:-2], -(-x.shape[-2] // tile_size))
+    blocks, tiles = needed.shape[-1], (*x.shape[:-2], -(-x.shape[-2] // tile_size))
     if needed.dtype != bool or needed.shape[:-1] != tiles:
         raise ValueError(
             f"inputs {x.shape} in tiles of {tile_size} tokens need a bool map {(*tiles, 'B')}, not {needed.dtype} "

@@ -58,7 +58,7 @@ def block_sparse_ffn(
     """The FFN where every tile of consecutive tokens computes, for all of its tokens, the blocks that it needs.
 
     Args:
-        x: of the tokens.
+        x: inputs.
         weights: of the FFN.
         needed: blocks of F / B consecutive neurons.
         tile_size: tokens per tile; the last tile may be shorter.

@@ -2,11 +2,8 @@
 
 Tiles come one after the other, and the blocks that a tile needs are gathered. Shapes are static, so a tile computes one
 of a few capacities, the least that holds its blocks; `jax.lax.switch` chooses at run time and nothing recompiles with
-the data. This pays on a CPU: the gather moves whole blocks of rows, and a product of few neurons is as efficient as one
-of many.
-
-Tiles much smaller than a block are fewer numbers than its weights. Then the blocks come one after the other, and the
-tiles that need a block are gathered, some at a time.
+the data. Tiles much smaller than a block are fewer numbers than its weights: then the blocks come one after the other,
+and the tiles that need a block are gathered, some at a time.
 """
 
 import math
@@ -32,10 +29,7 @@ def capacities(blocks: int) -> tuple[int, ...]:
     return tuple(sorted({math.ceil(share * blocks) for share in SHARES} - {blocks}))
 
 
-def block_sparse_ffn(
-    x: jax.Array, weights: FFNWeights, lists: BlockLists, active: jax.Array | None = None
-) -> jax.Array:
-    """The FFN as `backend.KernelFn`."""
+def _run(x: jax.Array, weights: FFNWeights, lists: BlockLists, active: jax.Array | None) -> jax.Array:
     small = x.shape[1] <= SMALL * len(weights.w_in) / lists.indices.shape[-1]
     return (_block_by_block if small and x.shape[0] != 1 else _tile_by_tile)(x, weights, lists, active)
 
@@ -105,4 +99,4 @@ def _block_by_block(x, weights, lists, active):
     return jax.lax.fori_loop(0, ends[-1], add, total).astype(x.dtype)
 
 
-BACKEND = Backend("xla", ("cpu",), block_sparse_ffn, unsupported_reason=lambda shape: None, break_even=0.75)
+BACKEND = Backend("xla", ("cpu",), _run, unsupported_reason=lambda shape: None, break_even=0.75)

@@ -1,7 +1,6 @@
 """Whether what a plan holds is usable, and fits a detector."""
 
 from collections.abc import Mapping
-from functools import partial
 
 import jax
 import numpy as np
@@ -10,20 +9,25 @@ from detr_jax.errors import InputError
 from detr_jax.kernels import UnavailableError
 from detr_jax.models import Detector, FFNWeights, Selector, Selectors
 from detr_jax.models.ffn import forward
+from detr_jax.plan.plan import Plan
+
+
+def check_plan(plan: Plan, model: Detector, own: str, source: str) -> None:
+    """Checks that a plan was made for a detector with the fingerprint `own`; see `check_fit` for the rest."""
+    check_fit(plan.selectors, plan.permutations, model, source)
+    if plan.fingerprint != own:
+        raise InputError(
+            f"{source} was made for the detector {plan.fingerprint[:12]}, this one is {own[:12]}: it knows nothing "
+            "about other parameters; make one for this detector with scripts/train_gates.py"
+        )
 
 
 def check_fit(selectors: Selectors, permutations: Mapping[str, np.ndarray], model: Detector, source: str) -> None:
-    """Checks the selectors and permutations of a plan without running the detector.
-
-    Args:
-        selectors: selector of each sparse FFN by name.
-        permutations: (F,) of the hidden neurons by name.
-        model: the detector.
-        source: where they are from, for errors.
+    """Checks selectors and permutations (F,) by name of the FFN, without running the detector.
 
     Raises:
         InputError: if they name FFNs that the detector does not have, a permutation does not name every neuron once,
-            numbers are NaN or infinite (thresholds may be infinite), or shapes do not fit.
+            numbers are NaN or infinite (thresholds may be infinite), or shapes do not fit. It names their `source`.
     """
     specs = model.ffn_specs()
     for what, names in (("selectors", selectors), ("permutations", permutations)):
@@ -51,10 +55,16 @@ def _check_numbers(name: str, selector: Selector, source: str) -> None:
 
 
 def _check_shapes(name: str, selector: Selector, weights: FFNWeights, source: str) -> None:
+    def run(weights, x, tokens):
+        """The groups and channels that are selected for each token, and what the FFN makes of that."""
+        selection = selector(weights, x, tokens)
+        kept = selection.per_token(tokens.shape, len(weights.w_in)), selection.channels
+        return kept, forward(weights, x, selection)
+
     tokens = jax.ShapeDtypeStruct((1, 2), bool)
     x = jax.ShapeDtypeStruct((*tokens.shape, weights.w_in.shape[1]), weights.w_in.dtype)  # as the detector computes
     try:
-        kept, _ = jax.eval_shape(partial(_run, selector), weights, x, tokens)
+        kept, _ = jax.eval_shape(run, weights, x, tokens)
         if any(which is not None and which.shape[:-1] != tokens.shape for which in kept):
             raise ValueError("it does not decide token by token")
     except UnavailableError as error:
@@ -65,12 +75,3 @@ def _check_shapes(name: str, selector: Selector, weights: FFNWeights, source: st
         raise InputError(
             f"{source}: the selector of {name} does not fit its FFN: {error}; shapes of its arrays: {shapes}"
         ) from error
-
-
-def _run(
-    selector: Selector, weights: FFNWeights, x: jax.Array, tokens: jax.Array
-) -> tuple[tuple[jax.Array | None, jax.Array | None], jax.Array]:
-    """The groups and channels that a selector selects for each token, and what the FFN makes of that."""
-    selection = selector(weights, x, tokens)
-    kept = selection.per_token(tokens.shape, len(weights.w_in)), selection.channels
-    return kept, forward(weights, x, selection)

@@ -18,7 +18,7 @@ from detr_jax.errors import ExistingFileError, InputError
 from detr_jax.methods.base import STORABLE
 from detr_jax.models import Detector
 from detr_jax.models.parameters import fingerprint
-from detr_jax.plan.checks import check_fit
+from detr_jax.plan.checks import check_plan
 from detr_jax.plan.migrations import MIGRATIONS
 from detr_jax.plan.plan import Plan
 from detr_jax.safetensors_io import Format
@@ -74,8 +74,8 @@ def push_plan(plan: Plan, repository: str, *, private: bool = False, message: st
 
     Args:
         plan: the plan.
-        repository: "owner/name"; made if it does not exist.
-        private: who may see it, if it is made.
+        repository: "owner/name"; made if it does not exist, for its owner alone if `private`.
+        private: see `repository`.
         message: of the commit.
 
     Returns:
@@ -109,12 +109,7 @@ def _read(path: Path, model: Detector) -> Plan:
     if arrays:
         raise InputError(f"{path} is damaged: entries {sorted(arrays)} are left over")
     plan = Plan(permutations=permutations, **described | {"selectors": found})
-    check_fit(plan.selectors, plan.permutations, model, str(path))
-    if plan.fingerprint != (own := fingerprint(model)):
-        raise InputError(
-            f"{path} was made for the detector {plan.fingerprint[:12]}, this one is {own[:12]}: it knows nothing "
-            "about other parameters; make one for this detector with scripts/train_gates.py"
-        )
+    check_plan(plan, model, fingerprint(model), str(path))
     return plan
 
 

@@ -59,11 +59,11 @@ class _Facts:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Facts):
             return NotImplemented
-        own, others = (facts.values | {"permutations": None} for facts in (self, other))
-        ones, other_ones = self.values["permutations"], other.values["permutations"]
-        return own == others and (ones is other_ones or same_permutations(ones, other_ones))
+        own, others = dict(self.values), dict(other.values)
+        return same_permutations(own.pop("permutations"), others.pop("permutations")) and own == others
 
 
 def same_permutations(ones: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray]) -> bool:
     """Whether two plans are about the same order of a detector's neurons."""
-    return ones.keys() == others.keys() and all(np.array_equal(ones[name], others[name]) for name in ones)
+    same_names = ones.keys() == others.keys()
+    return ones is others or (same_names and all(np.array_equal(ones[name], others[name]) for name in ones))
