@@ -33,7 +33,8 @@ def indices_to_mask(lists: BlockLists, blocks: int) -> Bool[Array, "*batch tiles
     inside = (lists.indices >= 0) & (lists.indices < blocks)
     named = jnp.where(listed & inside, lists.indices, blocks)
     flat = named.reshape(-1, named.shape[-1])
-    needed = jnp.zeros((len(flat), blocks), bool).at[jnp.arange(len(flat))[:, None], flat].set(True, mode="drop")
+    tile = jnp.arange(flat.shape[0])[:, None]  # `len` takes no symbols of `jax.export`
+    needed = jnp.zeros((flat.shape[0], blocks), bool).at[tile, flat].set(True, mode="drop")
     return needed.reshape(*named.shape[:-1], blocks)
 
 
