@@ -1,4 +1,4 @@
-"""COCO's average precision by pycocotools, and confidence intervals of it by resampling images."""
+"""COCO's average precision by pycocotools, and its confidence intervals by resampling images."""
 
 import contextlib
 import io
@@ -19,12 +19,12 @@ after AR are detections per image."""
 
 @dataclass(frozen=True)
 class CategoryMatches:
-    """The detections of one category over all images, best first.
+    """Detections of one category over all images, best first.
 
     Attributes:
         image: (detections,) int, index of the image.
         hit: (IoU thresholds, detections) bool, matched an object.
-        miss: (IoU thresholds, detections) bool, matched nothing; crowds make detections neither hit nor miss.
+        miss: (IoU thresholds, detections) bool, matched nothing; those on crowds are neither hit nor miss.
         objects: (images,) int, objects to be found in each image.
     """
 
@@ -36,13 +36,13 @@ class CategoryMatches:
 
 @dataclass(frozen=True)
 class CocoScores:
-    """How good detections are.
+    """Accuracy of detections.
 
     Attributes:
         numbers: the twelve `METRICS`; NaN where no object defines one.
         category_ap: AP of every category with objects, by name; where several categories share a name, by "name (id)".
-        image_ids: the images, sorted.
-        matches: of every category with objects, what resampling needs.
+        image_ids: ids of the images, sorted.
+        matches: for resampling, one for every category with objects.
     """
 
     numbers: dict[str, float]
@@ -52,15 +52,16 @@ class CocoScores:
 
 
 def score(ground_truth: dict, results: list[dict], image_ids: Sequence[int]) -> CocoScores:
-    """Compares detections with the ground truth.
+    """Accuracy of detections against the ground truth.
 
     Args:
         ground_truth: in the layout of COCO's `instances_*.json`.
         results: in COCO's results format, boxes as (x, y, width, height) in pixels; may be empty.
-        image_ids: the images to evaluate; those without objects or detections count too.
+        image_ids: ids of the images to evaluate; those without objects or detections count too.
 
     Raises:
-        InputError: if there are no images, or a result belongs to an image that is not in the ground truth.
+        InputError: if there are no images.
+        ValueError: if a result belongs to an image that is not in the ground truth.
     """
     if not len(image_ids):
         raise InputError("there are no images to evaluate")
@@ -78,37 +79,24 @@ def score(ground_truth: dict, results: list[dict], image_ids: Sequence[int]) -> 
     # evalImgs runs over categories, areas, images; the first area is "all".
     shape = (len(categories), len(evaluation.params.areaRng), len(images))
     per_category = np.array(evaluation.evalImgs, object).reshape(shape)[:, 0]
-    titles = _titles(ground_truth["categories"])
-    matches = {c: _matches(entries) for c, entries in zip(categories, per_category, strict=True)}
+    matches = {c: _matches(entries) for c, entries in zip(categories, per_category, strict=True) if entries.any()}
     matches = {c: m for c, m in matches.items() if m.objects.any()}
-    once = np.ones(len(images), np.int32)
+    names = {category["id"]: category["name"] for category in ground_truth["categories"]}
+    times, once = Counter(names.values()), np.ones(len(images), np.int32)
     return CocoScores(
         # pycocotools has -1 where there is nothing to find.
-        numbers={
-            name: float(value) if value >= 0 else np.nan for name, value in zip(METRICS, evaluation.stats, strict=True)
+        numbers={name: float(x) if x >= 0 else np.nan for name, x in zip(METRICS, evaluation.stats, strict=True)},
+        category_ap={
+            names[c] if times[names[c]] == 1 else f"{names[c]} ({c})": float(category_ap(m, once))
+            for c, m in matches.items()
         },
-        category_ap={titles[c]: float(category_ap(m, once)) for c, m in matches.items()},
         image_ids=tuple(int(i) for i in images),
         matches=tuple(matches.values()),
     )
 
 
-def _titles(categories: Sequence[dict]) -> dict[int, str]:
-    """Title of every category by id: its name, with the id where it is not the only one of that name."""
-    times = Counter(category["name"] for category in categories)
-    return {c["id"]: c["name"] if times[c["name"]] == 1 else f"{c['name']} ({c['id']})" for c in categories}
-
-
 def require_usable_ap(scores: CocoScores, least: float = 0.01) -> float:
-    """The AP of a dense detector, which a budget in AP compares with.
-
-    Args:
-        scores: of the dense detector.
-        least: AP that a detector of these classes has at any rate.
-
-    Raises:
-        InputError: if it is undefined or so small that a loss of AP says nothing.
-    """
+    """AP of a dense detector, for a budget in AP; an InputError if it is undefined or below `least`."""
     ap = scores.numbers["AP"]
     if np.isnan(ap):
         raise InputError("AP is undefined on these images, which have no annotated objects: take a budget without AP")
@@ -127,23 +115,15 @@ def shown(value: float | None, spec: str = ".3f") -> str:
     ('0.250', '-', '     -')
     """
     if value is None or np.isnan(value):
-        width = spec.lstrip("+").partition(".")[0]
-        return "-".rjust(int(width or 1))
+        return "-".rjust(int(spec.lstrip("+").partition(".")[0] or 1))
     return format(value, spec)
 
 
 def category_ap(matches: CategoryMatches, weights: np.ndarray) -> np.ndarray:
-    """AP of one category when image i counts `weights[..., i]` times; NaN if no object is left.
+    """(...,) AP of one category when image i counts `weights[..., i]` times, a whole number; NaN if no object is left.
 
-    Equal to what `COCOeval.accumulate` computes from repeated images, but for the order among equal scores: the
-    repetitions of one detection are consecutive, and the envelope of precision does not see points inside such a run.
-
-    Args:
-        matches: of the category.
-        weights: (..., images) whole numbers.
-
-    Returns:
-        (...,).
+    Equal to `COCOeval.accumulate` on repeated images, but for the order among equal scores: the repetitions of one
+    detection are consecutive, and the envelope of precision does not see points inside such a run.
     """
     objects = (weights @ matches.objects)[..., None]
     repeated = weights[..., matches.image]
@@ -163,13 +143,13 @@ def category_ap(matches: CategoryMatches, weights: np.ndarray) -> np.ndarray:
 
 
 def bootstrap(scores: CocoScores, replicates: int = 200, seed: int = 0) -> np.ndarray:
-    """(replicates,) AP of the same detections on images drawn with replacement.
+    """(replicates,) AP of the same detections on images drawn with replacement; NaN for a draw without any object.
 
-    The draws depend on the seed and the number of images only, so two detectors on the same images are drawn alike
-    and their replicates can be subtracted. A draw without any object gives NaN.
+    The draws depend on the seed and the number of images only, so replicates of two detectors on the same images can be
+    subtracted.
 
     Raises:
-        ValueError: if there are to be no replicates.
+        InputError: if `replicates` is not positive.
     """
     if replicates < 1:
         raise InputError(f"a bootstrap needs at least one replicate, not {replicates}")
@@ -177,14 +157,10 @@ def bootstrap(scores: CocoScores, replicates: int = 200, seed: int = 0) -> np.nd
     draws = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), replicates)
     # A few at a time, because a replicate takes numbers for every detection.
     parts = np.array_split(draws.astype(np.int32), -(-replicates // 25))
-    samples = np.concatenate([_per_category(scores.matches, part) for part in parts])
+    per_category = [np.concatenate([category_ap(m, part) for part in parts]) for m in scores.matches]
+    samples = np.array(per_category).reshape(-1, replicates).T
     defined = ~np.isnan(samples)
     return np.where(defined, samples, 0).sum(1) / np.where(defined.any(1), defined.sum(1), np.nan)
-
-
-def _per_category(matches: Sequence[CategoryMatches], weights: np.ndarray) -> np.ndarray:
-    """(replicates, categories) AP with weights (replicates, images)."""
-    return np.array([category_ap(m, weights) for m in matches]).reshape(-1, len(weights)).T
 
 
 def confidence_interval(samples: np.ndarray, level: float = 0.95) -> tuple[float, float]:
@@ -213,35 +189,28 @@ _RECALLS = np.linspace(0, 1, 101)  # pycocotools' recThrs
 
 
 def _index(ground_truth: dict, objects: list[dict]) -> COCO:
-    """Ground truth or results as pycocotools wants them, without touching the originals."""
+    """Ground truth or results for pycocotools, without touching the originals."""
+    # pycocotools takes a match with id 0 for no match.
+    annotations = [
+        {"area": o["bbox"][2] * o["bbox"][3], "iscrowd": 0, **o, "id": id} for id, o in enumerate(objects, 1)
+    ]
     coco = COCO()
-    coco.dataset = {
-        "images": ground_truth["images"],
-        "categories": ground_truth["categories"],
-        "annotations": [
-            # pycocotools takes a match with id 0 for no match
-            {"area": o["bbox"][2] * o["bbox"][3], "iscrowd": 0, **o, "id": i}
-            for i, o in enumerate(objects, 1)
-        ],
-    }
+    coco.dataset = {key: ground_truth[key] for key in ("images", "categories")} | {"annotations": annotations}
     coco.createIndex()
     return coco
 
 
 def _matches(entries: np.ndarray) -> CategoryMatches:
-    """(images,) pycocotools' results of one category in each image, None where there is nothing."""
-    present = [(i, entry) for i, entry in enumerate(entries) if entry is not None]
+    """Of (images,) results of pycocotools for one category, some of them None: there is nothing in the image."""
+    present = {image: entry for image, entry in enumerate(entries) if entry is not None}
     objects = np.zeros(len(entries), int)
-    for i, entry in present:
-        objects[i] = np.count_nonzero(np.equal(entry["gtIgnore"], 0))
-    if not present:
-        nothing = np.zeros((0, 0), bool)
-        return CategoryMatches(np.zeros(0, int), nothing, nothing, objects)
-    scores = np.concatenate([entry["dtScores"] for _, entry in present])
+    for image, entry in present.items():
+        objects[image] = np.count_nonzero(np.equal(entry["gtIgnore"], 0))
+    scores = np.concatenate([entry["dtScores"] for entry in present.values()])
     best_first = np.argsort(-scores, kind="stable")
-    image = np.repeat([i for i, _ in present], [len(entry["dtScores"]) for _, entry in present])
-    matched = np.concatenate([entry["dtMatches"] for _, entry in present], axis=1).astype(bool)
-    ignored = np.concatenate([entry["dtIgnore"] for _, entry in present], axis=1).astype(bool)
-    return CategoryMatches(
-        image[best_first], (matched & ~ignored)[:, best_first], (~matched & ~ignored)[:, best_first], objects
+    image = np.repeat(list(present), [len(entry["dtScores"]) for entry in present.values()])
+    matched, ignored = (
+        np.concatenate([entry[key] for entry in present.values()], axis=1).astype(bool)[:, best_first]
+        for key in ("dtMatches", "dtIgnore")
     )
+    return CategoryMatches(image[best_first], matched & ~ignored, ~matched & ~ignored, objects)
