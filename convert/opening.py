@@ -25,20 +25,12 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def open_checkpoint(path: Path, preset: str | None = None, labels: tuple[str, ...] | None = None) -> Checkpoint:
-    """Opens a checkpoint and recognises its layout; arrays are read later.
+    """A checkpoint in a recognised layout, whose arrays are read later; arguments and errors as for `detr_jax.load`.
 
     Args:
-        path: an official `.pth`, a safetensors file of Hugging Face's DETR or of detr-jax, or a folder that holds
-            `model.safetensors` or its shards. Hugging Face's `config.json` and `preprocessor_config.json` in the folder
-            or beside the file tell what the entries cannot.
+        path: file or folder.
         preset: name of the preset whose architecture it has; needed where nothing tells DC5.
         labels: class names, where nothing in the files tells them.
-
-    Raises:
-        MissingFileError: if there is no such file or folder, or the folder holds no safetensors.
-        MissingDependencyError: if a `.pth` is to be read and torch is not installed.
-        InputError: if the file is damaged or no detector of a known layout, or the preset or a file beside it
-            contradicts it.
     """
     if not path.exists():
         raise MissingFileError(f"there is no checkpoint {path}")
@@ -61,7 +53,7 @@ def open_checkpoint(path: Path, preset: str | None = None, labels: tuple[str, ..
 
 @dataclass(frozen=True)
 class _Stored:
-    """An array that is read from its safetensors file when it is looked at."""
+    """An array that is read from its safetensors file when it is used."""
 
     file: Any
     name: str
@@ -72,7 +64,7 @@ class _Stored:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Entries and the header's own values."""
+    """Entries and metadata."""
     try:
         file = safetensors.safe_open(path, framework="numpy")
     except safetensors.SafetensorError as error:
@@ -101,7 +93,7 @@ def _read_folder(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 
 def _read_official(path: Path, beside: Facts) -> tuple[Mapping[str, Entry], Facts]:
-    """Entries and facts of an official `.pth`, or of a fork's; `beside` are the facts that files beside it tell."""
+    """Entries and facts of an official `.pth` or a fork's; `beside` are the facts from the files beside it."""
     try:
         import torch
     except ImportError as error:
@@ -123,7 +115,7 @@ def _read_official(path: Path, beside: Facts) -> tuple[Mapping[str, Entry], Fact
 
 
 def _harmless() -> list[Any]:
-    """Types beside the tensors that running no code can make."""
+    """Types beside the tensors that are made without running code of a file."""
     scalars = {type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"}
     arrays = [np.dtype, np.ndarray, np._core.multiarray.scalar, np._core.multiarray._reconstruct]
     # Files of NumPy 1 name the modules as they were.

@@ -13,13 +13,14 @@ from detr_jax.convert.checkpoint import Checkpoint, Entry, check_preset
 from detr_jax.errors import InputError
 from detr_jax.files import replacing
 from detr_jax.models.registry import ARCHITECTURES, architecture_of, config_from_json
+from detr_jax.safetensors_io import checked_version
 
 FORMAT = "detr-jax"
 VERSION = 2
 
 
 def write_checkpoint(path: Path, config: Any, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes a detector's arrays by name. The file appears under its name only once it is whole."""
+    """Writes a detector's arrays by name; the file appears under its name only once it is whole."""
     header = {
         "format": FORMAT,
         "format_version": str(VERSION),
@@ -31,18 +32,14 @@ def write_checkpoint(path: Path, config: Any, arrays: Mapping[str, np.ndarray]) 
 
 
 def own_checkpoint(
-    source: str, entries: Mapping[str, Entry], header: Mapping[str, str], preset: str | None = None
+    source: str, entries: Mapping[str, Entry], header: dict[str, str], preset: str | None = None
 ) -> Checkpoint:
     """A checkpoint of a file whose header says that it is ours.
 
     Raises:
         InputError: if the header is damaged or of a newer version, or the preset contradicts it.
     """
-    version = header.get("format_version", "")
-    if not version.isdecimal():
-        raise InputError(f"{source} is damaged: its format_version is {version!r}, not a number")
-    if int(version) > VERSION:
-        raise InputError(f"{source} has format version {version}; this detr-jax reads up to {VERSION}: update it")
+    version = checked_version(source, header, VERSION)
     architecture = header.get("architecture", "detr")  # version 1 knew no other
     if architecture not in ARCHITECTURES:
         raise InputError(f"{source} holds a detector of architecture {architecture!r}; known are {[*ARCHITECTURES]}")

@@ -1,7 +1,4 @@
-"""Objects in images that somebody has, not in data sets: files, PIL images, arrays.
-
-What loads images in the background is imported when it is needed, so that `import detr_jax` stays quick.
-"""
+"""Detection in files, PIL images and arrays. Loading is imported late, so that `import detr_jax` is quick."""
 
 from __future__ import annotations
 
@@ -29,16 +26,13 @@ def detect(
     batch_size: int = 1,
     selectors: Selectors | None = None,
 ) -> ImageDetections | list[ImageDetections]:
-    """Detects objects in images of any sizes.
-
-    Images are padded to a few shapes, see `detr_jax.data.loading`, so that few programs are compiled.
+    """Objects in images of any sizes, which are padded to a few shapes so that few programs are compiled.
 
     Args:
-        model: the detector, dense or sparse.
-        images: one or many: files, PIL images, or (height, width, 3) uint8 RGB arrays. A list, a tuple or an array with
+        images: one or many files, PIL images, or (height, width, 3) uint8 RGB arrays. A list, a tuple or an array with
             four axes are many. Files and PIL images are made upright where their EXIF data ask for it.
         threshold: least score, from 0 to 1.
-        batch_size: images that are computed together.
+        batch_size: number of images computed together.
         selectors: selector of each sparse FFN by name, for a dense detector.
 
     Returns:
@@ -47,8 +41,8 @@ def detect(
     Raises:
         MissingFileError: if a file does not exist.
         InputTypeError: if something is no image at all.
-        InputError: if a file is not an image, an array has another shape or type than an image, the threshold is no
-            score, the batch size is not positive, or the detector's scores are not finite.
+        InputError: if a file or array is not an image, the threshold is no score, the batch size is not positive, or
+            the detector's scores are not finite.
 
     >>> import detr_jax
     >>> from detr_jax.data.scenes import ScenesDataset
@@ -100,10 +94,6 @@ def detect_each(
 
 
 def check_threshold(threshold: float) -> None:
-    """For the beginning of what takes long.
-
-    Raises:
-        InputError: if it is no score.
-    """
+    """Raises an InputError if a threshold is no score."""
     if not 0 <= threshold <= 1:
         raise InputError(f"the threshold is a score from 0 to 1, not {threshold}")

@@ -1,23 +1,21 @@
-"""The Hugging Face hub: downloads, from its cache where that has them, and uploads.
-
-Its client is imported when it is needed, because that takes as long as much of the rest.
-"""
+"""The Hugging Face hub: downloads, from its cache where that has them, and uploads. Its client is imported late."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from detr_jax.errors import InputError, MissingFileError, OutputError
 
-PREFIX = "hf://"
-"""Says that a name is that of a repository, also where a folder has the name of its owner."""
+PREFIX = "hf://"  # before the id of a repository, also where a folder has the name of its owner
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _FILES = (".pth", ".pt", ".bin", ".safetensors")
 
 
 def is_id(name: str | Path) -> bool:
-    """Whether a name is that of a repository, "owner/name", and not meant as a path.
+    """Whether a name is the id of a repository, "owner/name".
 
-    It is a path where the folder before the slash exists or is `runs`, and where it ends like a file of weights.
+    It is a path where the folder before the slash exists or is `runs`, or where it ends like a file of weights.
     """
     text = str(name)
     if text.startswith(PREFIX):
@@ -28,43 +26,32 @@ def is_id(name: str | Path) -> bool:
 
 
 def download(repository: str, revision: str | None = None, *, filename: str, remedy: str) -> Path:
-    """One file of a repository.
-
-    Args:
-        repository: "owner/name", also behind `PREFIX`.
-        revision: a commit, branch or tag.
-        filename: in the repository.
-        remedy: what else the user can do, for the error.
+    """One file of a repository, "owner/name", also behind `PREFIX`, at a commit, branch or tag.
 
     Raises:
-        MissingFileError: if it is neither in the cache nor can be downloaded.
+        MissingFileError: if it is neither in the cache nor can be downloaded; ends with the `remedy`.
     """
     from huggingface_hub import hf_hub_download
 
-    repository = repository.removeprefix(PREFIX)
-    try:
-        return Path(hf_hub_download(repository, filename, revision=revision))
-    except Exception as error:  # what a failed transfer raises has no base class of its own, and changes by version
-        raise _unreachable(filename, repository, revision, error, remedy) from error
+    with _reachable(filename, repository, revision, remedy):
+        return Path(hf_hub_download(repository.removeprefix(PREFIX), filename, revision=revision))
 
 
 def download_folder(repository: str, revision: str | None = None, *, patterns: list[str], remedy: str) -> Path:
-    """The folder with those files of a repository that match one of the patterns; arguments and errors as above."""
+    """A folder with the files of a repository that match one of the patterns; see `download`."""
     from huggingface_hub import snapshot_download
 
-    repository = repository.removeprefix(PREFIX)
-    try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
-    except Exception as error:
-        raise _unreachable(f"one of {', '.join(patterns)}", repository, revision, error, remedy) from error
+    with _reachable(f"one of {', '.join(patterns)}", repository, revision, remedy):
+        folder = snapshot_download(repository.removeprefix(PREFIX), revision=revision, allow_patterns=patterns)
+        return Path(folder)
 
 
 def upload(path: Path, repository: str, filename: str, *, private: bool, message: str) -> str:
-    """Puts one file into a repository, which is made if it does not exist; the address of the commit.
+    """Puts a file into a repository, which is made if it does not exist, and returns the address of the commit.
 
     Raises:
         InputError: if that is no id of a repository.
-        OutputError: if the hub cannot be reached or refuses; mostly because nobody is logged in.
+        OutputError: if the hub cannot be reached or refuses, mostly because nobody is logged in.
     """
     from huggingface_hub import HfApi
 
@@ -85,12 +72,16 @@ def upload(path: Path, repository: str, filename: str, *, private: bool, message
     return str(commit.commit_url)
 
 
-def _unreachable(wanted: str, repository: str, revision: str | None, error: Exception, remedy: str) -> MissingFileError:
+@contextmanager
+def _reachable(wanted: str, repository: str, revision: str | None, remedy: str) -> Iterator[None]:
     from huggingface_hub import constants
 
-    at = f" at revision {revision}" if revision else ""
-    return MissingFileError(
-        f"{wanted} of {repository}{at} is not in the hub's cache ({constants.HF_HUB_CACHE}) and could not be "
-        f"downloaded: {error}\nGo online once (HF_HUB_OFFLINE must not be set), point HF_HOME to a cache that has it, "
-        f"or {remedy}"
-    )
+    try:
+        yield
+    except Exception as error:  # errors of failed transfers have no base class of their own, and change by version
+        at = f" at revision {revision}" if revision else ""
+        raise MissingFileError(
+            f"{wanted} of {repository.removeprefix(PREFIX)}{at} is not in the hub's cache ({constants.HF_HUB_CACHE}) "
+            f"and could not be downloaded: {error}\nGo online once (HF_HUB_OFFLINE must not be set), point HF_HOME "
+            f"to a cache that has it, or {remedy}"
+        ) from error

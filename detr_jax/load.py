@@ -17,8 +17,7 @@ from detr_jax.plan import Plan, load_plan
 from detr_jax.sparse import SparseDETR
 from detr_jax.weights import EMBEDDED, detector_file
 
-# The main revisions of 2023, with model.safetensors. The other two repositories are followed at "main", because their
-# commits could not be looked up when this was written.
+# Commits of 2023 with model.safetensors; those of the other two could not be looked up when this was written.
 HUB = {
     "detr-r50": ("facebook/detr-resnet-50", "1d5f47bd3bdd2c4bbfa585418ffe6da5028b4c0b"),
     "detr-r50-dc5": ("facebook/detr-resnet-50-dc5", "main"),
@@ -35,20 +34,20 @@ def load(name_or_path: str | Path, preset: str | None = None, dtype: jnp.dtype =
     """A detector with its trained parameters, which are float32 whatever `dtype` is.
 
     Args:
-        name_or_path: the name of a preset (`detr-tiny` comes with the package, the others from the Hugging Face hub);
-            a file or folder: an official `.pth` (needs the `torch` extra), safetensors of Hugging Face's DETR (with
-            timm's or transformers' names for the backbone, whole or in shards) or of `detr_jax.save`; or the id of a
-            repository on the hub that holds such a folder. A `config.json` and `preprocessor_config.json` of Hugging
-            Face beside a file or in the folder tell class names, heads, dilation and preprocessing.
-        preset: name of the preset whose architecture the checkpoint has. Needed for official files and single files of
-            Hugging Face of a DC5 detector without a `config.json`, because nothing in them says that they are DC5.
+        name_or_path: name of a preset (`detr-tiny` comes with the package, the others from the Hugging Face hub); file
+            or folder: an official `.pth` (needs the `torch` extra), safetensors of Hugging Face's DETR (with timm's or
+            transformers' names for the backbone, whole or in shards) or of `detr_jax.save`; or id of a repository on
+            the hub that holds such a folder. Hugging Face's `config.json` and `preprocessor_config.json` beside a file
+            or in the folder tell class names, heads, dilation and preprocessing.
+        preset: name of the preset whose architecture the checkpoint has; needed for a DC5 detector without a
+            `config.json`, because nothing else says that it is DC5.
         dtype: of the computation.
 
     Raises:
         MissingFileError: if there is no such file, or it can neither be downloaded nor is in the hub's cache.
         MissingDependencyError: if a `.pth` is to be read and torch is not installed.
-        InputError: if the checkpoint is damaged, of an unknown layout, incomplete, contradicts the preset or the
-            `config.json` beside it, or that or the `preprocessor_config.json` says something that is not supported.
+        InputError: if the checkpoint is damaged, incomplete, of an unknown layout, contradicts the preset or the
+            `config.json`, or is of a function or preprocessing that is not supported.
     """
     name = str(name_or_path)
     if name in PRESETS:
@@ -78,20 +77,18 @@ def load_sparse(
     preset: str | None = None,
     dtype: jnp.dtype | None = None,
 ) -> SparseDETR:
-    """A frozen detector whose FFNs compute only what a plan says; called like the dense one.
+    """A frozen detector whose FFNs are made sparse by a plan; called like the dense one.
 
     Args:
-        model: what `load` takes, or a detector.
-        plan: what `load_plan` takes, or a plan. None is the one that comes with the detector: of `detr-tiny` in the
-            package, of a folder or a repository on the hub its `plan.safetensors`.
-        implementation: how FFNs are computed, see `SparseDETR.with_implementation`. None is what the plan says, and
-            where it says nothing the masked reference, which computes everything: right everywhere, faster nowhere.
-            "auto" leaves work out.
+        model: a detector, or a name or path for `load`.
+        plan: a plan, or a name or path for `load_plan`. None is the one that comes with the detector: for `detr-tiny`
+            in the package, for a folder or a repository on the hub its `plan.safetensors`.
+        implementation: see `SparseDETR.with_implementation`. None is that of the plan, by default the masked reference,
+            which computes everything: right everywhere, faster nowhere. "auto" leaves work out.
         preset, dtype: see `load`; not for a detector, which has its own.
 
     Raises:
-        MissingFileError: if there is no such detector or plan, or no plan comes with the detector.
-        MissingDependencyError: if a `.pth` is to be read and torch is not installed.
+        MissingFileError, MissingDependencyError: see `load`; also if no plan comes with the detector.
         InputError: if the checkpoint or the plan is damaged, the plan was made for another detector, the
             implementation is unknown or cannot compute it, or a preset or dtype is given for a detector.
 
@@ -140,10 +137,9 @@ def build(checkpoint: Checkpoint, dtype: jnp.dtype = jnp.float32) -> Detector:
 
 
 def _own_plan(name_or_path: str | Path) -> str | Path:
-    """What `load_plan` finds the plan by that comes with a detector."""
-    if str(name_or_path) == EMBEDDED or Path(name_or_path).is_dir():
-        return name_or_path
-    if hub.is_id(name_or_path) and not Path(name_or_path).exists():
+    """Name for `load_plan` of the plan that comes with a detector."""
+    path = Path(name_or_path)
+    if str(name_or_path) == EMBEDDED or path.is_dir() or (hub.is_id(name_or_path) and not path.exists()):
         return name_or_path
     raise MissingFileError(
         f"no plan comes with {str(name_or_path)!r}: make one with scripts/train_gates.py --model {name_or_path} and "

@@ -1,8 +1,7 @@
 """Many devices, of one host or of several: images are shared among them, everything else is on each.
 
-Batches go where the detector is. `replicate` puts it on every device of the job; whatever computes batches with it then
-shares them by image, and each host loads only its own. A detector that was just loaded is on one device, and nothing
-here changes what is computed.
+Batches go where the detector is. `replicate` puts it on every device of the job; batches are then shared by image, and
+each host loads only its own. Results do not change.
 """
 
 import os
@@ -27,10 +26,10 @@ def join_cluster() -> None:
     """Connects this process with the others of its job, if it is one of several; before anything touches a device.
 
     That is so on the hosts of a TPU pod, in a SLURM step of several tasks, and where JAX_COORDINATOR_ADDRESS
-    (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID say so.
+    (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID are set.
 
     Raises:
-        ValueError: if only some of the three variables are set, or the last two are no numbers.
+        InputError: if only some of the three variables are set, or the last two are no numbers.
     """
     if jax.distributed.is_initialized():
         return
@@ -39,16 +38,13 @@ def join_cluster() -> None:
     if given:
         if missing := [name for name in names if name not in given]:
             raise InputError(f"{', '.join(given)} without {', '.join(missing)}: set all three or none")
-        count, index = (_number(name, given[name]) for name in names[1:])
+        for name in names[1:]:
+            if not given[name].isdigit():
+                raise InputError(f"{name} is {given[name]!r}, not a number")
+        count, index = int(given[names[1]]), int(given[names[2]])
         jax.distributed.initialize(given[names[0]], count, index, cluster_detection_method="deactivate")
     elif _in_slurm_step() or _on_tpu_vm():
         jax.distributed.initialize()
-
-
-def _number(name: str, value: str) -> int:
-    if not value.isdigit():
-        raise InputError(f"{name} is {value!r}, not a number")
-    return int(value)
 
 
 def _in_slurm_step() -> bool:
@@ -67,12 +63,12 @@ def is_first_process() -> bool:
 
 
 def first_process_agrees(agrees: bool) -> bool:
-    """What the first process of the job says, in each; returns once every process is here."""
+    """The first process' value in each; returns once every process is here."""
     return bool(multihost_utils.broadcast_one_to_all(np.bool_(agrees)))
 
 
 def replicate(tree: Tree) -> Tree:
-    """The arrays of a detector, or of anything else, on every device of the job; where there is one, as they are."""
+    """The arrays of a pytree on every device of the job; where there is one, as they are."""
     if jax.device_count() == 1:
         return tree
     # By process, so that the images of one host are consecutive.
@@ -96,16 +92,12 @@ def mesh_of(tree: Any) -> Mesh | None:
 
 
 def replicated(mesh: Mesh | None) -> NamedSharding | None:
-    """Of a compiled function's outputs that every device is to have."""
+    """Sharding of a compiled function's outputs that every device is to have."""
     return None if mesh is None else NamedSharding(mesh, P())
 
 
 def local_slice(mesh: Mesh | None, batch_size: int) -> slice:
-    """Which images of a batch this process loads.
-
-    Raises:
-        ValueError: if the devices cannot share the batch.
-    """
+    """The images of a batch that this process loads; an InputError if the devices cannot share the batch."""
     if mesh is None:
         return slice(0, batch_size)
     if batch_size % mesh.size:
@@ -128,10 +120,10 @@ def _place(tree: Tree, mesh: Mesh, spec: P) -> Tree:
 
 
 def map_shards(mesh: Mesh | None, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """A function of what every device has and of the images, which runs on each device for its own images.
+    """A function of replicated arrays and of images that runs on each device for its own images.
 
-    Kernels need that: the compiler cannot divide them among devices. What the function returns has an axis of images,
-    or one entry for each device, in front.
+    Kernels need that: the compiler cannot divide them among devices. Outputs have an axis of images, or one entry for
+    each device, in front.
     """
     if mesh is None:
         return function

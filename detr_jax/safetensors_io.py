@@ -40,11 +40,7 @@ class Format:
 
 def write(path: Path, format: Format, description: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
     """Writes a file; it appears under its name only once it is whole. The same content gives the same bytes."""
-    header = {
-        "format": format.name,
-        "format_version": str(format.version),
-        "description": to_json(description),
-    }
+    header = {"format": format.name, "format_version": str(format.version), "description": to_json(description)}
     with replacing(path) as temporary:
         contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
         safetensors.numpy.save_file(contiguous, temporary, metadata=header)
@@ -65,8 +61,8 @@ def read(path: Path, format: Format) -> tuple[dict[str, Any], dict[str, np.ndarr
     """Description and arrays of a file.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, or of another format or version.
+        MissingFileError: if there is no such file.
+        InputError: if the file is damaged, or of another format or version.
     """
     if not path.is_file():
         raise MissingFileError(f"there is no file {path} with {format.holds}; {format.remedy}")
@@ -89,13 +85,9 @@ def read(path: Path, format: Format) -> tuple[dict[str, Any], dict[str, np.ndarr
 
 
 def _migrated(path: Path, format: Format, header: Header, arrays: Arrays) -> tuple[Header, Arrays]:
-    """What the file holds, in the present version."""
-    found = header.get("format_version", "")
-    if not found.isdecimal():
-        raise InputError(f"{path} is damaged: its format_version is {found!r}, not a number")
-    if int(found) > format.version:
-        raise InputError(f"{path} has format version {found}; this detr-jax reads up to {format.version}: update it")
-    for version in range(int(found), format.version):
+    """Header and arrays in the present version."""
+    found = checked_version(path, header, format.version)
+    for version in range(found, format.version):
         if version not in format.migrations:
             raise InputError(f"{path} has format version {found}, which this detr-jax does not read any more")
         try:
@@ -103,3 +95,13 @@ def _migrated(path: Path, format: Format, header: Header, arrays: Arrays) -> tup
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise InputError(f"{path} is damaged: it is no version {version} of {format.holds} ({error!r})") from error
     return header, arrays
+
+
+def checked_version(source: Path | str, header: Header, newest: int) -> int:
+    """Version of a file's format by its header; an InputError if there is none or it is newer than `newest`."""
+    version = header.get("format_version", "")
+    if not version.isdecimal():
+        raise InputError(f"{source} is damaged: its format_version is {version!r}, not a number")
+    if int(version) > newest:
+        raise InputError(f"{source} has format version {version}; this detr-jax reads up to {newest}: update it")
+    return int(version)
