@@ -84,11 +84,11 @@ def check_preset(source: str, config: Any, preset: str | None) -> None:
     """Raises an InputError if a configuration is not of a preset's architecture, or there is no such preset."""
     if preset is None:
         return
-    wanted = preset_config(preset)
     if not isinstance(config, DetrConfig):
         raise InputError(f"{source} is not a {preset}: it is a {type(config).__name__}")
-    found, wanted = (dataclasses.asdict(c) for c in (config, wanted))
-    found, wanted = ({**values.pop("backbone"), **values} for values in (found, wanted))
+    found, wanted = (
+        {**values.pop("backbone"), **values} for values in map(dataclasses.asdict, (config, preset_config(preset)))
+    )
     names = [name for name in wanted if name not in FINE_TUNED and found[name] != wanted[name]]
     if differing := [f"{name} is {found[name]}, not {wanted[name]}" for name in names]:
         raise InputError(f"{source} is not a {preset}: {'; '.join(differing)}")

@@ -104,8 +104,8 @@ def _config_facts(path: Path) -> Facts:
     labels = tuple("" if names[index] == "N/A" else names[index] for index in range(len(names)))
     dilation, sizes = _backbone_facts(path, values)
     sizes |= {key: (name, values[key]) for key, name in _SIZES.items() if values.get(key) is not None}
-    heads = (values.get(f"{part}_attention_heads") or 8 for part in ("encoder", "decoder"))
-    return Facts(dilation, labels or None, *heads, sizes=sizes)
+    encoder, decoder = (values.get(f"{part}_attention_heads") or 8 for part in ("encoder", "decoder"))
+    return Facts(dilation, labels or None, encoder, decoder, sizes=sizes)
 
 
 def _backbone_facts(path: Path, values: Mapping[str, Any]) -> tuple[bool, dict[str, tuple[str, Any]]]:

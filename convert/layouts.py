@@ -125,8 +125,8 @@ class Layout:
                 theirs = f"{self.backbone}.{names.block.format(first + stage, block)}"
                 ours = f"backbone.stages.{stage}.{block}"
                 for index in range(3):
-                    pair = tuple(name.format(first + index) for name in names.conv)
-                    yield from _conv_norm(theirs, pair, f"{ours}.conv{index + 1}")
+                    conv, norm = (name.format(first + index) for name in names.conv)
+                    yield from _conv_norm(theirs, (conv, norm), f"{ours}.conv{index + 1}")
                 if block == 0:
                     yield from _conv_norm(theirs, names.downsample, f"{ours}.downsample")
 

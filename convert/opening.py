@@ -35,6 +35,7 @@ def open_checkpoint(path: Path, preset: str | None = None, labels: tuple[str, ..
     if not path.exists():
         raise MissingFileError(f"there is no checkpoint {path}")
     header: dict[str, str] = {}
+    entries: Mapping[str, Entry]
     if path.is_dir():
         entries, header = _read_folder(path)
     elif path.suffix == ".safetensors":
@@ -70,7 +71,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     except safetensors.SafetensorError as error:
         raise InputError(f"{path} is damaged or cut short, or no safetensors file: {error}") from error
     names = file.keys()
-    entries = {name: _Stored(file, name, tuple(file.get_slice(name).get_shape())) for name in names}
+    entries: dict[str, Entry] = {name: _Stored(file, name, tuple(file.get_slice(name).get_shape())) for name in names}
     return entries, file.metadata() or {}
 
 

@@ -7,7 +7,7 @@ each host loads only its own. Results do not change.
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -53,7 +53,7 @@ def _in_slurm_step() -> bool:
 
 def _on_tpu_vm() -> bool:
     # JAX sets the variable as it is imported where it finds libtpu and TPU chips.
-    platforms = jax.config.jax_platforms or ""
+    platforms = jax.config.read("jax_platforms") or ""
     return os.environ.get("TPU_ML_PLATFORM") == "JAX" and "tpu" in platforms
 
 
@@ -87,7 +87,7 @@ def mesh_of(tree: Any) -> Mesh | None:
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == (AXIS,):
-            return sharding.mesh
+            return cast(Mesh, sharding.mesh)  # of arrays, which are somewhere
     return None
 
 

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -66,7 +67,7 @@ def choose(shape: FFNShape, implementation: str | None = None, group_size: int |
         unions = range(2 * group_size, LARGEST_UNION + 1, group_size)
         sizes += [size for size in unions if shape.hidden % size == 0]
     shapes = [dataclasses.replace(shape, block_size=size) for size in sizes]
-    refused = []
+    refused: list[tuple[str, Any]] = []
     for backend in candidates:
         reasons = [backend.unsupported_reason(shape) for shape in shapes]
         if None in reasons:

@@ -219,7 +219,7 @@ def _mapped(dispatch: Dispatch, tile_size: int) -> Callable[..., jax.Array]:
     return run
 
 
-def _compute(dispatch, tile_size, x, weights, needed, active):
+def _compute(dispatch, tile_size, x, weights: FFNWeights, needed, active):
     """x (batch, tokens, d), needed (batch, tiles, B), active (batch, tokens, G) or None."""
     x, weights, needed, active = _varying_alike(x, weights, needed, active)
     batch, tokens, d = x.shape

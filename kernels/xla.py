@@ -34,7 +34,7 @@ def _run(x: jax.Array, weights: FFNWeights, lists: BlockLists, active: jax.Array
     return (_block_by_block if small and x.shape[0] != 1 else _tile_by_tile)(x, weights, lists, active)
 
 
-def _tile_by_tile(x, weights, lists, active):
+def _tile_by_tile(x, weights: FFNWeights, lists, active):
     """Branches compute one tile: x (tile tokens, d), indices (B,), count (), active (tile tokens, G) or None."""
     blocks = lists.indices.shape[-1]
     by_block = _by_block(weights, blocks)
@@ -48,8 +48,8 @@ def _tile_by_tile(x, weights, lists, active):
         kept = jnp.broadcast_to(jnp.arange(capacity) < count, (len(x), capacity))
         if active is not None:
             kept = (active.reshape(len(x), blocks, -1)[:, listed] & kept[..., None]).reshape(len(x), -1)
-        rows = (array[listed].reshape(-1, *array.shape[2:]) for array in by_block)
-        return ffn(x, *rows, weights.b_out, kept)
+        w_in, b_in, w_out = (array[listed].reshape(-1, *array.shape[2:]) for array in by_block)
+        return ffn(x, w_in, b_in, w_out, weights.b_out, kept)
 
     def masked(x, indices, count, active):
         kept = jnp.broadcast_to(jnp.zeros(blocks, bool).at[indices].set(jnp.arange(blocks) < count), (len(x), blocks))
@@ -60,7 +60,7 @@ def _tile_by_tile(x, weights, lists, active):
 
     sizes = capacities(blocks)
     least = jnp.array((0, *sizes, blocks - 1))  # of each branch the most blocks that it can compute
-    branches = (nothing, *(partial(gathered, capacity) for capacity in sizes), masked, everything)
+    branches: list = [nothing, *(partial(gathered, capacity) for capacity in sizes), masked, everything]
     branches = [lambda *tile, branch=branch: branch(*tile).astype(x.dtype) for branch in branches]
     return jax.lax.map(
         lambda tile: jax.lax.switch(jnp.searchsorted(least, tile[2]), branches, *tile), (x, *lists, active)
@@ -92,7 +92,8 @@ def _block_by_block(x, weights, lists, active):
         kept = jnp.broadcast_to((places < needing.counts[block])[:, None, None], (together, tile_size, 1))
         if active is not None:
             kept &= active.reshape(tiles, tile_size, blocks, -1)[listed, :, block]
-        part = ffn(x[listed], *(array[block] for array in by_block), no_bias, kept)
+        w_in, b_in, w_out = (array[block] for array in by_block)
+        part = ffn(x[listed], w_in, b_in, w_out, no_bias, kept)
         return total.at[listed].add(part.astype(total.dtype))
 
     total = jnp.broadcast_to(weights.b_out.astype(jnp.float32), x.shape)

@@ -61,7 +61,7 @@ def run(command: Callable[[Arguments], None], arguments: type[Arguments], *, man
         sys.exit(2)
 
 
-def _show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+def _show(message: Warning | str, category: type[Warning], *place: Any, **_: Any) -> None:
     text = f"warning: {message}\n" if category is UserWarning else warnings.formatwarning(message, category, *place[:2])
     sys.stderr.write(text)
 

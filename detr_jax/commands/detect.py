@@ -62,11 +62,13 @@ def main(arguments: Arguments) -> None:
                 raise InputError(f"{result} is one of the images and would be replaced; choose another folder by --out")
             refuse_existing(result, arguments.overwrite)
     dataset = GivenImages(arguments.images) if arguments.images else ScenesDataset("val", arguments.scenes)
+    model: detr_jax.Detector | detr_jax.SparseDETR
     if arguments.plan is None:
         model = detr_jax.load(arguments.model, arguments.preset, jnp.dtype(arguments.dtype))
     else:
-        given = {"preset": arguments.preset, "dtype": jnp.dtype(arguments.dtype)}
-        model = detr_jax.load_sparse(arguments.model, arguments.plan, **given)
+        model = detr_jax.load_sparse(
+            arguments.model, arguments.plan, preset=arguments.preset, dtype=jnp.dtype(arguments.dtype)
+        )
     if arguments.images and arguments.model == EMBEDDED:
         print(
             f"note: {EMBEDDED} knows only the shapes of generated scenes; choose e.g. --model detr-r50 for photographs",

@@ -4,7 +4,7 @@ import dataclasses
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -81,7 +81,8 @@ def main(arguments: Arguments) -> None:
     data = arguments.data.open(arguments.split, arguments.images)
     padded = arguments.padding_report
     sample = None if padded is None else arguments.data.open(arguments.split, padded)
-    given = {"preset": arguments.preset, "dtype": jnp.dtype(arguments.dtype)}
+    given: dict[str, Any] = {"preset": arguments.preset, "dtype": jnp.dtype(arguments.dtype)}
+    detector: detr_jax.Detector | detr_jax.SparseDETR
     if arguments.plan is None:
         detector = detr_jax.load(arguments.model, **given)
     else:
@@ -95,7 +96,7 @@ def main(arguments: Arguments) -> None:
     scores = detr_jax.evaluate(detector, data, batch_size=arguments.batch_size, exact_shapes=arguments.exact_shapes)
     report = scores.to_json() | {"implementation": "dense", "seconds": time.perf_counter() - started}
     print(scores)
-    if arguments.plan is not None:
+    if isinstance(detector, detr_jax.SparseDETR):
         sides = detector.preprocessing.shortest_side, detector.preprocessing.longest_side
         size = resized_size(np.median(data.image_sizes(), axis=0), *sides)
         executions = detector.execution_report(size, arguments.batch_size)

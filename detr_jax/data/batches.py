@@ -1,6 +1,7 @@
 """Passes over data, as inputs of a `HasFFNs`."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,8 +42,8 @@ class ImageBatches:
         return len(layout_batches(sizes, self._model.preprocessing, self._batch_size, image_name=name))
 
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[Any]:
-        mesh, order = mesh_of(self._model), {"shuffle_seed": self._seed, "epoch": epoch, "start": start}
-        loaded = batches(self._dataset, self._model.preprocessing, self._batch_size, mesh=mesh, **order)
+        mesh, load = mesh_of(self._model), partial(batches, shuffle_seed=self._seed, epoch=epoch, start=start)
+        loaded = load(self._dataset, self._model.preprocessing, self._batch_size, mesh=mesh)
         return dispatch_ahead(embed_batch(self._model, batch, mesh) for batch in loaded)
 
 

@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import numpy as np
@@ -171,7 +172,7 @@ def batches(
             `start` batches.
     """
     sizes, ids = dataset.image_sizes(), np.array(dataset.image_ids())
-    order = {"shuffle_seed": shuffle_seed, "epoch": epoch, "image_name": dataset.image_name}
+    order: dict[str, Any] = {"shuffle_seed": shuffle_seed, "epoch": epoch, "image_name": dataset.image_name}
     layouts = layout_batches(sizes, preprocessing, batch_size, exact=exact, **order)
     if not 0 <= start <= len(layouts):
         raise ValueError(f"cannot start at batch {start} of {len(layouts)}")

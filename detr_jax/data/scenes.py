@@ -89,7 +89,7 @@ class ScenesDataset:
         return [{"id": i, "name": name} for i, name in enumerate(SCENES_LABELS) if name]
 
     def ground_truth(self) -> dict:
-        annotations = []
+        annotations: list[dict] = []
         for image_id in self.image_ids():
             scene = render_scene(self.split, image_id)
             for label, box, visible in zip(scene.labels, scene.boxes, scene.visible, strict=True):

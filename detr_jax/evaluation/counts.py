@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,16 +32,16 @@ class ActivityCounts:
         channels_computed: of them, those that the selector keeps.
     """
 
-    neurons: jax.Array
-    neurons_fired: jax.Array
-    neurons_computed: jax.Array
-    neurons_left: jax.Array
-    groups: jax.Array
-    groups_fired: jax.Array
-    groups_computed: jax.Array
-    groups_found: jax.Array
-    channels: jax.Array
-    channels_computed: jax.Array
+    neurons: Any
+    neurons_fired: Any
+    neurons_computed: Any
+    neurons_left: Any
+    groups: Any
+    groups_fired: Any
+    groups_computed: Any
+    groups_found: Any
+    channels: Any
+    channels_computed: Any
 
     @property
     def zeros(self) -> float:

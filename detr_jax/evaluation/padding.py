@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import numpy as np
@@ -26,10 +26,11 @@ def padding_effect(model: Detector | SparseDETR, dataset: Dataset, batch_size: i
         `AP_difference_interval`, the 95 % interval of the difference, both None without annotations.
     """
     dataset, _ = with_classes(dataset, model.labels)
-    outputs, results = {}, {}
+    outputs: dict[str, dict[int, dict]] = {}
+    results: dict[str, list[dict]] = {}
     for name, exact in (("padded", False), ("exact", True)):
         outputs[name], results[name] = {}, []
-        for batch, raw, detections, _ in predictions(model, dataset, batch_size, exact=exact):
+        for batch, raw, detections, _ in predictions(cast(Detector, model), dataset, batch_size, exact=exact):
             arrays = _by_field(raw) | {"scores": detections.scores}
             results[name] += coco_results(batch, detections)
             for i in np.flatnonzero(batch.valid):
@@ -37,10 +38,10 @@ def padding_effect(model: Detector | SparseDETR, dataset: Dataset, batch_size: i
 
     change = {}
     for quantity in arrays:
-        padded, exact = ([outputs[name][key][quantity] for key in dataset.image_ids()] for name in ("padded", "exact"))
-        differences = [np.abs(one - other) for one, other in zip(padded, exact, strict=True)]
+        padded, own = ([outputs[name][key][quantity] for key in dataset.image_ids()] for name in ("padded", "exact"))
+        differences = [np.abs(one - other) for one, other in zip(padded, own, strict=True)]
         change[quantity] = {"max": float(np.max(differences)), "median": float(np.median(differences))}
-    report = {"images": len(dataset), "change": change, "AP": None, "AP_difference_interval": None}
+    report: dict[str, Any] = {"images": len(dataset), "change": change, "AP": None, "AP_difference_interval": None}
     if dataset.has_annotations:
         truth, ids = dataset.ground_truth(), dataset.image_ids()
         scores = {name: score(truth, found, ids) for name, found in results.items()}

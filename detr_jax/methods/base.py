@@ -15,7 +15,7 @@ in plan files. A method that is trained derives from `TrainedMethod`; any other 
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +111,7 @@ class Thresholded:
         """Multiply-adds per token of the decision."""
         return self.score.cost(d_model, features)
 
-    def at(self, threshold: float) -> "Thresholded":
+    def at(self, threshold: float | jax.Array) -> "Thresholded":
         """The same with another threshold, in the unit of the score.
 
         Raises:
@@ -147,7 +147,7 @@ def at_threshold(selector: Selector, change: Callable[[Thresholded], Thresholded
         return change(selector)
     for field in ("of", "selector", "gate"):
         if getattr(selector, field, None) is not None:
-            return dataclasses.replace(selector, **{field: at_threshold(getattr(selector, field), change)})
+            return dataclasses.replace(cast(Any, selector), **{field: at_threshold(getattr(selector, field), change)})
     raise InputError(f"{type(selector).__name__} decides by no threshold")
 
 
@@ -182,6 +182,9 @@ def log_odds(probability: float) -> float:
         return float(np.log(probability) - np.log1p(-np.float64(probability)))
 
 
+_ABSENT: Any = None  # methods read what they require, which is there
+
+
 @dataclass(frozen=True)
 class FitMaterial:
     """Data that the selector of one FFN is fitted from; None where `Method.requires` does not name it.
@@ -196,13 +199,14 @@ class FitMaterial:
     """
 
     weights: FFNWeights
-    activations: "ActivationStatistics | None" = None
-    input_moments: "Moments | None" = None
-    hidden_moments: "Moments | None" = None
-    gate: Score | None = None
+    activations: "ActivationStatistics" = _ABSENT
+    input_moments: "Moments" = _ABSENT
+    hidden_moments: "Moments" = _ABSENT
+    gate: Score = _ABSENT
     name: str = "the FFN"
 
 
+@dataclass(frozen=True)
 class Method:
     """A method of deciding what an FFN computes: a frozen dataclass whose fields are its options.
 
@@ -227,7 +231,7 @@ class Method:
     tuned_by: ClassVar[Literal["threshold", "density", "nothing"]] = "threshold"
     note: ClassVar[str] = ""
 
-    def fit(self, material: FitMaterial) -> Score | Selector:
+    def fit(self, material: FitMaterial) -> Any:
         """The score of one FFN; its selector where `tuned_by` is "nothing"."""
         raise NotImplementedError
 
@@ -279,7 +283,7 @@ class TrainedMethod(Method):
         """A gate that gives every group even odds, for an FFN of `shape` (hidden neurons, d)."""
         raise NotImplementedError
 
-    def loss(self, gate: Score, weights: FFNWeights, trace: FFNTrace) -> jax.Array:
+    def loss(self, gate: Any, weights: FFNWeights, trace: FFNTrace) -> jax.Array:
         """The loss () of a gate on one batch, averaged over groups and tokens that exist."""
         raise NotImplementedError
 
@@ -287,11 +291,12 @@ class TrainedMethod(Method):
         return material.gate
 
 
+AMethod = TypeVar("AMethod", bound=Method)
 METHODS: dict[str, type[Method]] = {}
 """Every method by its name."""
 
 
-def register(cls: Class) -> Class:
+def register(cls: type[AMethod]) -> type[AMethod]:
     """Adds a method to `METHODS`."""
     METHODS[cls.name] = cls
     return cls

@@ -38,7 +38,7 @@ class Executed:
                 f"{type(self.selector).__name__} does not choose groups of neurons alone, so it runs in the masked "
                 "reference only"
             )
-        if selection.tile_size == 1 and not fixed:
+        if selection.active is not None and selection.tile_size == 1 and not fixed:
             # Padding needs nothing, or it would make tiles denser.
             selection = dataclasses.replace(selection, active=selection.active & tokens[..., None])
         return dataclasses.replace(selection, execution=self.execution)

@@ -1,5 +1,6 @@
 """MGS: one linear gate per FFN, trained to tell which groups of neurons are active."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -52,7 +53,7 @@ class MGS(TrainedMethod):
         # The loss of one linear layer is convex, so that zeros are as good a start as any.
         return LinearGate(jnp.zeros((d_model, groups)), jnp.zeros(groups))
 
-    def loss(self, gate: LinearGate, weights: FFNWeights, trace: FFNTrace) -> jax.Array:
+    def loss(self, gate: Callable[..., jax.Array], weights: FFNWeights, trace: FFNTrace) -> jax.Array:
         scores = gate(weights, trace.inputs, trace.tokens)
         active = active_groups(trace.hidden, scores.shape[-1])
         return mean_over_tokens(optax.sigmoid_binary_cross_entropy(scores, active.astype(scores.dtype)), trace.tokens)
@@ -66,7 +67,7 @@ class MGSContribution(MGS):
     name: ClassVar = "mgs-contribution"
     note: ClassVar = "labels weighted by contribution"
 
-    def loss(self, gate: LinearGate, weights: FFNWeights, trace: FFNTrace) -> jax.Array:
+    def loss(self, gate: Callable[..., jax.Array], weights: FFNWeights, trace: FFNTrace) -> jax.Array:
         scores = gate(weights, trace.inputs, trace.tokens)
         active = active_groups(trace.hidden, scores.shape[-1])
         contributions = relative_output_norms(weights, trace, scores.shape[-1])

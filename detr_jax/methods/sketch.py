@@ -1,6 +1,7 @@
 """What neurons contribute, guessed from a sketch of the first matrix product; needs the inputs' covariance only."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from detr_jax.errors import InputError
-from detr_jax.methods.base import FitMaterial, Method, Traits, group_sums, register, storable
+from detr_jax.methods.base import FitMaterial, Traits, group_sums, register, storable
 from detr_jax.methods.grouping import group_count
 from detr_jax.methods.topk import ByRank
 from detr_jax.methods.wrappers import Pooled
@@ -83,12 +84,13 @@ def sketch(ffn: FFNWeights, mean: np.ndarray, covariance: np.ndarray, rank: int,
     down = (axes / deviations) @ right[:rank].T
     bias = np.asarray(ffn.b_in, np.float64) + (w_in - (down @ up).T) @ mean
     norms = np.linalg.norm(np.asarray(ffn.w_out, np.float64), axis=1)
-    return Sketch(*(jnp.asarray(array, jnp.float32) for array in (down, up, bias, norms)), group_size)
+    array = partial(jnp.asarray, dtype=jnp.float32)
+    return Sketch(array(down), array(up), array(bias), array(norms), group_size)
 
 
 @register
 @dataclass(frozen=True)
-class ContributionSketch(ByRank, Method):
+class ContributionSketch(ByRank):
     """The neurons of highest sketched contribution over an image's tokens."""
 
     name: ClassVar = "sketch"

@@ -46,7 +46,8 @@ class TopK:
         return self.score.cost(d_model, features)
 
 
-class ByRank:
+@dataclass(frozen=True)
+class ByRank(Method):
     """At a density, methods that keep equally many of every token instead of what reaches a threshold."""
 
     def at_densities(
@@ -59,7 +60,7 @@ class ByRank:
 
 @register
 @dataclass(frozen=True)
-class LazyNeuron(ByRank, Method):
+class LazyNeuron(ByRank):
     """The k largest hidden activations: an accuracy bound, for it needs them all."""
 
     name: ClassVar = "topk"

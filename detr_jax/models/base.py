@@ -1,7 +1,7 @@
 """The detector protocol: everything that the rest of the package knows about a detector."""
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, Self
 
@@ -42,8 +42,9 @@ class HasFFNs(Protocol):
 class Outputs(Protocol):
     """Outputs of a detector: a dataclass and pytree of arrays with an axis of images in front."""
 
-    traces: dict[str, FFNTrace] | None
-    """Of the FFNs by name, if asked for."""
+    @property
+    def traces(self) -> dict[str, FFNTrace] | None:
+        """Of the FFNs by name, if asked for."""
 
 
 class Detector(nnx.Module):
@@ -159,7 +160,7 @@ class Detector(nnx.Module):
         features = self.embed(pixel_values, pixel_mask, jnp.ones(pixel_values.shape[0], bool))
         return self.transform(features, selectors=selectors, trace=trace, **options)
 
-    def token_grids(self, size: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+    def token_grids(self, size: Sequence[int]) -> tuple[tuple[int, int], ...]:
         """Rows and columns of each grid of image tokens for padded images of (height, width) pixels."""
         return tuple((-(-size[0] // stride), -(-size[1] // stride)) for stride in self.strides)
 
@@ -169,7 +170,7 @@ class Detector(nnx.Module):
 
     def traces(self, features: Any, selectors: Selectors) -> dict[str, FFNTrace]:
         """Inputs, hidden activations and selections of each FFN by name."""
-        return self.transform(features, selectors=selectors, trace=True).traces
+        return self.transform(features, selectors=selectors, trace=True).traces or {}
 
     def with_permutations(self, permutations: Mapping[str, Int[np.ndarray, " hidden"]]) -> Self:
         """The same function with the hidden neurons of some FFNs permuted; this detector stays as it is.

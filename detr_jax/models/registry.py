@@ -2,6 +2,7 @@
 
 import dataclasses
 import typing
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from detr_jax.models.base import Detector
@@ -11,13 +12,13 @@ class Architecture(NamedTuple):
     """The dataclass of an architecture's configuration, and its module."""
 
     config: type
-    module: type[Detector]
+    module: Callable[..., Detector]
 
 
 ARCHITECTURES: dict[str, Architecture] = {}
 
 
-def register(name: str, config: type, module: type[Detector]) -> None:
+def register(name: str, config: type, module: Callable[..., Detector]) -> None:
     """Makes an architecture known to `detr_jax.load` and `detr_jax.save`.
 
     Args:

@@ -6,6 +6,7 @@ He et al. 2016, in the form of torchvision (the stride sits on the 3x3 convoluti
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,13 @@ class ConvNorm(nnx.Module):
         initial_scale: float = 1.0,
     ):
         padding = [(dilation * (size // 2),) * 2] * 2
-        options = {"strides": stride, "padding": padding, "kernel_dilation": dilation, "dtype": dtype, "rngs": rngs}
+        options: dict[str, Any] = {
+            "strides": stride,
+            "padding": padding,
+            "kernel_dilation": dilation,
+            "dtype": dtype,
+            "rngs": rngs,
+        }
         init = nnx.initializers.he_normal()
         self.conv = nnx.Conv(features_in, features_out, (size, size), use_bias=False, kernel_init=init, **options)
         self.norm = FrozenBatchNorm(features_out, initial_scale=initial_scale, dtype=dtype)

@@ -46,8 +46,9 @@ class Partition(NamedTuple):
     def parts(self, weights: FFNWeights) -> tuple[FFNWeights, FFNWeights]:
         """The FFN of the neurons that are always computed, and that of the gated ones, which has no bias."""
         always, end, bias = self.always, self.always + self.gated, weights.b_out
-        of_always = FFNWeights(*(array[:always] for array in weights[:3]), bias)
-        return of_always, FFNWeights(*(array[always:end] for array in weights[:3]), jnp.zeros_like(bias))
+        of_always = FFNWeights(weights.w_in[:always], weights.b_in[:always], weights.w_out[:always], bias)
+        w_in, b_in, w_out = (array[always:end] for array in weights[:3])
+        return of_always, FFNWeights(w_in, b_in, w_out, jnp.zeros_like(bias))
 
 
 @jax.tree_util.register_dataclass

@@ -133,8 +133,8 @@ class PlanSearch:
         execution = Execution(window, settings.block_size or size)
 
         def material(name: str) -> Material:
-            of_kinds = ({kind: of[name] for kind, of in by_kind.items()} for by_kind in (scores, decisions))
-            return Material(weights[name], statistics[name], hidden[name], *of_kinds, execution)
+            of_scores, of_decisions = ({kind: of[name] for kind, of in kinds.items()} for kinds in (scores, decisions))
+            return Material(weights[name], statistics[name], hidden[name], of_scores, of_decisions, execution)
 
         found = {
             name: candidates_of(material(name), settings.fixed, settings.dynamic)
@@ -192,11 +192,13 @@ class PlanSearch:
         for name, cost in self.costs(unit).items():
             allowed = np.array([i for i, c in enumerate(self.candidates[name]) if c.kind in kinds])
             rows = allowed[undominated(self.losses[name][allowed], cost[allowed])]
-            kept.append(rows), losses.append(self.losses[name][rows]), costs.append(cost[rows])
+            kept.append(rows)
+            losses.append(self.losses[name][rows])
+            costs.append(cost[rows])
         # `greedy` wants as many settings of every FFN.
         longest = max(map(len, kept))
-        tables = (np.stack([np.pad(row, (0, longest - len(row)), "edge") for row in rows]) for rows in (losses, costs))
-        choice: Choice = greedy(*tables, share)
+        lost, taken = (np.stack([np.pad(row, (0, longest - len(row)), "edge") for row in of]) for of in (losses, costs))
+        choice: Choice = greedy(lost, taken, share)
         return {name: int(rows[min(c, len(rows) - 1)]) for name, rows, c in zip(self.names, kept, choice, strict=True)}
 
     def costs(self, unit: str) -> dict[str, np.ndarray]:

@@ -299,7 +299,7 @@ def _loss_and_densities(
     outputs = model.transform(batch, selectors=running, trace=True)
     weights = model.ffn_weights()
     # Of its inputs, a gate takes what the others leave: they are not trained to make its decisions easier.
-    traces: dict[str, FFNTrace] = jax.lax.stop_gradient(outputs.traces)
+    traces: dict[str, FFNTrace] = jax.lax.stop_gradient(outputs.traces or {})
     densities = {}
     for name, selector in running.items():
         trace = traces[name]
@@ -385,7 +385,7 @@ def meet(
         change, densities = measure(model, held_out, shifted(shift), tile_size)
         if isinstance(budget, MaxDivergence):
             return change <= budget.divergence
-        return np.mean(list(densities.values())) > budget.density
+        return bool(np.mean(list(densities.values())) > budget.density)
 
     low, high = -_WIDEST_SHIFT, _WIDEST_SHIFT
     for _ in range(_HALVINGS):

@@ -99,7 +99,7 @@ def train_gates(
     checkpoints = Checkpoints(folder)
     start, state = checkpoints.restore(state) or (0, state)
     if start:
-        report(start, jnp.nan)
+        report(start, jnp.array(jnp.nan))
     static = {"methods": tuple(methods.items()), "optimiser": optimiser, "mesh": mesh_of(model)}
     for step, batch in enumerate(batches_from(batches, epochs, start), start + 1):
         state, loss = _take_step(state, thresholds, model, batch, **static)
@@ -133,7 +133,7 @@ def _take_step(
     def selectors(of):
         return {name: Thresholded(gates[of][name], threshold) for name, threshold in thresholds[of].items()}
 
-    traces = {of: model.traces(batch, selectors(of)) for of in thresholds} or model.traces(batch, {})
+    traces: Any = {of: model.traces(batch, selectors(of)) for of in thresholds} or model.traces(batch, {})
 
     def loss_of(gates):
         losses = jnp.stack(
@@ -152,7 +152,7 @@ def _take_step(
 
 
 def _initial_gates(model: HasFFNs, methods: Mapping[str, TrainedMethod], seed: int) -> dict[str, Gates]:
-    shapes = {name: weights.w_in.shape for name, weights in model.ffn_weights().items()}
+    shapes = {name: (len(of.w_in), of.w_in.shape[1]) for name, of in model.ffn_weights().items()}
     keys = dict(zip(shapes, jax.random.split(jax.random.key(seed), len(shapes)), strict=True))
     return {
         of: {name: method.init(shape, keys[name]) for name, shape in shapes.items()} for of, method in methods.items()

@@ -1,6 +1,7 @@
 """One-to-one matching of object queries to objects (Carion et al. 2020, section 3.1)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +25,9 @@ class Targets:
         valid: (batch, objects) bool, false for padding.
     """
 
-    labels: jax.typing.ArrayLike
-    boxes: jax.typing.ArrayLike
-    valid: jax.typing.ArrayLike
+    labels: Any
+    boxes: Any
+    valid: Any
 
 
 def match(

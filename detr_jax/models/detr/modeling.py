@@ -1,6 +1,7 @@
 """The detector: backbone, transformer and the two heads."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,7 @@ class DETR(Detector):
 
     @property
     def ffns(self) -> dict[str, FFN]:
-        layers = (*self.transformer.encoder, *self.transformer.decoder)
+        layers: tuple[Any, ...] = (*self.transformer.encoder, *self.transformer.decoder)
         return {name: layer.ffn for name, layer in zip(self.config.ffn_names, layers, strict=True)}
 
     def ffn_specs(self) -> dict[str, FFNSpec]:

@@ -1,5 +1,7 @@
 """DETR's post-norm transformer: encoder over image tokens, decoder over object queries."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -33,7 +35,11 @@ def softmax_attention(
 
 
 def _attention(config: DetrConfig, heads: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.MultiHeadAttention:
-    options = {"attention_fn": softmax_attention, "kernel_init": nnx.initializers.glorot_uniform(), "dtype": dtype}
+    options: dict[str, Any] = {
+        "attention_fn": softmax_attention,
+        "kernel_init": nnx.initializers.glorot_uniform(),
+        "dtype": dtype,
+    }
     return nnx.MultiHeadAttention(heads, config.d_model, decode=False, keep_rngs=False, rngs=rngs, **options)
 
 

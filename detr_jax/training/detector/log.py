@@ -50,7 +50,7 @@ class TrainingLog:
         taken = step + 1
         if taken % self._interval and taken != self._steps:
             return None
-        entry = {"step": taken}
+        entry: dict[str, float] = {"step": taken}
         entry |= {name: float(np.mean([each[name] for each in self._losses])) for name in losses}
         entry["minutes"] = self._earlier + (time.perf_counter() - self._clock) / 60
         self._losses.clear()
