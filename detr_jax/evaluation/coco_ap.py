@@ -204,8 +204,8 @@ def _matches(entries: np.ndarray) -> CategoryMatches:
     """Of (images,) results of pycocotools for one category, some of them None: there is nothing in the image."""
     present = {image: entry for image, entry in enumerate(entries) if entry is not None}
     objects = np.zeros(len(entries), int)
-    for image, entry in present.items():
-        objects[image] = np.count_nonzero(np.equal(entry["gtIgnore"], 0))
+    for index, entry in present.items():
+        objects[index] = np.count_nonzero(np.equal(entry["gtIgnore"], 0))
     scores = np.concatenate([entry["dtScores"] for entry in present.values()])
     best_first = np.argsort(-scores, kind="stable")
     image = np.repeat(list(present), [len(entry["dtScores"]) for entry in present.values()])
