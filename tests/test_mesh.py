@@ -167,3 +167,26 @@ def test_half_a_cluster_is_refused(monkeypatch, variables, message):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         join_cluster()
+
+
+def test_arrays_on_an_explicit_mesh_give_the_same_outputs():
+    code = """
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from tiny import TINY_CONFIG, tiny_detector
+from detr_jax.kernels import Execution
+from detr_jax.methods import Oracle, executed
+
+model, images = tiny_detector(), np.random.default_rng(0).standard_normal((2, 32, 40, 3)).astype(np.float32)
+mesh = jax.make_mesh((2,), ("data",))
+assert mesh.axis_types == (jax.sharding.AxisType.Explicit,)
+shared = jax.device_put(images, NamedSharding(mesh, PartitionSpec("data")))
+run = jax.jit(lambda model, images, selectors: model(images, selectors=selectors).logits)
+np.testing.assert_allclose(run(model, shared, {}), run(model, images, {}), atol=1e-5)
+with jax.set_mesh(mesh):
+    sparse = executed(dict.fromkeys(TINY_CONFIG.ffn_names, Oracle(4)), Execution())
+    np.testing.assert_allclose(run(model, shared, sparse), run(model, images, {}), atol=1e-5)
+    np.testing.assert_allclose(model(shared).logits, run(model, images, {}), atol=1e-5)
+"""
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(TESTS)}
+    subprocess.run([sys.executable, "-c", code], env=os.environ | flags, check=True)

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from detr_jax.models.detr.config import DetrConfig
 from detr_jax.models.ffn import FFN, RunFFN
@@ -46,6 +47,14 @@ def _attention(config: DetrConfig, heads: int, dtype: jnp.dtype, rngs: nnx.Rngs)
 def _norm(config: DetrConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
     # The fast variance E[x^2] - E[x]^2 loses digits that parity with torch needs.
     return nnx.LayerNorm(config.d_model, epsilon=LAYER_NORM_EPSILON, use_fast_variance=False, dtype=dtype, rngs=rngs)
+
+
+def _sharded_like(x: jax.Array, images: jax.Array) -> jax.Array:
+    """An array with an axis of images in front, shared among devices as `images` are; products need that of both."""
+    sharding = jax.typeof(images).sharding
+    if not sharding.mesh.explicit_axes:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, PartitionSpec(sharding.spec[0])))
 
 
 class EncoderLayer(nnx.Module):
@@ -107,11 +116,11 @@ class Transformer(nnx.Module):
     def decode(self, memory: jax.Array, positions: jax.Array, tokens: jax.Array, run: RunFFN) -> list[jax.Array]:
         """Memory -> features (batch, queries, d) of the object queries after each layer, normalised."""
         mask = tokens[:, None, None, :]
-        batch = memory.shape[0]
-        queries = jnp.broadcast_to(self.queries[...].astype(self.dtype), (batch, *self.queries.shape))
+        queries = jnp.broadcast_to(self.queries[...].astype(self.dtype), (memory.shape[0], *self.queries.shape))
+        queries = _sharded_like(queries, memory)
         located_memory = memory + positions
         every_query = jnp.ones(queries.shape[:2], bool)
-        x = jnp.zeros_like(queries)
+        x = _sharded_like(jnp.zeros_like(queries), memory)
         outputs = []
         for index, layer in enumerate(self.decoder):
             x = layer.attend(x, queries, memory, located_memory, mask)
