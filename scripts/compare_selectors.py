@@ -49,6 +49,7 @@ from detr_jax.methods import (
     TrainedMethod,
     find_indicators,
     log_odds,
+    restricted_to,
 )
 from detr_jax.methods.grouping import group_count
 from detr_jax.models import DETR, Selector, Selectors
@@ -190,9 +191,19 @@ class Workbench:
         return train(model, batches, methods, self.arguments.out / folder, active_selectors)
 
     def row(
-        self, section: str, selector: str, setting: str, *, model: DETR, selectors: Callable[[], Selectors]
+        self,
+        section: str,
+        selector: str,
+        setting: str,
+        *,
+        model: DETR,
+        selectors: Callable[[], Selectors],
+        active: Selectors | None = None,
     ) -> None:
-        """Measures a row unless an interrupted run has it already; it is scored while the next one is detected."""
+        """Measures a row unless an interrupted run has it already; it is scored while the next one is detected.
+
+        `active` are selectors for the forward pass that also has some that keep everything.
+        """
         key = f"{section}: {selector}, {setting}"
         if key in self.rows:
             return
@@ -201,7 +212,7 @@ class Workbench:
         about |= {"group_size": self.arguments.training.group_size}
         about |= {"order": "own" if model is self.own else self.arguments.neuron_order}
         about |= describe(next(iter(chosen.values()))) if chosen else {}
-        measured = self.comparison.detect(model, chosen)
+        measured = self.comparison.detect(model, chosen if active is None else active)
         self.finish_rows()
 
         def complete() -> Row:
@@ -332,8 +343,10 @@ def at_paper_threshold(gates: Gates) -> dict[str, Thresholded]:
 
 def compare_layers(bench: Workbench, gates: Gates) -> None:
     """Which FFNs cost the accuracy, at the paper's threshold."""
-    for title, some in one_at_a_time(at_paper_threshold(gates)).items():
-        bench.row("layers", "mgs", title, model=bench.ordered, selectors=lambda some=some: some)
+    whole = at_paper_threshold(gates)
+    for title, some in one_at_a_time(whole).items():
+        active = restricted_to(whole, some)
+        bench.row("layers", "mgs", title, model=bench.ordered, selectors=lambda some=some: some, active=active)
 
 
 def save_best(bench: Workbench, selectors: Mapping[str, Selector], results: dict, path: Path) -> None:

@@ -7,11 +7,13 @@ import pytest
 from commands import refusal, run
 from fixtures_coco import varied_detector
 from PIL import Image
+from toy_method import LargestInput
 
 import detr_jax
 from detr_jax.plan import load_plan
 
-METHODS = ["static-contribution", "mgs", "core", "rsparse"]
+METHODS = ["static-contribution", "mgs", "core", "rsparse", LargestInput.name]
+"""The last one registers itself from outside the package."""
 SCRIPT = "compare_selectors.py"
 
 

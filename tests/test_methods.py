@@ -1,9 +1,6 @@
 """Every registered method, on an FFN given as arrays; and a toy one that registers itself from outside."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -17,13 +14,13 @@ from toy_method import InputSize, LargestInput
 
 from detr_jax.calibration.activations import measure
 from detr_jax.calibration.moments import moments_of
-from detr_jax.calibration.thresholds import density_threshold, score_histogram, selectors_at_densities
+from detr_jax.calibration.thresholds import density_threshold, recall_threshold, score_histogram, selectors_at_densities
 from detr_jax.data.batches import CachedBatches
 from detr_jax.errors import InputError
 from detr_jax.methods import METHODS, FitMaterial, Thresholded, TrainedMethod, named
 from detr_jax.methods.base import STORABLE
 from detr_jax.methods.docs import methods_table
-from detr_jax.models.ffn import trace
+from detr_jax.models.ffn import forward, trace
 from detr_jax.models.parameters import fingerprint
 from detr_jax.plan import Plan, load_plan, save_plan
 from detr_jax.training.gates import GateTraining
@@ -35,9 +32,9 @@ WEIGHTS, X, TOKENS = tiny_ffn(features=64, d_model=24)
 TUNED = [name for name, method in METHODS.items() if method.tuned_by != "nothing"]
 
 
-def material_for(method) -> FitMaterial:
+def material_for(method, weights=WEIGHTS) -> FitMaterial:
     """Material with what the method requires and nothing else."""
-    what = trace(WEIGHTS, X, TOKENS)
+    what = trace(weights, X, TOKENS)
     statistics = measure(what, jnp.zeros(TOKENS.shape, int), kinds_count=1)
     parts = {
         "activations": jax.tree.map(np.asarray, statistics),
@@ -48,7 +45,7 @@ def material_for(method) -> FitMaterial:
         rng = np.random.default_rng(0)
         gate = method.init((64, 24), jax.random.key(0))
         parts["gate"] = jax.tree.map(lambda leaf: jnp.float32(rng.standard_normal(leaf.shape)), gate)
-    return FitMaterial(WEIGHTS, **{name: part for name, part in parts.items() if name in method.requires})
+    return FitMaterial(weights, **{name: part for name, part in parts.items() if name in method.requires})
 
 
 @pytest.mark.parametrize("name", TUNED)
@@ -139,13 +136,24 @@ def test_a_method_from_outside_goes_through_a_plan_file(tmp_path):
     assert isinstance(found.selectors["encoder.0"].score, InputSize)
 
 
-def test_a_method_from_outside_is_a_row_of_the_comparison():
-    root = Path(__file__).parents[1]
-    compared = subprocess.run(
-        [sys.executable, "-c", "import toy_method, compare_selectors as c; print(c.Arguments().methods)"],
-        env=os.environ | {"PYTHONPATH": f"{root / 'tests'}{os.pathsep}{root / 'scripts'}"},
-        capture_output=True,
-        text=True,
-        check=True,
+@pytest.mark.parametrize("name", METHODS)
+def test_an_ffn_that_is_never_active_is_closed_or_named(name):
+    silent = WEIGHTS._replace(b_in=WEIGHTS.b_in - 1e4)
+    method = OPTIONS.method(METHODS[name])
+    material = material_for(method, silent)
+    if name == "sibs":
+        with pytest.raises(InputError, match=r"decoder\.0: no neuron is active"):
+            method.fit(dataclasses.replace(material, name="decoder.0"))
+        return
+    threshold = -jnp.inf
+    if method.tuned_by == "threshold":
+        histogram = jax.device_get(score_histogram(method.fit(material), silent, trace(silent, X, TOKENS)))
+        threshold = recall_threshold(histogram, 0.99)
+        assert threshold == jnp.inf  # no group has to be found
+    if isinstance(method, TrainedMethod):
+        loss, gradients = jax.value_and_grad(method.loss)(material.gate, silent, trace(silent, X, TOKENS))
+        assert np.isfinite([loss, *(np.abs(leaf).max() for leaf in jax.tree.leaves(gradients))]).all()
+    (selector,) = (
+        method.at_densities(material, lambda _: threshold, (0.5,)) if name in TUNED else (method.fit(material),)
     )
-    assert "'largest-input'" in compared.stdout
+    assert np.isfinite(forward(silent, X, selector(silent, X, TOKENS))).all()

@@ -214,6 +214,17 @@ def test_files_of_earlier_versions_load(embedded, version):
         np.testing.assert_array_equal(order, stored[f"{name}.order"])
 
 
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_plans_of_earlier_versions_give_the_outputs_that_they_gave(embedded, version):
+    """The logits are those of the last commit that wrote version 3, 345e4d6."""
+    folder = Path(__file__).parent / "data"
+    sparse = detr_jax.load_sparse(embedded, folder / f"detr-tiny-plan-v{version}.safetensors")
+    images = np.random.default_rng(0).standard_normal((2, 64, 96, 3)).astype(np.float32)
+    expected = np.load(folder / "detr-tiny-plan-logits.npz")[f"v{version}"]
+    np.testing.assert_allclose(sparse(images).logits, expected, atol=5e-4)
+    assert np.abs(embedded(images).logits - expected).max() > 0.05  # dense outputs are others
+
+
 OLD_NAMES = {
     "PartitionedSelector": "Sectioned",
     "LowRankCompensation": "Compensated",

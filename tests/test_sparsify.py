@@ -151,3 +151,15 @@ def test_contributing_shows_the_toy_method():
     shown = (tests.parent / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## A method")[1]
     code = (tests / "toy_method.py").read_text(encoding="utf-8")
     assert code[code.index("@") :].rstrip() == shown.split("```python\n")[1].split("\n```")[0]
+
+
+def test_an_ffn_that_is_never_active_is_closed_or_named(photographs):
+    detector = tiny_detector()
+    bias = detector.ffns["decoder.0"].b_in
+    bias[...] = bias[...] - 1e4
+    options = {"calibration": 4, "options": OPTIONS, "progress": False}
+    sparse = detr_jax.sparsify(detector, photographs, small("mgs"), **options)
+    assert sparse.plan.selectors["decoder.0"].threshold == np.inf
+    assert sparse.plan.measured["calibration"]["density"]["decoder.0"] == 0
+    with pytest.raises(InputError, match=r"decoder\.0: no neuron is active"):
+        detr_jax.sparsify(detector, photographs, small("sibs"), **options)

@@ -13,6 +13,7 @@ from commands import SCRIPTS, refusal, run
 from PIL import Image
 from scipy.special import expit
 from tiny import annotation, tiny_detector, write_coco
+from toy_method import InputSize, LargestInput
 
 import detr_jax
 from detr_jax.plan import load_plan
@@ -96,6 +97,17 @@ def test_gates_that_are_trained_to_a_budget_are_the_plan(inputs, tmp_path):
     assert plan.training["tuning"]["epochs"] == 2
     for name, selector in plan.selectors.items():
         assert trained["ffns"][name]["threshold"] == float(expit(selector.threshold))
+
+
+def test_a_method_from_outside_is_fitted_by_its_name(inputs, tmp_path):
+    run(NAME, *inputs, "--method", LargestInput.name, "--out", tmp_path)
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert list(runs) == ["dense", "all by largest-input, recall 0.99"]
+    plan = load_plan(tmp_path / "plan.safetensors", tiny_detector())
+    assert plan.method == LargestInput.name
+    assert all(isinstance(selector.score, InputSize) for selector in plan.selectors.values())
+    threshold = runs["all by largest-input, recall 0.99"]["ffns"]["encoder.0"]["threshold"]
+    assert threshold == float(plan.selectors["encoder.0"].threshold)
 
 
 @pytest.mark.parametrize(

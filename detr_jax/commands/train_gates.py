@@ -20,7 +20,7 @@ from detr_jax.evaluation.coco_ap import shown
 from detr_jax.evaluation.evaluate import DENSE, Scores, evaluate_selections
 from detr_jax.files import write_json
 from detr_jax.mesh import is_first_process
-from detr_jax.methods import PAPER_THRESHOLD, Method, Thresholded, at_threshold, named
+from detr_jax.methods import PAPER_THRESHOLD, Method, Thresholded, named, restricted_to
 from detr_jax.models import Selector
 from detr_jax.plan import save_plan
 from detr_jax.run_folder import RESULTS
@@ -120,11 +120,6 @@ def budgets_of(method: Method, arguments: Arguments) -> dict[str, Any]:
     return {f"all {gated}, {budget.title}": budget for budget in budgets}
 
 
-def alone(name: str, uniform: Mapping[str, Selector]) -> dict[str, Selector]:
-    """One FFN sparse: the others keep everything, in the same program."""
-    return {n: s if n == name else at_threshold(s, lambda found: found.at(-math.inf)) for n, s in uniform.items()}
-
-
 def thresholds_of(method: Method, selectors: Mapping[str, Selector]) -> dict[str, float | None]:
     """The threshold of every FFN, of gates as a probability; None without one."""
     found = {}
@@ -173,7 +168,9 @@ def main(arguments: Arguments) -> None:
     selections = {title: plan.selectors for title, plan in plans.items()}
     if arguments.per_layer:
         uniform = next(iter(selections.values()))
-        selections |= {f"{name} alone, threshold {arguments.threshold:g}": alone(name, uniform) for name in uniform}
+        selections |= {
+            f"{name} alone, threshold {arguments.threshold:g}": restricted_to(uniform, [name]) for name in uniform
+        }
     computed = {title: arguments.computation.of(selectors) for title, selectors in selections.items()}
     scores = evaluate_selections(
         *(fitted.permuted, validation, {DENSE: {}} | computed, arguments.training.batch_size),

@@ -12,6 +12,7 @@ from detr_jax.methods.base import (
     log_odds,
     named,
     register,
+    restricted_to,
     storable,
 )
 from detr_jax.methods.corematching import CoreMatching
@@ -94,6 +95,7 @@ __all__ = [
     "low_rank_factors",
     "named",
     "register",
+    "restricted_to",
     "sketch",
     "storable",
 ]

@@ -13,7 +13,7 @@ in plan files. A method that is trained derives from `TrainedMethod`; any other 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast
 
@@ -23,7 +23,7 @@ import numpy as np
 
 from detr_jax.errors import InputError
 from detr_jax.kernels import Execution
-from detr_jax.models import FFNTrace, FFNWeights, LowRankFactors, OutputLayer, Selection, Selector
+from detr_jax.models import FFNTrace, FFNWeights, LowRankFactors, OutputLayer, Selection, Selector, Selectors
 from detr_jax.pytrees import pytree
 
 if TYPE_CHECKING:
@@ -149,6 +149,14 @@ def at_threshold(selector: Selector, change: Callable[[Thresholded], Thresholded
         if getattr(selector, field, None) is not None:
             return dataclasses.replace(cast(Any, selector), **{field: at_threshold(getattr(selector, field), change)})
     raise InputError(f"{type(selector).__name__} decides by no threshold")
+
+
+def restricted_to(selectors: Selectors, names: Collection[str]) -> dict[str, Selector]:
+    """Selectors of which those of some FFNs decide; the others keep everything. One program runs any subset."""
+    return {
+        name: selector if name in names else at_threshold(selector, lambda found: found.at(-np.inf))
+        for name, selector in selectors.items()
+    }
 
 
 def selection_of(score: Score, kept: jax.Array) -> Selection:

@@ -198,7 +198,7 @@ class Fit:
                 moments = measure_moments(self.permuted, batches)
                 found |= dict(zip(("input_moments", "hidden_moments"), moments, strict=True))
         return {
-            name: FitMaterial(weights, **{key: found[key][name] for key in requires})
+            name: FitMaterial(weights, name=name, **{key: found[key][name] for key in requires})
             for name, weights in self._weights.items()
         }
 
