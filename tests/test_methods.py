@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from methods_table import methods_table
 from standalone import FFNInputs, StandaloneFFNs
 from tiny import tiny_detector, tiny_ffn
 from toy_method import InputSize, LargestInput
@@ -19,7 +20,6 @@ from detr_jax.data.batches import CachedBatches
 from detr_jax.errors import InputError
 from detr_jax.methods import METHODS, FitMaterial, Thresholded, TrainedMethod, named
 from detr_jax.methods.base import STORABLE
-from detr_jax.methods.docs import methods_table
 from detr_jax.models.ffn import forward, trace
 from detr_jax.models.parameters import fingerprint
 from detr_jax.plan import Plan, load_plan, save_plan

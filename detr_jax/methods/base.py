@@ -1,8 +1,7 @@
 """Scores, selectors and methods, and the registry of methods.
 
-A method is one frozen dataclass in one file, with its options as fields and a `@register` above it. `METHODS` feeds the
-comparison, `--method`, the common tests and the table in docs/methods.md; classes with a `@storable` above them may be
-in plan files. A method that is trained derives from `TrainedMethod`; any other one from `Method`.
+A method is one frozen dataclass in one file, its options being its fields. `METHODS` feeds the comparison, `--method`,
+the common tests and the table in docs/methods.md.
 
     method = METHODS["mgs"](group_size=8)                     # or named("mgs")
     gate = method.init((features, d_model), key)              # trained methods only
@@ -37,24 +36,22 @@ STORABLE: dict[str, type] = {cls.__name__: cls for cls in (Execution, LowRankFac
 
 
 def storable(cls: Class) -> Class:
-    """Registers a dataclass as a pytree that plan files may hold.
-
-    Its fields are arrays or storable; those with the metadata `static=True` are None, booleans, integers or strings.
-    """
+    """Registers a dataclass as a pytree that plan files may hold: of arrays, of such classes, and, in fields with the
+    metadata `static=True`, of None, booleans, integers and strings."""
     STORABLE[cls.__name__] = cls
     return pytree(cls)
 
 
 class Traits(NamedTuple):
-    """What one has to know of a method before comparing it.
+    """Facts about a score or selector.
 
     Attributes:
         needs: what it is made from.
-        granularity: what it decides about: hidden neurons, groups of them, channels of the FFN's input, or groups for
-            all tokens of an image or window at once.
-        saves: which of the two matrix products become smaller.
+        granularity: of its decisions: hidden neurons, groups of them, channels of the FFN's input, or groups for all
+            tokens of an image or window at once.
+        saves: matrix products that become smaller.
         dynamic: whether it depends on the input.
-        tile_size: consecutive tokens that one decision is about; None for all tokens of an image.
+        tile_size: consecutive tokens per decision; None for all tokens of an image.
     """
 
     needs: Literal["nothing", "statistics", "training"]
@@ -64,10 +61,32 @@ class Traits(NamedTuple):
     tile_size: int | None = 1
 
 
-class Score(Protocol):
-    """How much a part of an FFN is needed; higher is kept sooner. A pytree.
+class Free:
+    """Base of scores and selectors without multiply-adds of their own."""
 
-    Scores that say how probably it is active have a `unit`, "log-odds" or "probability".
+    def cost(self, d_model: int, features: int) -> float:
+        return 0.0
+
+
+class Wrapper:
+    """Base of dataclasses with the traits and the cost of the score or selector in their first field."""
+
+    @property
+    def _wrapped(self) -> Any:
+        return getattr(self, dataclasses.fields(self)[0].name)  # type: ignore[arg-type]
+
+    @property
+    def traits(self) -> Traits:
+        return self._wrapped.traits
+
+    def cost(self, d_model: int, features: int) -> float:
+        return self._wrapped.cost(d_model, features)
+
+
+class Score(Protocol):
+    """Need for each part of an FFN; higher is kept sooner. A pytree.
+
+    Scores that estimate the probability of being active have a `unit`, "log-odds" or "probability".
     """
 
     @property
@@ -77,24 +96,22 @@ class Score(Protocol):
         """(..., decisions, G) float32, of channels (..., tokens, d); arguments as of a selector."""
 
     def cost(self, d_model: int, features: int) -> float:
-        """Multiply-adds per token that the score itself takes, beyond the parts of the FFN that it makes use of."""
+        """Multiply-adds per token of the score itself, without the parts of the FFN that it uses."""
 
 
 class SharedScore(Score, Protocol):
-    """A score that decides for many tokens at once, and of which a part can be taken."""
+    """A score of decisions that many tokens share."""
 
     def of_groups(self, groups: np.ndarray) -> "SharedScore":
-        """The score of some groups, (k,) indices, as of an FFN that has no others."""
+        """The score of some groups, (k,) indices, as if the FFN had no others."""
 
 
 @storable
 @dataclass(frozen=True)
-class Thresholded:
-    """The selector "score >= threshold". Calibration sets the threshold, see `detr_jax.calibration`.
+class Thresholded(Wrapper):
+    """The selector "score >= threshold", () float32; minus infinity keeps everything.
 
-    Attributes:
-        score: of the method.
-        threshold: () float32; minus infinity computes everything.
+    Thresholds are set by `detr_jax.calibration`.
     """
 
     score: Score
@@ -103,29 +120,17 @@ class Thresholded:
     def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> Selection:
         return selection_of(self.score, self.score(ffn, x, tokens) >= self.threshold)
 
-    @property
-    def traits(self) -> Traits:
-        return self.score.traits
-
-    def cost(self, d_model: int, features: int) -> float:
-        """Multiply-adds per token of the decision."""
-        return self.score.cost(d_model, features)
-
     def at(self, threshold: float | jax.Array) -> "Thresholded":
-        """The same with another threshold, in the unit of the score.
-
-        Raises:
-            ValueError: if it is NaN.
-        """
+        """The same with another threshold, in the unit of the score; raises an InputError for NaN."""
         if threshold != threshold:
             raise InputError("a threshold cannot be NaN")
         return dataclasses.replace(self, threshold=jnp.float32(threshold))
 
     def at_probability(self, probability: float) -> "Thresholded":
-        """The same with the threshold that is a probability.
+        """The same with a probability as threshold.
 
         Raises:
-            InputError: if it is no probability, or the score has none.
+            InputError: if it is none, or the score is no probability.
         """
         unit = getattr(self.score, "unit", None)
         if unit is None:
@@ -138,11 +143,7 @@ class Thresholded:
 
 
 def at_threshold(selector: Selector, change: Callable[[Thresholded], Thresholded]) -> Selector:
-    """The same selector with another threshold, wherever in it that is.
-
-    Raises:
-        InputError: if it decides by no threshold.
-    """
+    """A selector with another threshold, wherever in it that is; raises an InputError if it has none."""
     if isinstance(selector, Thresholded):
         return change(selector)
     for field in ("of", "selector", "gate"):
@@ -160,7 +161,7 @@ def restricted_to(selectors: Selectors, names: Collection[str]) -> dict[str, Sel
 
 
 def selection_of(score: Score, kept: jax.Array) -> Selection:
-    """The selection of what a score decides about."""
+    """The selection of the parts with `kept`, a mask of the shape of the score."""
     if score.traits.granularity == "channel":
         return Selection(channels=kept)
     return Selection(active=kept, tile_size=score.traits.tile_size)
@@ -179,11 +180,7 @@ def group_sums(per_neuron: jax.Array, groups: int) -> jax.Array:
 
 
 def log_odds(probability: float) -> float:
-    """The log-odds of a probability, the unit of gates' scores; 0 and 1 are minus and plus infinity.
-
-    Raises:
-        InputError: if it is no probability.
-    """
+    """The log-odds of a probability, the unit of gates' scores, infinite for 0 and 1; an InputError for others."""
     if not 0 <= probability <= 1:
         raise InputError(f"a threshold must be a probability, not {probability}")
     with np.errstate(divide="ignore"):
@@ -197,13 +194,7 @@ _ABSENT: Any = None  # methods read what they require, which is there
 class FitMaterial:
     """Data that the selector of one FFN is fitted from; None where `Method.requires` does not name it.
 
-    Attributes:
-        weights: of the FFN.
-        activations: statistics of its hidden units on training images.
-        input_moments: moments of its inputs on training images.
-        hidden_moments: moments of its hidden activations on training images.
-        gate: trained with `TrainedMethod.init` and `loss`.
-        name: of the FFN, for errors.
+    Statistics are of training images, the gate is trained with `TrainedMethod.init` and `loss`, `name` is for errors.
     """
 
     weights: FFNWeights
@@ -221,9 +212,7 @@ class Method:
     Attributes:
         name: in `METHODS`, `--method` and results.
         paper: its source.
-        decides: what one decision is about: a neuron, a group, an input channel, or a group for all tokens of an image.
-        saves: which of the two matrix products become smaller.
-        dynamic: whether decisions depend on the input.
+        decides, saves, dynamic: see `Traits`.
         requires: fields of `FitMaterial` that `fit` reads beside the weights.
         tuned_by: how a budget is met: "threshold" by the threshold of the score that `fit` returns, "density" by
             `at_densities` alone, "nothing" where `fit` returns a selector that has no such setting.
@@ -250,12 +239,9 @@ class Method:
     def at_densities(
         self, material: FitMaterial, threshold_of: Callable[[float], float], densities: Sequence[float]
     ) -> tuple[Selector, ...]:
-        """Selectors of one FFN that differ in numbers only.
+        """Selectors of one FFN at densities from 0 to 1; they differ in numbers only.
 
-        Args:
-            material: of the FFN.
-            threshold_of: the threshold of its score at a density; only called where `tuned_by` is "threshold".
-            densities: from 0 to 1.
+        `threshold_of` gives the threshold of its score at a density, and is called where `tuned_by` is "threshold".
         """
         score = self.fit(material)
         selectors = [Thresholded(score, jnp.float32(threshold_of(density))) for density in densities]
@@ -311,11 +297,7 @@ def register(cls: type[AMethod]) -> type[AMethod]:
 
 
 def named(name: str) -> Method:
-    """The method of a name, with default options.
-
-    Raises:
-        InputError: if there is none.
-    """
+    """The method of a name, with default options; raises an InputError if there is none."""
     if name not in METHODS:
         raise InputError(f"there is no method {name!r}; there are {', '.join(METHODS)}")
     return METHODS[name]()

@@ -6,20 +6,16 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from detr_jax.methods.base import FitMaterial, Score, register, storable
+from detr_jax.methods.base import FitMaterial, Score, Wrapper, register, storable
 from detr_jax.methods.mgs import MGS, LinearGate, mean_over_tokens, relative_output_norms
-from detr_jax.methods.wrappers import Derived
 from detr_jax.models import FFNTrace, FFNWeights
 
 
 @storable
 @dataclass(frozen=True)
-class ShareOfLargest(Derived):
-    """The predicted output norm of a group as a share of the token's largest; kept from (1 - tau) on.
-
-    Attributes:
-        of: a gate whose softplus is the predicted norm.
-    """
+class ShareOfLargest(Wrapper):
+    """The output norm of a group, predicted by a gate's softplus, as a share of the token's largest; kept from
+    (1 - tau) on."""
 
     of: Score
 

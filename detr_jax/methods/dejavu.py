@@ -17,13 +17,7 @@ from detr_jax.models import FFNTrace, FFNWeights
 @storable
 @dataclass(frozen=True)
 class LowRankGate:
-    """Two linear layers with nothing between them; log-odds as of `LinearGate`.
-
-    Attributes:
-        down: (d, r) float32.
-        up: (r, G) float32.
-        bias: (G,) float32.
-    """
+    """Two linear layers with nothing between them, (d, r), (r, G) and (G,) float32; log-odds as of `LinearGate`."""
 
     traits: ClassVar = Traits("training", "group", "both")
     unit: ClassVar = "log-odds"

@@ -7,13 +7,13 @@ import jax
 
 from detr_jax.errors import InputError
 from detr_jax.kernels import Execution
-from detr_jax.methods.base import Traits, storable
+from detr_jax.methods.base import Wrapper, storable
 from detr_jax.models import FFNWeights, Selection, Selector, Selectors
 
 
 @storable
 @dataclass(frozen=True)
-class Executed:
+class Executed(Wrapper):
     """Another selector, and how the FFN computes what it selects.
 
     Attributes:
@@ -42,14 +42,6 @@ class Executed:
             # Padding needs nothing, or it would make tiles denser.
             selection = dataclasses.replace(selection, active=selection.active & tokens[..., None])
         return dataclasses.replace(selection, execution=self.execution)
-
-    @property
-    def traits(self) -> Traits:
-        return self.selector.traits
-
-    def cost(self, d_model: int, features: int) -> float:
-        """Multiply-adds per token of the decision."""
-        return self.selector.cost(d_model, features)
 
 
 def executed(selectors: Selectors, execution: Execution | None) -> dict[str, Selector]:

@@ -8,27 +8,16 @@ from detr_jax.models import FFNWeights
 
 
 def group_count(neurons: int, group_size: int) -> int:
-    """Number of groups of an FFN.
-
-    Raises:
-        ValueError: if the hidden neurons cannot be divided into groups of that size.
-    """
+    """Number of groups of an FFN; raises an InputError if the size does not divide its hidden neurons."""
     if group_size < 1 or neurons % group_size:
         raise InputError(f"{neurons} hidden neurons cannot be divided into groups of {group_size}")
     return neurons // group_size
 
 
 def active_groups(hidden: jax.Array, groups: int) -> jax.Array:
-    """The active groups: those whose activations have a Euclidean norm above 0.
+    """(..., F) activations after the ReLU -> (..., G) bool, the groups with one above 0.
 
     The label of a group in Sedghi et al. 2025 (arXiv 2510.09380), by a third party's reading of it.
-
-    Args:
-        hidden: (..., F) activations after the ReLU.
-        groups: G, a divisor of F.
-
-    Returns:
-        (..., G) bool.
     """
     return (hidden.reshape(*hidden.shape[:-1], groups, hidden.shape[-1] // groups) > 0).any(-1)
 

@@ -12,19 +12,13 @@ from detr_jax.methods.base import TrainedMethod, Traits, register, storable
 from detr_jax.methods.grouping import active_groups, group_count, group_output_norms
 from detr_jax.models import FFNTrace, FFNWeights
 
-PAPER_THRESHOLD = 0.5
-"""On the probability that a group is active."""
+PAPER_THRESHOLD = 0.5  # on the probability that a group is active
 
 
 @storable
 @dataclass(frozen=True)
 class LinearGate:
-    """One linear layer; its scores are the log-odds that a group is active.
-
-    Attributes:
-        kernel: (d, G) float32.
-        bias: (G,) float32.
-    """
+    """One linear layer, (d, G) and (G,) float32; its scores are the log-odds that a group is active."""
 
     traits: ClassVar = Traits("training", "group", "both")
     unit: ClassVar = "log-odds"

@@ -6,7 +6,7 @@ from typing import ClassVar
 import jax
 
 from detr_jax.kernels import hidden_activations
-from detr_jax.methods.base import FitMaterial, Method, Traits, register, storable
+from detr_jax.methods.base import FitMaterial, Free, Method, Traits, register, storable
 from detr_jax.methods.grouping import active_groups, group_count
 from detr_jax.models import FFNWeights, Selection
 
@@ -14,13 +14,11 @@ from detr_jax.models import FFNWeights, Selection
 @register
 @storable
 @dataclass(frozen=True)
-class Oracle(Method):
-    """Keeps the groups with an activation above 0: the output is the dense one.
+class Oracle(Free, Method):
+    """Keeps the groups with an activation above 0: the output is the dense one. Method and selector in one.
 
-    A bound: it knows the activations, and what knowing them costs is not counted. Method and selector in one.
-
-    Attributes:
-        group_size: neurons per group; 1 bounds every method that decides token by token.
+    A bound, for the cost of knowing the activations is not counted; groups of 1 bound all methods that decide token by
+    token.
     """
 
     traits: ClassVar = Traits("nothing", "group", "both")
@@ -36,6 +34,3 @@ class Oracle(Method):
     def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> Selection:
         hidden = hidden_activations(x, ffn.w_in, ffn.b_in)
         return Selection(active=active_groups(hidden, group_count(hidden.shape[-1], self.group_size)))
-
-    def cost(self, d_model: int, features: int) -> float:
-        return 0.0

@@ -17,16 +17,14 @@ class PooledStatistics:
     """About the mean over tokens of h_j ||W_out[j]||, summed over a group, from the mean, deviation and maximum of x.
 
     Plans of version 3 may hold it. It gained nothing (docs/negative-results.md) and is not fitted any more.
-
-    Attributes:
-        up: (3 d, G) float32.
-        bias: (G,) float32.
-        window: consecutive tokens of a decision; None for all of an image.
     """
 
     up: jax.Array
+    """(3 d, G) float32."""
     bias: jax.Array
+    """(G,) float32."""
     window: int | None = field(default=None, metadata={"static": True})
+    """Consecutive tokens of a decision; None for all of an image."""
 
     def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> jax.Array:
         return pooled_statistics(x, tokens, self.window) @ self.up + self.bias
@@ -36,8 +34,7 @@ class PooledStatistics:
         return Traits("statistics", "image", "both", tile_size=self.window)
 
     def cost(self, d_model: int, features: int) -> float:
-        # Pooling multiplies once per channel; the regression is shared by the tokens of an image, whose number is not
-        # known here, and not counted there.
+        # Pooling multiplies once per channel. Tokens of a whole image, of unknown number here, share the rest.
         return d_model + (self.up.size / self.window if self.window else 0.0)
 
     def of_groups(self, groups: np.ndarray) -> "PooledStatistics":
@@ -46,15 +43,9 @@ class PooledStatistics:
 
 
 def pooled_statistics(x: jax.Array, tokens: jax.Array, window: int | None) -> jax.Array:
-    """The mean, standard deviation and maximum of each channel; 0 for windows of padding alone.
+    """(images, tokens, d) -> (images, windows, 3 d) float32, the mean, standard deviation and maximum of each channel.
 
-    Args:
-        x: (images, tokens, d).
-        tokens: (images, tokens) bool, false for padding.
-        window: consecutive tokens that are pooled; None for all of an image.
-
-    Returns:
-        (images, windows, 3 d) float32.
+    `tokens` (images, tokens) bool is false for padding; windows of padding alone are 0.
     """
     x = x.astype(jnp.float32)
     size = window or tokens.shape[-1]

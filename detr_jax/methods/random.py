@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import jax
 
-from detr_jax.methods.base import FitMaterial, Method, Traits, register, storable
+from detr_jax.methods.base import FitMaterial, Free, Method, Traits, register, storable
 from detr_jax.methods.grouping import group_count
 from detr_jax.models import FFNWeights
 
@@ -13,13 +13,8 @@ from detr_jax.models import FFNWeights
 @register
 @storable
 @dataclass(frozen=True)
-class Random(Method):
-    """Other random groups for every token, the same ones in every run. Method and score in one.
-
-    Attributes:
-        group_size: neurons per group.
-        seed: of the groups.
-    """
+class Random(Free, Method):
+    """Other random groups for every token, the same ones in every run. Method and score in one."""
 
     traits: ClassVar = Traits("nothing", "group", "both")
     name: ClassVar = "random"
@@ -35,6 +30,3 @@ class Random(Method):
         groups = group_count(ffn.w_in.shape[0], self.group_size)
         # Negative, because thresholds are finest near 0, where the few that low densities keep are.
         return -jax.random.uniform(jax.random.key(self.seed), (*x.shape[:-1], groups))
-
-    def cost(self, d_model: int, features: int) -> float:
-        return 0.0

@@ -1,10 +1,9 @@
-"""Second layers that make up, as well as they can, for the neurons that are left out, of fixed sets or of others.
+"""Output layers that make up for the neurons that are left out.
 
 With h the hidden activations and K the neurons that are kept, W' and b' minimise the mean of ||h_K W' + b' - y||^2,
-where y = h W_out + b_out: least squares, in closed form from the mean and covariance of h. Which neurons to keep is
-decided by eliminating, one by one, the neuron whose loss costs least once the others have made up for it (the optimal
-brain surgeon of Hassibi and Stork 1992, for whole neurons under the squared error of the FFN's output). Nothing is
-trained, and at run time it is an ordinary narrower FFN.
+where y = h W_out + b_out: least squares, in closed form from the mean and covariance of h. Neurons are eliminated one
+by one, always the one whose loss costs least once the others have made up for it: the optimal brain surgeon of Hassibi
+and Stork 1992, for whole neurons under the squared error of the FFN's output.
 """
 
 from typing import TYPE_CHECKING
@@ -22,11 +21,9 @@ RIDGE = 1e-3
 
 
 def obs_ranking(weights: FFNWeights, moments: "Moments") -> np.ndarray:
-    """(F,) the neurons by how long they are kept, the last one that is left first.
+    """(F,) the neurons of an FFN by how long they are kept, the last one that is left first.
 
-    Args:
-        weights: of the FFN.
-        moments: of its hidden activations.
+    `moments` are those of its hidden activations.
     """
     from scipy.linalg.blas import dger  # slow to import
 
@@ -60,18 +57,12 @@ def obs_ranking(weights: FFNWeights, moments: "Moments") -> np.ndarray:
 
 
 def reconstruct_output(weights: FFNWeights, moments: "Moments", kept: np.ndarray) -> OutputLayer:
-    """The second layer of an FFN of which some neurons are left.
+    """The output layer of an FFN of which some neurons are left; `w_out` (F, d) is 0 for the others.
 
     Args:
         weights: of the FFN.
         moments: of its hidden activations.
         kept: (F,) bool.
-
-    Returns:
-        `w_out` (F, d) with zeros for the neurons that are left out.
-
-    Raises:
-        ValueError: if the moments or `kept` do not fit the FFN.
     """
     _check(weights, moments)
     if kept.shape != (len(weights.w_in),) or kept.dtype != bool:
@@ -84,17 +75,11 @@ def reconstruct_output(weights: FFNWeights, moments: "Moments", kept: np.ndarray
 
 
 def reconstruct_from_kept(weights: FFNWeights, moments: "CrossMoments") -> OutputLayer:
-    """The second layer of an FFN that computes other neurons for other tokens.
+    """The output layer of an FFN that computes other neurons for other tokens; 0 for those that it never computes.
 
     Args:
         weights: of the FFN.
         moments: of the hidden activations (F,), 0 where they are left out, as inputs, and h W_out (d,) as outputs.
-
-    Returns:
-        `w_out` (F, d) with zeros for neurons that are always left out.
-
-    Raises:
-        ValueError: if the moments do not fit the FFN.
     """
     _check(weights, moments.inputs)
     own = np.asarray(weights.w_out, np.float64)
@@ -106,14 +91,8 @@ def reconstruct_from_kept(weights: FFNWeights, moments: "CrossMoments") -> Outpu
 
 
 def _fitted(own: np.ndarray, kept: np.ndarray, among: np.ndarray, missing: np.ndarray) -> np.ndarray:
-    """(F, d): the detector's own rows and what makes up for the rest.
-
-    Args:
-        own: (F, d) rows.
-        kept: (F,) bool.
-        among: (k, k) covariance of the activations that are kept.
-        missing: (k, d) covariance of those with what their own rows leave of the output.
-    """
+    """(F, d): the detector's own rows and what makes up for the rest; `among` (k, k) is the covariance of the
+    activations that are kept, `missing` (k, d) that with what their own rows leave of the output."""
     fitted = np.zeros_like(own)
     if kept.any():
         fitted[kept] = own[kept] + np.linalg.solve(_ridged(among), missing)

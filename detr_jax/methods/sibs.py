@@ -1,10 +1,10 @@
 """SIBS, Static Indicator-Based Sparsification (Sedghi et al. 2025, arXiv 2510.09380), as we read it.
 
 The paper calls SIBS a heuristic that predicts inactive neurons from fixed activation patterns, and gives no algorithm
-that we could find. This is our reading. A neuron i is an indicator of the set S_i of neurons that stay silent when it
-fires, in at least a share tau of the cases; what is counted against tau is not the share that was observed but a lower
-confidence bound of it, so that rare neurons indicate nothing. A greedy cover picks the K indicators that silence most.
-At inference these are computed first; what the ones that fire indicate is left out, and so are neurons that never fire.
+that we could find. This is our reading. A neuron i indicates the neurons that stay silent in at least a share tau of
+the cases in which it fires, by a lower confidence bound of that share, so that rare neurons indicate nothing. A greedy
+cover picks the K indicators that silence most. At inference these are computed first; neurons that an active one
+indicates are left out, and so are neurons that never fire.
 """
 
 from dataclasses import dataclass
@@ -83,13 +83,13 @@ def find_indicators(
 
     Args:
         statistics: of the FFN.
-        tau: least share of an indicator's firings in which an indicated neuron is silent.
-        indicators: K, their number at most; fewer where no other one would silence anything.
+        tau: see `SIBS`.
+        indicators: K at most; fewer where no other one would silence anything.
         confidence: of the lower bound, in standard deviations (Wilson's interval for a share).
         name: of the FFN, for errors.
 
     Raises:
-        ValueError: if `tau` is no share, or there are no statistics.
+        InputError: if `tau` is no share, or no neuron is active.
     """
     if not 0 < tau <= 1:
         raise InputError(f"tau must be above 0 and at most 1, not {tau}")

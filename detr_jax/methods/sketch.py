@@ -22,21 +22,18 @@ class Sketch:
     """The sum over a group's neurons of about h_j ||W_out[j]||, with W_in as a product of rank r.
 
     Ours; per token it is a rough guess, averaged over the tokens of an image (`Pooled`) a good one.
-
-    Attributes:
-        down: (d, r) float32.
-        up: (r, F) float32; `(down @ up).T` is about W_in.
-        bias: (F,) float32, b_in and what the sketch leaves out on average.
-        norms: (F,) float32, ||W_out[j]||.
-        group_size: neurons per group.
     """
 
     traits: ClassVar = Traits("statistics", "group", "both")
 
     down: jax.Array
+    """(d, r) float32."""
     up: jax.Array
+    """(r, F) float32; `(down @ up).T` is about W_in."""
     bias: jax.Array
+    """(F,) float32, b_in and what the sketch leaves out on average."""
     norms: jax.Array
+    """(F,) float32, ||W_out[j]||."""
     group_size: int = field(metadata={"static": True})
 
     def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -47,7 +44,7 @@ class Sketch:
         return float(self.down.shape[1] * (d_model + features))
 
     def of_groups(self, groups: np.ndarray) -> "Sketch":
-        """The score of some groups, (k,) indices, as of an FFN that has no others."""
+        """See `SharedScore`."""
         neurons = (groups[:, None] * self.group_size + np.arange(self.group_size)).ravel()
         part = (self.up[:, neurons], self.bias[neurons], self.norms[neurons])
         return Sketch(self.down, *part, self.group_size)
@@ -61,13 +58,9 @@ def sketch(ffn: FFNWeights, mean: np.ndarray, covariance: np.ndarray, rank: int,
 
     Args:
         ffn: the FFN.
-        mean: (d,) of its inputs.
-        covariance: (d, d) of its inputs, C.
-        rank: r.
+        mean, covariance: (d,) and (d, d) of its inputs, C.
+        rank: r, from 1 to the number of channels; others raise an InputError.
         group_size: neurons per group.
-
-    Raises:
-        ValueError: if the rank is not from 1 to the number of channels, or mean and covariance do not fit the FFN.
     """
     features, d_model = ffn.w_in.shape
     if not 1 <= rank <= min(features, d_model):

@@ -5,21 +5,18 @@ from typing import ClassVar
 
 import jax
 
-from detr_jax.methods.base import FitMaterial, Score, TrainedMethod, register, storable
+from detr_jax.methods.base import FitMaterial, Score, TrainedMethod, Wrapper, register, storable
 from detr_jax.methods.mgs import MGS
-from detr_jax.methods.wrappers import Derived, shared_gates
+from detr_jax.methods.wrappers import shared_gates
 from detr_jax.models import FFNWeights
 
 
 @storable
 @dataclass(frozen=True)
-class Standardised(Derived):
-    """A score in standard deviations from the mean of the token's scores.
+class Standardised(Wrapper):
+    """A gate's score in standard deviations from the mean of the token's scores.
 
     For normal scores the threshold is the normal quantile of the density; here it is calibrated.
-
-    Attributes:
-        of: the score that is standardised, a gate's.
     """
 
     of: Score

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from detr_jax.methods.base import FitMaterial, Method, Traits, group_sums, register, storable
+from detr_jax.methods.base import FitMaterial, Free, Method, Traits, group_sums, register, storable
 from detr_jax.methods.grouping import group_count
 from detr_jax.methods.reconstruction import obs_ranking, reconstruct_output
 from detr_jax.models import FFNWeights, OutputLayer, Selection
@@ -19,12 +19,8 @@ if TYPE_CHECKING:
 
 @storable
 @dataclass(frozen=True)
-class Importance:
-    """A fixed score for each group.
-
-    Attributes:
-        importance: (G,) float32.
-    """
+class Importance(Free):
+    """A fixed score for each group, (G,) float32."""
 
     traits: ClassVar = Traits("statistics", "group", "both", dynamic=False)
 
@@ -33,13 +29,10 @@ class Importance:
     def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> jax.Array:
         return jnp.broadcast_to(self.importance, (*x.shape[:-1], *self.importance.shape))
 
-    def cost(self, d_model: int, features: int) -> float:
-        return 0.0
-
 
 @storable
 @dataclass(frozen=True)
-class Fixed:
+class Fixed(Free):
     """Groups that are chosen once for all; `PartitionedSelector` does so for neurons that a permutation collected.
 
     Attributes:
@@ -55,9 +48,6 @@ class Fixed:
     def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> Selection:
         kept = jnp.broadcast_to(self.kept, (*x.shape[:-2], 1, *self.kept.shape))
         return Selection(active=kept, second=self.second, tile_size=None)
-
-    def cost(self, d_model: int, features: int) -> float:
-        return 0.0
 
 
 def by_activity(statistics: "ActivationStatistics", group_size: int) -> Importance:

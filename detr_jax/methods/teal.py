@@ -14,12 +14,9 @@ from detr_jax.models import FFNWeights
 @storable
 @dataclass(frozen=True)
 class HiddenMagnitude:
-    """|h_j|, or |h_j| ||W_out[j]||: takes the whole first product and saves the second.
+    """|h_j|, or, weighted (WINA), |h_j| ||W_out[j]||: takes the whole first product and saves the second.
 
     Thresholds are observed quantiles; TEAL's shortcut for symmetric distributions does not hold after a ReLU.
-
-    Attributes:
-        weighted: by the norms of the output weights (WINA).
     """
 
     traits: ClassVar = Traits("statistics", "neuron", "second")
@@ -37,11 +34,7 @@ class HiddenMagnitude:
 @storable
 @dataclass(frozen=True)
 class InputMagnitude:
-    """|x_i|, or |x_i| ||W_in[:, i]||: leaves channels out of the first product and saves nothing of the second.
-
-    Attributes:
-        weighted: by the norms of the input weights (WINA).
-    """
+    """|x_i|, or, weighted (WINA), |x_i| ||W_in[:, i]||: leaves channels out of the first product."""
 
     traits: ClassVar = Traits("statistics", "channel", "first")
 

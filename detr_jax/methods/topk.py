@@ -7,14 +7,14 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from detr_jax.methods.base import FitMaterial, Method, Score, Traits, ordered_bits, register, selection_of, storable
+from detr_jax.methods.base import FitMaterial, Method, Score, Wrapper, ordered_bits, register, selection_of, storable
 from detr_jax.methods.teal import HiddenMagnitude
 from detr_jax.models import FFNWeights, Selection
 
 
 @storable
 @dataclass(frozen=True)
-class TopK:
+class TopK(Wrapper):
     """Keeps the k largest scores of every token; where ties would make them more, the ones that tie are left out.
 
     Attributes:
@@ -24,10 +24,6 @@ class TopK:
 
     score: Score
     k: jax.Array
-
-    @property
-    def traits(self) -> Traits:
-        return self.score.traits
 
     def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> Selection:
         # A sort is slow; the k-th largest is found bit by bit.
@@ -40,10 +36,6 @@ class TopK:
         least = jax.lax.fori_loop(0, 32, with_one_more_bit, jnp.zeros((*bits.shape[:-1], 1), jnp.uint32))
         tied = (bits >= least).sum(-1, keepdims=True) > self.k
         return selection_of(self.score, jnp.where(tied, bits > least, bits >= least))
-
-    def cost(self, d_model: int, features: int) -> float:
-        """Multiply-adds per token of the score; comparisons are not counted."""
-        return self.score.cost(d_model, features)
 
 
 @dataclass(frozen=True)

@@ -8,33 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from detr_jax.errors import InputError
-from detr_jax.methods.base import Score, Thresholded, TrainedMethod, Traits, storable
+from detr_jax.methods.base import Score, Thresholded, TrainedMethod, Traits, Wrapper, storable
 from detr_jax.methods.tiles import mean_of_tokens
 from detr_jax.models import FFNWeights, LowRankFactors, OutputLayer, Partition, Selection, Selector
 
 
-class Derived:
-    """Base of scores made from another one, `of`, with its traits and cost."""
-
-    of: Score
-
-    @property
-    def traits(self) -> Traits:
-        return self.of.traits
-
-    def cost(self, d_model: int, features: int) -> float:
-        return self.of.cost(d_model, features)
-
-
 def shared_gates(cls: type[TrainedMethod], method: TrainedMethod) -> TrainedMethod:
     """The method of class `cls` with the options of `method` that both have: it trains the gates of both."""
-    options = {option.name: getattr(method, option.name) for option in dataclasses.fields(cls)}
-    return cls(**options)
+    return cls(**{option.name: getattr(method, option.name) for option in dataclasses.fields(cls)})
 
 
 @storable
 @dataclass(frozen=True)
-class Pooled(Derived):
+class Pooled(Wrapper):
     """The mean of a score over all tokens of an image, or of each window of consecutive tokens.
 
     Attributes:
@@ -70,25 +56,18 @@ class PartitionedSelector:
     """Computes the first neurons always, asks a selector about the next ones, and never computes the rest.
 
     The permutation of the neurons, a part of a plan, brings them into their sections.
-
-    Attributes:
-        gate: selector of the gated neurons, as of an FFN that has no others; None where there are none.
-        always: number of neurons that are always computed.
-        gated: number of neurons that the gate decides about.
-        second: an output layer of the first two sections that makes up for the third; None for the FFN's own.
     """
 
     gate: Selector | None
+    """Selector of the gated neurons, as if the FFN had no others; None where there are none."""
     always: int = field(metadata={"static": True})
+    """Number of neurons that are always computed."""
     gated: int = field(default=0, metadata={"static": True})
+    """Number of neurons that the gate decides about."""
     second: OutputLayer | None = None
+    """Output layer of the first two sections that makes up for the third; None for the FFN's own."""
 
     def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> Selection:
-        """Selects.
-
-        Raises:
-            ValueError: if the FFN has fewer neurons than the sections.
-        """
         sections = Partition(self.always, self.gated)
         if sections.always + sections.gated > len(ffn.w_in):
             raise ValueError(f"sections of {self.always} and {self.gated} neurons do not fit an FFN of {len(ffn.w_in)}")
@@ -98,18 +77,15 @@ class PartitionedSelector:
 
     @property
     def traits(self) -> Traits:
-        if self.gate is None:
-            return Traits("statistics", "neuron", "both", dynamic=False)
-        return self.gate.traits
+        return Traits("statistics", "neuron", "both", dynamic=False) if self.gate is None else self.gate.traits
 
     def cost(self, d_model: int, features: int) -> float:
-        """Multiply-adds per token of the decision."""
         return 0.0 if self.gate is None else self.gate.cost(d_model, self.gated)
 
 
 @storable
 @dataclass(frozen=True)
-class LowRankCompensation:
+class LowRankCompensation(Wrapper):
     """A selector; what it leaves out goes through factors of low rank.
 
     Over a score of input channels it is R-Sparse; over a selector of hidden neurons the same idea for both matrices
@@ -123,13 +99,8 @@ class LowRankCompensation:
     of: Thresholded
     factors: LowRankFactors
 
-    @property
-    def traits(self) -> Traits:
-        return self.of.traits
-
     def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> Selection:
-        selection = self.of(ffn, x, tokens)
-        return dataclasses.replace(selection, factors=self.factors)
+        return dataclasses.replace(self.of(ffn, x, tokens), factors=self.factors)
 
     def cost(self, d_model: int, features: int) -> float:
         matrices = 1 if self.traits.granularity == "channel" else 2
@@ -140,8 +111,7 @@ class LowRankCompensation:
 def low_rank_factors(ffn: FFNWeights, rank: int) -> LowRankFactors:
     """The best factors of rank r of both matrices, by singular value decomposition.
 
-    Raises:
-        InputError: if the rank is below 1 or above the number of channels.
+    Raises an InputError if the rank is not from 1 to the number of channels.
     """
     features, d_model = ffn.w_in.shape
     if not 1 <= rank <= min(features, d_model):

@@ -1,8 +1,8 @@
-"""The table of methods in docs/methods.md."""
+"""Prints the table of methods in docs/methods.md."""
 
 from collections.abc import Iterable
 
-from detr_jax.methods.base import METHODS, Method
+from detr_jax.methods import METHODS, Method
 
 _COLUMNS = ("name", "class", "decides about", "saves", "needs", "source")
 
@@ -16,3 +16,7 @@ def methods_table(methods: Iterable[type[Method]] | None = None) -> str:
         saves = {"both": "both products", "first": "the first product", "second": "the second product"}[method.saves]
         rows.append((f"`{method.name}`", f"`{method.__name__}`", decides, saves, needs, method.paper))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+if __name__ == "__main__":
+    print(methods_table())
