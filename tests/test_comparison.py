@@ -16,7 +16,7 @@ from detr_jax.data.features import backbone_features
 from detr_jax.evaluation.comparison import Comparison
 from detr_jax.evaluation.counts import ActivityCounts
 from detr_jax.evaluation.flops import dense_flops, remaining_share, sparse_flops
-from detr_jax.evaluation.runs import detect_and_count
+from detr_jax.evaluation.runs import detect
 from detr_jax.methods import HiddenMagnitude, InputMagnitude, LinearGate, Oracle, Random, Thresholded, restricted_to
 from detr_jax.models import DetrOutputs
 from detr_jax.models.detr.outputs import output_divergence
@@ -105,12 +105,12 @@ def test_one_program_serves_every_subset_of_the_ffns_and_counts_the_others_as_de
     gates = dict.fromkeys(TINY_CONFIG.ffn_names, Thresholded(Random(4), jnp.float32(-0.5)))
     subsets = one_at_a_time(gates)
     comparison.detect(model, gates)
-    programs = detect_and_count._cache_size()
+    programs = detect._cache_size()
     rows = {
         title: comparison.row(model.ffn_specs(), some, comparison.detect(model, restricted_to(gates, some)))
         for title, some in subsets.items()
     }
-    assert detect_and_count._cache_size() == programs
+    assert detect._cache_size() == programs
     some = subsets["decoder.0 alone"]
     expected = comparison.row(model.ffn_specs(), some, comparison.detect(model, some))
     np.testing.assert_equal(rows["decoder.0 alone"], expected)
