@@ -97,7 +97,8 @@ def _kept(row: Row) -> float:
 def _sizes(results: dict) -> Figure:
     """What each selector costs by size of object."""
     methods = _rows(results, "methods", "sibs")
-    sizes = [key for key in ("APs", "APm", "APl") if results["rows"][0]["numbers"][key] >= 0]
+    dense = results["rows"][0]["numbers"]
+    sizes = [key for key in ("APs", "APm", "APl") if dense[key] is not None and dense[key] >= 0]  # None: undefined
     figure, panels = new_figure("AP by object size", (6 * len(sizes) + 3, 5.5), 1, len(sizes), squeeze=False)
     words = {"APs": "small", "APm": "medium", "APl": "large"}
     for axes, size in zip(panels[0], sizes, strict=True):
