@@ -188,7 +188,7 @@ def test_calibration_needs_images():
 
 def test_sums_of_histograms_do_not_overflow():
     full = ScoreHistogram(*[np.full(4, 2**31 - 1, np.int32)] * 2)
-    total = sum_by_name([{"f": full}] * 3, "calibrate thresholds")["f"]
+    total = reduce(add_by_name, [{"f": full}] * 3)["f"]
     for counts in (total.all, total.firing):
         assert counts.dtype == np.int64 and (counts == 3 * (2**31 - 1)).all()
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from standalone import FFNInputs, StandaloneFFNs
-from tiny import tiny_ffn
+from tiny import tiny_detector, tiny_ffn
 
 from detr_jax.calibration.activations import measure
 from detr_jax.calibration.allocation import undominated
@@ -17,6 +17,7 @@ from detr_jax.kernels import Execution, ffn
 from detr_jax.methods import Pooled, sketch
 from detr_jax.models.ffn import forward, permute, trace
 from detr_jax.search.candidates import CANDIDATE_KINDS, DYNAMIC, Material, candidates_of, reconstructed
+from detr_jax.search.search import SearchSettings
 
 F, SIZE = 24, 2
 WEIGHTS, X, TOKENS = tiny_ffn(F, 6, images=40)
@@ -113,7 +114,7 @@ def test_scores_of_padding_alone_decide_nothing():
 @pytest.mark.parametrize("density", [0, 1, -0.5, 1.5])
 def test_densities_must_leave_something(density):
     with pytest.raises(ValueError, match="densities of candidates must be above 0 and below 1"):
-        candidates_of(material(None, SIZE), (density,), ())
+        SearchSettings(fixed=(density,)).check(tiny_detector())
 
 
 def test_only_settings_that_nothing_beats_are_kept():

@@ -3,6 +3,7 @@ import errno
 import json
 import resource
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest

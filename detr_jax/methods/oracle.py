@@ -1,7 +1,7 @@
 """The bound: exactly the active groups."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 
@@ -24,7 +24,7 @@ class Oracle(Free, Method):
     traits: ClassVar = Traits("nothing", "group", "both")
     name: ClassVar = "oracle"
     paper: ClassVar = "-"
-    tuned_by: ClassVar = "nothing"
+    tuned_by: ClassVar[Literal["threshold", "density", "nothing"]] = "nothing"
 
     group_size: int = field(default=8, metadata={"static": True})
 

@@ -60,7 +60,7 @@ class SIBS(Method):
     paper: ClassVar = "Sedghi et al. 2025, arXiv 2510.09380"
     decides: ClassVar = "neuron"
     requires: ClassVar = frozenset({"activations"})
-    tuned_by: ClassVar = "nothing"
+    tuned_by: ClassVar[Literal["threshold", "density", "nothing"]] = "nothing"
 
     tau: float = 0.99
     """Least share of an indicator's activations in which an indicated neuron is inactive."""

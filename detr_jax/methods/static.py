@@ -104,7 +104,7 @@ class StaticReconstructed(Method):
     decides: ClassVar = "neuron"
     dynamic: ClassVar = False
     requires: ClassVar = frozenset({"hidden_moments"})
-    tuned_by: ClassVar = "density"
+    tuned_by: ClassVar[Literal["threshold", "density", "nothing"]] = "density"
     note: ClassVar = "output layer reconstructed"
 
     def at_densities(

@@ -74,7 +74,7 @@ class ConvNorm(nnx.Module):
         dilation: int = 1,
         initial_scale: float = 1.0,
     ):
-        padding = [(dilation * (size // 2),) * 2] * 2
+        padding = ((dilation * (size // 2),) * 2,) * 2  # a list could not be hashed
         options: dict[str, Any] = {
             "strides": stride,
             "padding": padding,

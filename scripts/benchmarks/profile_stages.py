@@ -182,7 +182,7 @@ def _medians(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, flo
 
 
 def _collecting(passes: Iterable[tuple], results: list[dict]) -> Iterable[Batch]:
-    for batch, _, detections in passes:
+    for batch, _, detections, *_ in passes:
         results += coco_results(batch, detections)
         yield batch
 
