@@ -53,7 +53,7 @@ def _in_slurm_step() -> bool:
 
 def _on_tpu_vm() -> bool:
     # JAX sets the variable as it is imported where it finds libtpu and TPU chips.
-    platforms = jax.config.read("jax_platforms") or ""
+    platforms = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
     return os.environ.get("TPU_ML_PLATFORM") == "JAX" and "tpu" in platforms
 
 
