@@ -190,3 +190,10 @@ with jax.set_mesh(mesh):
 """
     flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(TESTS)}
     subprocess.run([sys.executable, "-c", code], env=os.environ | flags, check=True)
+
+
+def test_a_single_process_joins_no_cluster(monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "SLURM_STEP_NODELIST"):
+        monkeypatch.delenv(name, raising=False)
+    join_cluster()
+    assert not jax.distributed.is_initialized()
