@@ -50,12 +50,7 @@ def unsupported(shape: FFNShape) -> str | None:
 
 
 def block_sparse_ffn(
-    x: jax.Array,
-    weights: FFNWeights,
-    lists: BlockLists,
-    active: jax.Array | None = None,
-    *,
-    interpret: Any = False,
+    x: jax.Array, weights: FFNWeights, lists: BlockLists, active: jax.Array | None = None, *, interpret: Any = False
 ) -> jax.Array:
     """The FFN as `backend.KernelFn`; for tests on other devices, `interpret` takes `pltpu.InterpretParams`."""
     tiles, tile_size, d = x.shape

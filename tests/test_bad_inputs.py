@@ -337,10 +337,7 @@ TABLE = {
             lambda t: sparse().with_implementation("mosaic_gpu"),
             "cannot compute this: ",
         ),
-        Bad(
-            "blocks that do not divide the neurons",
-            lambda t: sparse().with_implementation(Execution(block_size=5)),
-        ),
+        Bad("blocks that do not divide the neurons", lambda t: sparse().with_implementation(Execution(block_size=5))),
         Bad("blocks of channels", lambda t: with_selector(CHANNELS).with_implementation("auto")),
         Bad("a threshold for a dense FFN", lambda t: with_selector(CHANNELS).with_threshold({"decoder.0": 0.0})),
         Bad(

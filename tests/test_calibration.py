@@ -20,13 +20,7 @@ from detr_jax.calibration.thresholds import (
 )
 from detr_jax.data.batches import CachedBatches
 from detr_jax.evaluation.counts import ActivityCounts, count_activity, total_counts
-from detr_jax.methods import (
-    Importance,
-    InputMagnitude,
-    LinearGate,
-    Pooled,
-    Thresholded,
-)
+from detr_jax.methods import Importance, InputMagnitude, LinearGate, Pooled, Thresholded
 from detr_jax.methods.grouping import active_groups
 from detr_jax.methods.tiles import count_tiles
 from detr_jax.models import FFNTrace, Selection

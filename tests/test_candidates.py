@@ -28,9 +28,7 @@ def material(window: int | None, block_size: int) -> Material:
     inputs = moments_of(X, TOKENS)
     model = StandaloneFFNs({"f": WEIGHTS})
     passes = CachedBatches([FFNInputs({"f": X[i : i + 8]}, {"f": TOKENS[i : i + 8]}) for i in range(0, 40, 8)])
-    scores = {
-        "sketched": Pooled(sketch(WEIGHTS, inputs.mean, inputs.covariance, 6, SIZE), odds=False, window=window),
-    }
+    scores = {"sketched": Pooled(sketch(WEIGHTS, inputs.mean, inputs.covariance, 6, SIZE), odds=False, window=window)}
     decisions = {kind: collect_scores(model, passes, {"f": score})["f"] for kind, score in scores.items()}
     statistics = measure(of, jnp.zeros(TOKENS.shape, int), kinds_count=1)
     hidden = moments_of(of.hidden, TOKENS)

@@ -337,10 +337,7 @@ def test_bad_arguments_are_named():
         (lambda: run(needed, 16, active=jnp.ones((37, 18), bool)), "multiple of 12 blocks"),
         (lambda: run(kernels.mask_to_indices(needed), 16), "name `blocks`"),
         (lambda: kernels.block_sparse_ffn(x[:, :5], weights, needed, 16), "do not fit inputs of 5 features"),
-        (
-            lambda: kernels.sparse_ffn(x[None], weights, jnp.ones((1, 37, 12), bool), Execution(8, 7)),
-            "blocks of 7",
-        ),
+        (lambda: kernels.sparse_ffn(x[None], weights, jnp.ones((1, 37, 12), bool), Execution(8, 7)), "blocks of 7"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()

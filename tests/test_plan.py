@@ -123,10 +123,7 @@ def with_score(score: dict) -> dict:
         ({"header": {"description": "{"}}, "header has no description"),
         ({"header": {"description": None}}, "header has no description"),
         ({"header": {"description": "[]"}}, "description is a list"),
-        (
-            {"header": {"description": json.dumps({"method": "mgs"})}},
-            "should be .'fingerprint', 'measured'",
-        ),
+        ({"header": {"description": json.dumps({"method": "mgs"})}}, "should be .'fingerprint', 'measured'"),
         ({"header": {"description": json.dumps(DESCRIPTION)}}, "its selectors are a NoneType"),
         ({"arrays": {BIAS: None}}, rf"KeyError\('{BIAS}'\) is missing"),
         ({"arrays": {"encoder.0.more": np.zeros(1)}}, r"entries \['encoder.0.more'\] are left over"),
@@ -150,10 +147,7 @@ def with_score(score: dict) -> dict:
         ),
         ({"arrays": {KERNEL: np.full((16, 4), np.inf, np.float32)}}, f"{KERNEL} holds NaN or infinite"),
         ({"arrays": {THRESHOLD: np.full((), np.nan, np.float32)}}, f"{THRESHOLD} holds NaN"),
-        (
-            with_score(SCORE | {"class": "QuadraticGate"}),
-            "a selector of the class 'QuadraticGate', which",
-        ),
+        (with_score(SCORE | {"class": "QuadraticGate"}), "a selector of the class 'QuadraticGate', which"),
         (with_score({k: v for k, v in SCORE.items() if k != "class"}), r"KeyError\('class'\) is missing"),
         (with_score(SCORE | {"more": 1}), "unexpected keyword argument 'more'"),
         (with_score({"class": "LinearGate", "kernel": {"array": KERNEL}}), "missing 1 required .* 'bias'"),

@@ -72,12 +72,7 @@ class SIBS(Method):
 
 
 def find_indicators(
-    statistics: "ActivationStatistics",
-    *,
-    tau: float,
-    indicators: int,
-    confidence: float = 1.96,
-    name: str = "the FFN",
+    statistics: "ActivationStatistics", *, tau: float, indicators: int, confidence: float = 1.96, name: str = "the FFN"
 ) -> IndicatorSelector:
     """SIBS for one FFN.
 

@@ -10,15 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from device_time import times
-from ffn_baselines import (
-    FUSED,
-    check,
-    defined_ffn,
-    error_of,
-    fused_dense,
-    random_weights,
-    sparse_ffn,
-)
+from ffn_baselines import FUSED, check, defined_ffn, error_of, fused_dense, random_weights, sparse_ffn
 from random_gates import RandomGate, random_inputs
 
 from detr_jax.kernels import ffn

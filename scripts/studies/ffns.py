@@ -229,11 +229,7 @@ def shared_sets(ffns: StandaloneFFNs, halves: Halves) -> dict[str, dict[str, dic
     return errors
 
 
-def train_briefly(
-    ffns: StandaloneFFNs,
-    batches: CachedBatches,
-    methods: Sequence[TrainedMethod],
-) -> dict[str, Gates]:
+def train_briefly(ffns: StandaloneFFNs, batches: CachedBatches, methods: Sequence[TrainedMethod]) -> dict[str, Gates]:
     """Gates of some methods, without checkpoints that outlast the run."""
     with TemporaryDirectory() as folder:
         return train(ffns, batches, methods, Path(folder))

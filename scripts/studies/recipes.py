@@ -29,15 +29,7 @@ from detr_jax.models import DETR, Selector
 from detr_jax.run_folder import RESULTS, open_run
 from detr_jax.search.candidates import CANDIDATE_KINDS
 from detr_jax.search.search import PlanSearch, SearchSettings
-from detr_jax.training.budgets import (
-    Density,
-    DensityPerFFN,
-    GateTuning,
-    Progress,
-    measure,
-    meet,
-    tune_gates,
-)
+from detr_jax.training.budgets import Density, DensityPerFFN, GateTuning, Progress, measure, meet, tune_gates
 from detr_jax.training.gates import Gates, GateTraining
 from detr_jax.training.straight_through import StraightThrough
 from detr_jax.viz.figures import save_figure

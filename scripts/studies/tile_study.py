@@ -56,11 +56,7 @@ class Measurement:
 
 
 def settings_of(
-    orders: Sequence[TokenOrder],
-    tile_sizes: Sequence[int],
-    neurons: Mapping[int, str],
-    *,
-    tokens: int,
+    orders: Sequence[TokenOrder], tile_sizes: Sequence[int], neurons: Mapping[int, str], *, tokens: int
 ) -> list[Setting]:
     """All settings that differ: tiles of one token and whole images know no order.
 

@@ -130,11 +130,7 @@ def _losses(parameters, graph, statistics, training, images, targets, step):
     before, after = (tokens.reshape(*grid, -1) for tokens in outputs.encoder)
     # The encoder finds out where its tokens are: what the decoder reads must say so in the heads' own terms.
     dense = dense_loss(*dense_head(before), targets) + dense_loss(*model.heads(after), targets)
-    parts = {
-        "detection": detection_loss(outputs, targets),
-        "dense": dense,
-        "hoyer": hoyer_penalty(outputs.traces),
-    }
+    parts = {"detection": detection_loss(outputs, targets), "dense": dense, "hoyer": hoyer_penalty(outputs.traces)}
     total = parts["detection"] + training.dense_weight * dense + hoyer_weight(training, step) * parts["hoyer"]
     return total, parts
 
@@ -157,10 +153,7 @@ def take_step(state, statistics, images, targets, step, *, graph, training, mesh
 
 
 def train_detector(
-    config: DetrConfig,
-    training: DetectorTraining,
-    folder: Path,
-    report: Callable[[int, dict[str, float]], None],
+    config: DetrConfig, training: DetectorTraining, folder: Path, report: Callable[[int, dict[str, float]], None]
 ) -> DETR:
     """Trains from random parameters, or from the latest checkpoint in `folder`.
 
