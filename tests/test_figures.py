@@ -48,7 +48,7 @@ def counts(computed: int) -> ActivityCounts:
 
 
 def run_of(title: str, computed: int) -> GatedRun:
-    return GatedRun(title, 0.7, (0.6, 0.75), {"encoder.0": counts(computed), "decoder.0": counts(computed)})
+    return GatedRun(title, 0.7, (0.6, 0.75), 0.01, {"encoder.0": counts(computed), "decoder.0": counts(computed)})
 
 
 def test_gates(tmp_path):

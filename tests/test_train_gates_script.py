@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -156,3 +157,15 @@ def test_a_killed_run_is_refused_then_resumed_to_the_same_gates(inputs, finished
         np.testing.assert_array_equal(resumed[name].score.kernel, selector.score.kernel)
         np.testing.assert_array_equal(resumed[name].score.bias, selector.score.bias)
         assert resumed[name].threshold == selector.threshold
+
+
+def test_photographs_without_annotations_show_the_divergence_of_the_outputs(inputs, tmp_path, capsys):
+    model, folder = inputs[:2], Path(inputs[3]) / "train2017"
+    sizes = ["--split.calib", "4", "--group-size", "4", "--batch-size", "2", "--epochs", "1", "--neuron-order", "own"]
+    run(NAME, *model, "--data", f"images:{folder}", *sizes, "--threshold", "0.9", "--out", tmp_path)
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert all(one["numbers"] is None for one in runs.values())
+    assert runs["dense"]["divergence"] is None or runs["dense"]["divergence"] == 0
+    assert runs["all gated, threshold 0.9"]["divergence"] > 0
+    assert (tmp_path / "gates.png").stat().st_size > 10_000
+    assert "nan" not in capsys.readouterr().out

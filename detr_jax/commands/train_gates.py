@@ -184,7 +184,7 @@ def main(arguments: Arguments) -> None:
     for title in plans:
         print(f"\n{title}")
         print(gate_table(scores[title].counts, thresholds[title]))
-    print(f"\nAP on {len(validation)} images of {validation.name}, 95 % intervals over images")
+    print(f"\n{len(validation)} images of {validation.name}, 95 % intervals over images")
     print(summary(scores))
 
     title, plan = list(plans.items())[-1]
@@ -192,7 +192,7 @@ def main(arguments: Arguments) -> None:
     ran = "masked" if arguments.computation.implementation == "plan" else arguments.computation.implementation
     plan = scores[title].record(plan, ran)
     save_plan(plan, arguments.out / "plan.safetensors", overwrite=True)
-    runs = {title: GatedRun(title, one.ap, one.interval, one.counts) for title, one in scores.items()}
+    runs = {title: GatedRun(title, one.ap, one.interval, one.divergence, one.counts) for title, one in scores.items()}
     figure = plot_gates(
         f"{method.name} on {arguments.model}, {len(validation)} images of {validation.name}, "
         f"groups of {fitted.group_size}" + (f" by {order}" if fitted.permutations else ""),

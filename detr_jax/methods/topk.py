@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,8 @@ class TopK(Wrapper):
 @dataclass(frozen=True)
 class ByRank(Method):
     """At a density, methods that keep equally many of every token instead of what reaches a threshold."""
+
+    tuned_by: ClassVar[Literal["threshold", "density", "nothing"]] = "density"
 
     def at_densities(
         self, material: FitMaterial, threshold_of: Callable[[float], float], densities: Sequence[float]

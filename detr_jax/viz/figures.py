@@ -10,6 +10,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from detr_jax.evaluation.coco_ap import shown
 from detr_jax.evaluation.counts import ActivityCounts
 from detr_jax.files import replacing
 from detr_jax.search.candidates import CANDIDATE_KINDS
@@ -45,19 +46,21 @@ class GatedRun:
 
     Attributes:
         title: a few words.
-        ap: COCO's AP.
+        ap: COCO's AP; None where it is undefined, as on images without annotations.
         ap_interval: its 95 % confidence interval.
+        divergence: of the outputs from the dense detector's, see `Detector.divergence`.
         counts: of every FFN by name.
     """
 
     title: str
-    ap: float
-    ap_interval: tuple[float, float]
+    ap: float | None
+    ap_interval: tuple[float, float] | None
+    divergence: float | None
     counts: dict[str, ActivityCounts]
 
 
 def plot_gates(title: str, dense: GatedRun, gated: Sequence[GatedRun]) -> Figure:
-    """Sparsity and recall of every FFN, and AP against mean group sparsity.
+    """Sparsity and recall of every FFN, and AP, or without it the outputs' divergence, against mean group sparsity.
 
     Args:
         title: detector, data and number of images.
@@ -72,6 +75,9 @@ def plot_gates(title: str, dense: GatedRun, gated: Sequence[GatedRun]) -> Figure
         sparsity.bar(height=[run.counts[n].group_sparsity for n in names], **bars)
         recall.bar(height=[run.counts[n].recall for n in names], **bars)
         mean = float(np.mean([c.group_sparsity for c in run.counts.values()]))
+        if run.ap is None or run.ap_interval is None:
+            accuracy.plot(mean, run.divergence, "o", color=colour, label=f"{run.title} {shown(run.divergence, '.2e')}")
+            continue
         low, high = run.ap_interval
         error = [[max(run.ap - low, 0)], [max(high - run.ap, 0)]]  # of few images, AP can be at or past an end
         accuracy.errorbar(mean, run.ap, error, fmt="o", capsize=4, color=colour, label=f"{run.title} {run.ap:.3f}")
@@ -88,9 +94,11 @@ def plot_gates(title: str, dense: GatedRun, gated: Sequence[GatedRun]) -> Figure
         axes.set_ylim(max(0.0, np.floor(least * 10 - 1) / 10), 1)
         label_ffns(axes, names)
     figure.legend(*sparsity.get_legend_handles_labels(), fontsize=8, loc="outside lower left", ncols=4)
-    accuracy.axhline(dense.ap, color="k", linewidth=1, label=f"dense {dense.ap:.3f}")
-    accuracy.axhspan(*dense.ap_interval, color="k", alpha=0.08)
-    accuracy.set(xlabel="mean share of groups skipped, all FFNs gated", title="AP, 95 % intervals over images")
+    accuracy.set(xlabel="mean share of groups skipped, all FFNs gated", title="divergence of the outputs from dense")
+    if dense.ap is not None and dense.ap_interval is not None:
+        accuracy.axhline(dense.ap, color="k", linewidth=1, label=f"dense {dense.ap:.3f}")
+        accuracy.axhspan(*dense.ap_interval, color="k", alpha=0.08)
+        accuracy.set_title("AP, 95 % intervals over images")
     accuracy.grid(alpha=0.3)
     accuracy.legend(fontsize=8)
     return figure
