@@ -9,6 +9,7 @@ from commands import run
 from tiny import annotation, tiny_detector, write_coco
 
 import detr_jax
+from detr_jax.calibration.permutation import kmeans_permutation
 from detr_jax.data.image_list import GivenImages
 from detr_jax.errors import ExistingFileError, InputError
 from detr_jax.methods import METHODS, TrainedMethod
@@ -52,6 +53,16 @@ def test_every_method_makes_a_plan_without_labels(photographs, tmp_path, name):
     loaded = detr_jax.load_sparse(tiny_detector(), tmp_path / "plan.safetensors")
     image = photographs[0].image
     np.testing.assert_array_equal(loaded.detect(image, 0.0).boxes, sparse.detect(image, 0.0).boxes)
+
+
+@pytest.mark.parametrize("order", ["own", "coactivation", "kmeans"])
+def test_groups_are_made_in_each_order_of_the_neurons(photographs, order):
+    options = dataclasses.replace(OPTIONS, neuron_order=order)
+    plan = sparsify(photographs, small("static-firing"), detr_jax.Density(0.5), options=options).plan
+    assert set(plan.permutations) == (set() if order == "own" else set(tiny_detector().ffns))
+    if order == "kmeans":
+        for name, ffn in tiny_detector().ffns.items():
+            np.testing.assert_array_equal(plan.permutations[name], kmeans_permutation(np.asarray(ffn.w_in[...]), 4))
 
 
 def test_a_recall_is_met_on_the_calibration_images(photographs):

@@ -175,9 +175,7 @@ class Fit:
         if order == "own":
             return {}
         if order == "kmeans":
-            ffns = tqdm(
-                self._detector.ffn_weights().items(), "clustering neurons", unit="FFN", disable=not self._progress
-            )
+            ffns = tqdm(self._detector.ffns.items(), "clustering neurons", unit="FFN", disable=not self._progress)
             return {name: kmeans_permutation(np.asarray(ffn.parameters().w_in), size) for name, ffn in ffns}
         sample, path = self._sample, self._folder / "activations.safetensors"
         with self._bar(len(sample), "counting co-activation", "image") as bar:
