@@ -109,7 +109,7 @@ def _config_facts(path: Path) -> Facts:
 
 
 def _backbone_facts(path: Path, values: Mapping[str, Any]) -> tuple[bool, dict[str, tuple[str, Any]]]:
-    """Whether the last stage is dilated, and the sizes that the weights must have."""
+    """Dilation of the last stage, and the sizes that the weights must have."""
     where, dilation = f"{path}: backbone_config", bool(values.get("dilation"))
     backbone = values.get("backbone_config") or {}
     _require(where, backbone, {"model_type": ("timm_backbone", "resnet")})

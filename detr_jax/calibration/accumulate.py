@@ -6,10 +6,10 @@ from typing import Any, TypeVar
 from detr_jax.data.batches import BatchSource
 from detr_jax.errors import InputError
 from detr_jax.mesh import replicate_like, to_host
+from detr_jax.pytrees import Sums
 
 Name = TypeVar("Name", bound=Hashable)
-Sum = TypeVar("Sum")
-"""Statistics whose `+` adds on the host, in 64 bits."""
+Sum = TypeVar("Sum", bound=Sums)
 
 
 def accumulate(

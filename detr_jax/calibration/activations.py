@@ -22,6 +22,7 @@ from detr_jax.errors import InputError
 from detr_jax.mesh import is_first_process, mesh_of, shard_batch, to_host
 from detr_jax.models import Detector, FFNTrace, HasFFNs
 from detr_jax.models.parameters import fingerprint
+from detr_jax.pytrees import Sums
 from detr_jax.safetensors_io import Arrays, Format, Header
 
 _DROPPED = ("group_norms", "output_norms", "hidden_magnitudes", "input_magnitudes")
@@ -47,7 +48,7 @@ FORMAT = Format(
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class ActivationStatistics:
+class ActivationStatistics(Sums):
     """Sums over the tokens of an FFN, in K kinds of tokens; of one batch as int32 and float32, of many as 64 bits.
 
     Attributes:
@@ -65,10 +66,6 @@ class ActivationStatistics:
     coactive: jax.Array
     images_fired: jax.Array
     hidden: jax.Array
-
-    def __add__(self, other: "ActivationStatistics") -> "ActivationStatistics":
-        """The sum of two in 64 bits; a sum may be added to as often as one likes."""
-        return jax.tree.map(lambda a, b: _wide(a) + _wide(b), self, other)
 
     def of_neurons(self, order: np.ndarray) -> "ActivationStatistics":
         """The same neurons in another order, (F,) as in `detr_jax.calibration.permutation`."""
@@ -96,11 +93,6 @@ def require_active(statistics: Mapping[str, ActivationStatistics], data: str) ->
             raise InputError(
                 f"no neuron of {name} is active on {data}: its output is a constant, and there is nothing to select"
             )
-
-
-def _wide(array: jax.Array | np.ndarray) -> np.ndarray:
-    array = np.asarray(array)
-    return array.astype(np.int64 if np.issubdtype(array.dtype, np.integer) else np.float64)
 
 
 @partial(jax.jit, static_argnames="kinds_count")

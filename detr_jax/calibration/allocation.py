@@ -1,4 +1,4 @@
-"""How sparse each FFN may be when all of them share a budget: greedily."""
+"""Allocation of a shared budget among the FFNs, greedily."""
 
 import json
 from collections.abc import Sequence

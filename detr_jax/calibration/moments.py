@@ -10,11 +10,12 @@ from detr_jax.calibration.accumulate import accumulate
 from detr_jax.data.batches import BatchSource
 from detr_jax.kernels import expand_groups
 from detr_jax.models import HasFFNs, Selectors
+from detr_jax.pytrees import Sums
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Moments:
+class Moments(Sums):
     """Sums over tokens; of one batch in float32, of many in 64 bits.
 
     Attributes:
@@ -26,10 +27,6 @@ class Moments:
     tokens: jax.Array
     sums: jax.Array
     products: jax.Array
-
-    def __add__(self, other: "Moments") -> "Moments":
-        """The sum of two, in 64 bits."""
-        return jax.tree.map(lambda a, b: np.asarray(a, np.float64) + np.asarray(b, np.float64), self, other)
 
     @property
     def mean(self) -> np.ndarray:
@@ -55,7 +52,7 @@ def moments_of(activations: jax.Array, tokens: jax.Array) -> Moments:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class CrossMoments:
+class CrossMoments(Sums):
     """Sums over observations of inputs and outputs; of one batch in float32, of many in 64 bits.
 
     Attributes:
@@ -67,10 +64,6 @@ class CrossMoments:
     inputs: Moments
     output_sums: jax.Array
     cross: jax.Array
-
-    def __add__(self, other: "CrossMoments") -> "CrossMoments":
-        """The sum of two, in 64 bits."""
-        return jax.tree.map(lambda a, b: np.asarray(a, np.float64) + np.asarray(b, np.float64), self, other)
 
     @property
     def output_mean(self) -> np.ndarray:
@@ -125,7 +118,7 @@ def _measure_moments(model, batch):
 
 
 def measure_kept(model: HasFFNs, batches: BatchSource, selectors: Selectors) -> dict[str, CrossMoments]:
-    """What the neurons that selectors keep say of an FFN's whole output, the inputs being those of dense FFNs.
+    """Cross moments of each FFN's kept hidden activations and its whole output, for the inputs of dense FFNs.
 
     Args:
         model: the FFNs, which run dense.

@@ -1,4 +1,4 @@
-"""What sparsity costs in each FFN, and how much of it each should have."""
+"""Divergence of a detector's outputs, and the loss of each FFN at each density."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ def _outputs(model: Detector, tokens: Any, selectors: Selectors) -> Outputs:
 
 
 @jax.jit
-def _divergence(model: Detector, dense: Outputs, sparse: Outputs) -> jax.Array:
+def output_divergence(model: Detector, dense: Outputs, sparse: Outputs) -> jax.Array:
+    """(batch,) `Detector.divergence`, compiled."""
     return model.divergence(dense, sparse)
 
 
@@ -36,7 +37,7 @@ class OutputDivergence:
     def __call__(self, selectors: Mapping[str, Selector]) -> float:
         """The mean over images of `Detector.divergence`."""
         changes = [
-            np.asarray(_divergence(self._model, dense, _outputs(self._model, batch.tokens, dict(selectors))))[
+            np.asarray(output_divergence(self._model, dense, _outputs(self._model, batch.tokens, dict(selectors))))[
                 batch.valid
             ]
             for batch, dense in zip(self._embedded, self._dense, strict=True)
@@ -60,8 +61,13 @@ class SensitivityTable:
     settings: tuple[Sequence[Selector], ...]
     losses: np.ndarray
 
+    @property
+    def density_costs(self) -> np.ndarray:
+        """(FFNs, settings) for `greedy`: the densities, as shares of what all FFNs compute dense."""
+        return np.broadcast_to(self.densities / len(self.names), self.losses.shape)
+
     def selectors(self, choice: Sequence[int]) -> dict[str, Selector]:
-        """The selectors of an allocation, see `sparsity.allocation`."""
+        """The selectors of an allocation, see `detr_jax.calibration.allocation`."""
         return {name: row[c] for name, row, c in zip(self.names, self.settings, choice, strict=True)}
 
 

@@ -21,6 +21,7 @@ from detr_jax.methods.base import FitMaterial, Method, Score, SharedScore, Thres
 from detr_jax.methods.grouping import active_groups
 from detr_jax.methods.tiles import existing_tiles, existing_tokens
 from detr_jax.models import FFNTrace, FFNWeights, HasFFNs, Selector, Selectors
+from detr_jax.pytrees import Sums
 
 _DROPPED_BITS = 14
 _BINS = 2 ** (32 - _DROPPED_BITS)
@@ -28,7 +29,7 @@ _BINS = 2 ** (32 - _DROPPED_BITS)
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class ScoreHistogram:
+class ScoreHistogram(Sums):
     """Scores of one FFN; of a batch as int32, of many as int64.
 
     Attributes:
@@ -38,10 +39,6 @@ class ScoreHistogram:
 
     all: jax.Array
     firing: jax.Array
-
-    def __add__(self, other: "ScoreHistogram") -> "ScoreHistogram":
-        """The sum of two, in 64 bits."""
-        return jax.tree.map(lambda a, b: np.asarray(a, np.int64) + np.asarray(b), self, other)
 
 
 def score_histogram(score: Score, weights: FFNWeights, trace: FFNTrace, tile_size: int = 1) -> ScoreHistogram:
@@ -140,7 +137,7 @@ def measure_scores(
     *,
     tile_size: int = 1,
 ) -> dict[str, ScoreHistogram]:
-    """How the scores of every FFN are distributed.
+    """Histograms of the scores of every FFN.
 
     Args:
         model: the FFNs.

@@ -67,7 +67,7 @@ def _show(message: Warning | str, category: type[Warning], *place: Any, **_: Any
 
 
 def provenance(arguments: Any) -> dict:
-    """What made a result: the command's arguments, the versions of what it used, and the device."""
+    """Provenance of a result: the command's arguments, the versions of the libraries, and the device."""
     return {
         "command": Path(sys.argv[0]).name,
         "arguments": _as_json(arguments),
@@ -78,7 +78,7 @@ def provenance(arguments: Any) -> dict:
 
 
 def settings(arguments: Any, **inputs: str) -> dict:
-    """What decides what a run computes, for `detr_jax.run_folder.open_run`.
+    """Settings on which the results of a run depend, for `detr_jax.run_folder.open_run`.
 
     Args:
         arguments: of the command; those in `PLACES` are left out.

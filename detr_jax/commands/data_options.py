@@ -20,7 +20,7 @@ class DataOptions:
 
     @property
     def name(self) -> str:
-        """What `detr_jax.open_dataset` takes.
+        """Name of the data set, for `detr_jax.open_dataset`.
 
         Raises:
             InputError: if both options are given.

@@ -70,7 +70,7 @@ def training_command(training: DetectorTraining) -> str:
 
 
 def measure(model: DETR, log: list[dict], training: DetectorTraining) -> dict:
-    """What the model card says: average precision and zeros on the validation scenes, and how it was trained.
+    """Content of the model card: average precision and zeros on the validation scenes, and the training recipe.
 
     Raises:
         ValueError: if the log does not reach the end of the training.

@@ -14,9 +14,9 @@ import numpy as np
 from detr_jax.data.classes import with_classes
 from detr_jax.data.dataset import Dataset
 from detr_jax.data.features import backbone_features
-from detr_jax.evaluation.coco_ap import CocoScores, bootstrap, bootstrap_difference, confidence_interval, score, shown
+from detr_jax.evaluation.coco_ap import CocoScores, bootstrap, confidence_interval, score, shown
 from detr_jax.evaluation.counts import ActivityCounts
-from detr_jax.evaluation.runs import MeasuredDetections, measure_selections
+from detr_jax.evaluation.runs import measure_selections
 from detr_jax.mesh import replicate
 from detr_jax.models import Detector, Selectors
 
@@ -212,35 +212,28 @@ def evaluate_selections(
     features = backbone_features(placed, data, batch_size, "evaluating" if progress else None, exact=exact_shapes)
     measured = measure_selections(placed, features, selections, group_size=group_size)
     ground_truth = data.ground_truth() if data.has_annotations else None
-    coco = {
-        title: None if ground_truth is None else score(ground_truth, one.results, data.image_ids())
-        for title, one in measured.items()
-    }
-    return {
-        title: _scores(data, one, coco[title], coco.get(DENSE), compared=DENSE in measured and title != DENSE)
-        for title, one in measured.items()
-    }
-
-
-def _scores(
-    data: Dataset, measured: MeasuredDetections, coco: CocoScores | None, dense: CocoScores | None, *, compared: bool
-) -> Scores:
-    numbers = None if coco is None else _or_none(coco.numbers)
-    dense_ap = _or_none(dense.numbers)["AP"] if compared and dense is not None else None
-    defined = numbers is not None and numbers["AP"] is not None
-    return Scores(
-        data=data.name,
-        images=len(data),
-        numbers=numbers,
-        interval=confidence_interval(bootstrap(coco)) if defined else None,
-        category_ap={} if coco is None else coco.category_ap,
-        dense_ap=dense_ap,
-        difference_interval=confidence_interval(bootstrap_difference(coco, dense)) if compared and defined else None,
-        divergence=measured.divergence if compared else None,
-        counts=measured.counts,
-        executed=measured.executed,
-        coco=coco,
-    )
+    found: dict[str, Scores] = {}
+    dense = None  # its AP, and replicates of it on drawn images
+    for title, one in measured.items():
+        coco = None if ground_truth is None else score(ground_truth, one.results, data.image_ids())
+        numbers = None if coco is None else _or_none(coco.numbers)
+        samples = None if numbers is None or numbers["AP"] is None else bootstrap(coco)
+        found[title] = Scores(
+            data=data.name,
+            images=len(data),
+            numbers=numbers,
+            interval=None if samples is None else confidence_interval(samples),
+            category_ap={} if coco is None else coco.category_ap,
+            dense_ap=None if dense is None else dense[0],
+            difference_interval=None if dense is None or samples is None else confidence_interval(samples - dense[1]),
+            divergence=one.divergence if DENSE in found else None,
+            counts=one.counts,
+            executed=one.executed,
+            coco=coco,
+        )
+        if title == DENSE and samples is not None:
+            dense = numbers["AP"], samples
+    return found
 
 
 def _or_none(numbers: Mapping[str, float]) -> dict[str, float | None]:

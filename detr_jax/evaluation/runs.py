@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from detr_jax.calibration.sensitivity import output_divergence
 from detr_jax.data.dataset import Dataset
 from detr_jax.data.features import BackboneFeatures, embed_batch
 from detr_jax.data.loading import Batch, batches
@@ -168,8 +169,11 @@ def measure_selections(
         computed, reference = {}, None
         for title, selectors in selections.items():
             outputs, *found = detect(model, *images, selectors, measure=measure, mesh=mesh)
-            reference = outputs if reference is None else reference
-            computed[title] = *found, _divergence(model, reference, outputs)
+            if reference is None:
+                reference, divergence = outputs, np.zeros(len(batch.sizes), np.float32)
+            else:
+                divergence = output_divergence(model, reference, outputs)
+            computed[title] = *found, divergence
         return batch, computed
 
     found: dict[str, list[tuple]] = {title: [] for title in selections}
@@ -191,9 +195,6 @@ def _total(names: list[str], images: list[int], results, counts, executed, diver
         {name: float(np.average([of_batch[name].mean() for of_batch in executed], weights=images)) for name in names},
         float(np.concatenate(divergence).mean()),
     )
-
-
-_divergence = jax.jit(lambda model, dense, sparse: model.divergence(dense, sparse))
 
 
 def _check_finite(batch: Batch | BackboneFeatures, detections: Detections) -> None:

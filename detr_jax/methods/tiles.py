@@ -4,22 +4,20 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from detr_jax.errors import InputError
 from detr_jax.kernels import pad_tokens
+from detr_jax.models import FFNTrace
+from detr_jax.pytrees import Sums
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class TileCounts:
+class TileCounts(Sums):
     """Pairs of token tile and group of one FFN, and how many of them are computed, both ()."""
 
     pairs: jax.Array
     active: jax.Array
-
-    def __add__(self, other: "TileCounts") -> "TileCounts":
-        return jax.tree.map(lambda a, b: np.asarray(a, np.int64) + np.asarray(b), self, other)
 
     @property
     def density(self) -> float:
@@ -39,6 +37,14 @@ def count_tiles(active: jax.Array, tokens: jax.Array, tile_size: int) -> TileCou
     """
     needed = existing_tokens(active, tokens, tile_size, False).any(2)
     return TileCounts(pairs=existing_tiles(tokens, tile_size).sum() * active.shape[-1], active=needed.sum())
+
+
+def count_kept(trace: FFNTrace, tile_size: int = 1) -> TileCounts:
+    """Counts of the groups, or neurons, that the selection of a trace keeps; jittable."""
+    active = trace.selection.per_token(trace.tokens.shape, trace.hidden.shape[-1])
+    if active is None:
+        active = jnp.ones((*trace.tokens.shape, 1), bool)
+    return count_tiles(active, trace.tokens, tile_size)
 
 
 def existing_tiles(tokens: jax.Array, tile_size: int) -> jax.Array:

@@ -17,7 +17,7 @@ from detr_jax.data.batches import BatchSource
 from detr_jax.errors import InputError
 from detr_jax.mesh import mesh_of, replicate_like, replicated, to_host
 from detr_jax.methods import MGS, MGSContribution, Thresholded
-from detr_jax.methods.tiles import count_tiles
+from detr_jax.methods.tiles import count_kept
 from detr_jax.models import Detector, FFNTrace
 from detr_jax.training.checkpoints import Checkpoints
 from detr_jax.training.gates import adam_with_cosine, batches_from
@@ -339,13 +339,7 @@ def _measure(model, batch, selectors, *, tile_size):
     running = {name: StraightThrough(selector, tile_size=tile_size) for name, selector in selectors.items()}
     outputs = model.transform(batch, selectors=running, trace=True)
     changes = model.divergence(model.transform(batch), outputs)
-
-    def count(trace):
-        return count_tiles(
-            trace.selection.per_token(trace.tokens.shape, trace.hidden.shape[-1]), trace.tokens, tile_size
-        )
-
-    counts = {name: count(outputs.traces[name]) for name in selectors}
+    counts = {name: count_kept(outputs.traces[name], tile_size) for name in selectors}
     return jnp.where(batch.valid, changes, 0).sum(), batch.valid.sum(), counts
 
 

@@ -13,18 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from detr_jax.calibration.accumulate import accumulate
 from detr_jax.calibration.activations import measure_activations, profile_activations
 from detr_jax.calibration.allocation import greedy
 from detr_jax.calibration.moments import measure_moments
 from detr_jax.calibration.permutation import coactivation_permutation, kmeans_permutation
 from detr_jax.calibration.sensitivity import OutputDivergence, layer_sensitivity
-from detr_jax.calibration.thresholds import calibrate, density_threshold, measure_scores, recall_threshold
+from detr_jax.calibration.thresholds import calibrate, recall_threshold, selectors_at_densities
 from detr_jax.data.batches import CachedBatches, ImageBatches
 from detr_jax.data.dataset import Dataset, Subset
 from detr_jax.data.features import BackboneFeatures, backbone_features
 from detr_jax.errors import InputError
-from detr_jax.mesh import mesh_of, replicate, replicate_like, to_host
+from detr_jax.mesh import mesh_of, replicate
 from detr_jax.methods import FitMaterial, Method, Score, Thresholded, TrainedMethod, log_odds
+from detr_jax.methods.tiles import count_kept
 from detr_jax.models import Detector, HasFFNs, Selector, Selectors
 from detr_jax.models.parameters import fingerprint
 from detr_jax.plan import Plan
@@ -285,18 +287,11 @@ class Fit:
         """Densities that are shared among the FFNs by what they change in the outputs."""
         batches = -(-self._options.allocation_images // self._options.batch_size)
         divergence = OutputDivergence(self.permuted, self._features[:batches])
-        histograms = {}
-        if self.method.tuned_by == "threshold":
-            histograms = measure_scores(self.permuted, self._calibration, self._scores)
-        settings = {
-            name: self.method.at_densities(of, partial(density_threshold, histograms.get(name)), GRID)
-            for name, of in self._material.items()
-        }
+        settings = selectors_at_densities(self.permuted, self._calibration, self.method, self._material, GRID)
         table = layer_sensitivity(divergence, GRID, settings)
-        costs = np.broadcast_to(table.densities / len(table.names), table.losses.shape)
 
         def shared(density: float) -> dict[str, Selector]:
-            return table.selectors(greedy(table.losses, costs, density))
+            return table.selectors(greedy(table.losses, table.density_costs, density))
 
         if isinstance(budget, Density):
             return shared(budget.density)
@@ -342,18 +337,11 @@ def check_budget(method: Method, budget: Budget | None) -> Budget | None:
 
 def kept_density(model: HasFFNs, batches: CachedBatches, selectors: Selectors) -> dict[str, float]:
     """The share of the hidden neurons that selectors keep by FFN, all of them in effect, in one pass."""
-    selectors = replicate_like(model, dict(selectors))
-    kept = [to_host(_kept(model, batch, selectors)) for batch in batches.batches()]
-    return {name: float(sum(of[name][0] for of in kept) / sum(of[name][1] for of in kept)) for name in selectors}
+    counts = accumulate(_kept, model, batches, "measure densities", dict(selectors))
+    return {name: counts[name].density for name in selectors}
 
 
 @jax.jit
 def _kept(model, batch, selectors):
-    def count(trace):
-        neurons = trace.hidden.shape[-1]
-        active = trace.selection.per_token(trace.tokens.shape, neurons)
-        share = jnp.ones(trace.tokens.shape) if active is None else active.mean(-1)
-        return jnp.where(trace.tokens, share, 0).sum(), trace.tokens.sum()
-
     traces = model.traces(batch, selectors)
-    return {name: count(traces[name]) for name in selectors}
+    return {name: count_kept(traces[name]) for name in selectors}

@@ -15,7 +15,7 @@ import detr_jax
 from detr_jax.commands.data_options import DataOptions
 from detr_jax.data.batches import CachedBatches
 from detr_jax.data.classes import with_classes
-from detr_jax.data.dataset import Dataset, Subset
+from detr_jax.data.dataset import Dataset
 from detr_jax.data.features import BackboneFeatures, backbone_features
 from detr_jax.errors import InputError
 from detr_jax.evaluation.coco_ap import bootstrap, confidence_interval, score
@@ -24,6 +24,7 @@ from detr_jax.files import write_json
 from detr_jax.methods import Thresholded, TrainedMethod
 from detr_jax.models import DETR, Selector, Selectors
 from detr_jax.models.base import HasFFNs
+from detr_jax.training.fit import hold_out
 from detr_jax.training.gates import Gates, train_gates
 
 
@@ -59,11 +60,8 @@ def open_splits(data: DataOptions, model: DETR, train: int | None, calibration: 
         InputError: if no images are left to train on.
     """
     dataset, _ = with_classes(data.open("train", None if train is None else train + calibration), model.labels)
-    split = len(dataset) - calibration
-    if split < 1:
-        raise InputError(f"{dataset.name} has {len(dataset)} images, too few to hold out {calibration} for calibration")
     evaluated, _ = with_classes(data.open("val", validation), model.labels)
-    return Splits(Subset(dataset, 0, split), Subset(dataset, split, len(dataset)), evaluated)
+    return Splits(*hold_out(dataset, calibration), evaluated)
 
 
 def embed(model: DETR, dataset: Dataset, batch_size: int, use: str) -> list[BackboneFeatures]:

@@ -20,6 +20,7 @@ from detr_jax.errors import InputError
 from detr_jax.methods.grouping import group_count
 from detr_jax.methods.tiles import tiles_of
 from detr_jax.models import FFNTrace, FFNWeights, HasFFNs
+from detr_jax.pytrees import Sums
 
 
 def contributions(weights: FFNWeights, trace: FFNTrace) -> jax.Array:
@@ -47,7 +48,7 @@ def needed(contributed: jax.Array, share: float) -> jax.Array:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class TopPStatistics:
+class TopPStatistics(Sums):
     """Sums over the tiles of an FFN; of one batch as int32 and float32, of many as 64 bits.
 
     Attributes:
@@ -59,14 +60,6 @@ class TopPStatistics:
     tiles: jax.Array
     coneeded: jax.Array
     contributed: jax.Array
-
-    def __add__(self, other: "TopPStatistics") -> "TopPStatistics":
-        """The sum of two in 64 bits."""
-        return TopPStatistics(
-            np.asarray(self.tiles, np.int64) + other.tiles,
-            np.asarray(self.coneeded, np.int64) + other.coneeded,
-            np.asarray(self.contributed, np.float64) + other.contributed,
-        )
 
 
 def measure_top_p(
