@@ -15,7 +15,7 @@ from detr_jax.mesh import first_process_agrees, is_first_process
 RESULTS = "results.json"
 """Written last: a folder that holds it holds a finished run."""
 _LOCKS: dict[Path, IO[str]] = {}
-"""Held until this process ends, however it does."""
+"""Held until `release_run`, or until this process ends, however it does."""
 
 
 def versions() -> dict[str, str]:
@@ -80,8 +80,7 @@ def _claim(folder: Path, settings: dict, outputs: Sequence[str], resume: bool | 
 def _lock(folder: Path) -> None:
     import fcntl  # not on Windows
 
-    if earlier := _LOCKS.pop(folder.resolve(), None):
-        earlier.close()  # a run of this process that has ended
+    release_run(folder)  # a run of this process that has ended
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _LOCKS[folder.resolve()] = (folder / "run.lock").open("w", encoding="utf-8")
@@ -90,3 +89,9 @@ def _lock(folder: Path) -> None:
         raise ExistingFileError(f"another process runs in {folder}; wait for its end or choose another --out") from None
     except OSError as error:
         raise OutputError(f"{folder} cannot be written: {error.strerror}") from error
+
+
+def release_run(folder: Path) -> None:
+    """Lets other processes have the folder of a run that has ended; for callers that outlive their runs."""
+    if lock := _LOCKS.pop(folder.resolve(), None):
+        lock.close()

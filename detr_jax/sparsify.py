@@ -75,10 +75,11 @@ def sparsify(
     from detr_jax.files import write_json
     from detr_jax.mesh import is_first_process
     from detr_jax.plan import save_plan
-    from detr_jax.run_folder import RESULTS
+    from detr_jax.run_folder import RESULTS, release_run
 
     with contextlib.ExitStack() as stack:
         where = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
+        stack.callback(release_run, where)
         fitted = fit(
             *(detector, data, method, calibration, options, where),
             budgets=[budget],

@@ -9,6 +9,7 @@ from commands import run
 from tiny import annotation, tiny_detector, write_coco
 
 import detr_jax
+from detr_jax import run_folder
 from detr_jax.calibration.permutation import kmeans_permutation
 from detr_jax.data.image_list import GivenImages
 from detr_jax.errors import ExistingFileError, InputError
@@ -111,8 +112,9 @@ def test_it_refuses_too_few_images(photographs):
 
 
 def test_a_folder_is_resumed_or_overwritten_only_when_asked(photographs, tmp_path):
-    method = small("mgs")
+    method, locks = small("mgs"), set(run_folder._LOCKS)
     first = sparsify(photographs, method, folder=tmp_path)
+    assert set(run_folder._LOCKS) == locks  # others may have the folder now
     assert (tmp_path / "plan.safetensors").exists()
     with pytest.raises(ExistingFileError, match="finished run"):
         sparsify(photographs, method, folder=tmp_path)
