@@ -155,7 +155,7 @@ class SparseDETR:
         return execution_report(self.detector, self.plan.selectors, image_size, batch_size)
 
     def draw_activity(self, image: ImageLike, path: Path | str, threshold: float = 0.7) -> None:
-        """Writes a PNG of where on an image neurons fire, where the plan computes them, and detections from a score."""
+        """Writes a PNG of where on an image neurons are active, which the plan keeps, and detections from a score."""
         from detr_jax.viz.activity_map import plot_activity  # imports matplotlib
         from detr_jax.viz.figures import save_figure
 

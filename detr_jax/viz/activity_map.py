@@ -52,7 +52,7 @@ def plot_activity(model: SparseDETR, image: ImageLike, threshold: float) -> Figu
 
     # Without colours and the darkest tones, which are the heat's.
     grey = 0.2 + 0.8 * np.asarray(Image.fromarray(picture).convert("L"), np.float32) / 255
-    for row, label, of_row in zip(axes, ("active neurons", "computed neurons"), range(2), strict=True):
+    for row, label, of_row in zip(axes, ("active neurons", "kept neurons"), range(2), strict=True):
         most = max(float(shares[of_row].max()) for _, _, shares in on_grid) or 1.0
         for panel, (name, stride, shares) in zip(row[1:], on_grid, strict=True):
             share = shares[of_row]
@@ -100,7 +100,7 @@ def _draw_densities(panel: Axes, layers: dict[str, FFNActivity]) -> None:
     place = np.arange(len(layers))
     kept = [float(layer.density) for layer in layers.values()]
     active = [float(layer.firing) for layer in layers.values()]
-    panel.barh(place, kept, 0.75, color=_KEPT, label="computed")
+    panel.barh(place, kept, 0.75, color=_KEPT, label="kept")
     panel.barh(place, active, 0.75, color=_ACTIVE, label="active")
     for y, share in zip(place, kept, strict=True):
         panel.text(share, y, f" {share:.1%}", va="center", fontsize=8, color=_KEPT)
