@@ -205,6 +205,9 @@ class FitMaterial:
     name: str = "the FFN"
 
 
+TunedBy = Literal["threshold", "density", "nothing"]
+
+
 @dataclass(frozen=True)
 class Method:
     """A method of deciding what an FFN computes: a frozen dataclass whose fields are its options.
@@ -225,7 +228,7 @@ class Method:
     saves: ClassVar[Literal["both", "first", "second"]] = "both"
     dynamic: ClassVar[bool] = True
     requires: ClassVar[frozenset[str]] = frozenset()
-    tuned_by: ClassVar[Literal["threshold", "density", "nothing"]] = "threshold"
+    tuned_by: ClassVar[TunedBy] = "threshold"
     note: ClassVar[str] = ""
 
     def fit(self, material: FitMaterial) -> Any:

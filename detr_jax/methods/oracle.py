@@ -1,12 +1,12 @@
 """The bound: exactly the active groups."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import jax
 
 from detr_jax.kernels import hidden_activations
-from detr_jax.methods.base import FitMaterial, Free, Method, Traits, register, storable
+from detr_jax.methods.base import FitMaterial, Free, Method, Traits, TunedBy, register, storable
 from detr_jax.methods.grouping import active_groups, group_count
 from detr_jax.models import FFNWeights, Selection
 
@@ -24,7 +24,7 @@ class Oracle(Free, Method):
     traits: ClassVar = Traits("nothing", "group", "both")
     name: ClassVar = "oracle"
     paper: ClassVar = "-"
-    tuned_by: ClassVar[Literal["threshold", "density", "nothing"]] = "nothing"
+    tuned_by: ClassVar[TunedBy] = "nothing"
 
     group_size: int = field(default=8, metadata={"static": True})
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from detr_jax.methods.base import FitMaterial, Free, Method, Traits, group_sums, register, storable
+from detr_jax.methods.base import FitMaterial, Free, Method, Traits, TunedBy, group_sums, register, storable
 from detr_jax.methods.grouping import group_count
 from detr_jax.methods.reconstruction import obs_ranking, reconstruct_output
 from detr_jax.models import FFNWeights, OutputLayer, Selection
@@ -104,7 +104,7 @@ class StaticReconstructed(Method):
     decides: ClassVar = "neuron"
     dynamic: ClassVar = False
     requires: ClassVar = frozenset({"hidden_moments"})
-    tuned_by: ClassVar[Literal["threshold", "density", "nothing"]] = "density"
+    tuned_by: ClassVar[TunedBy] = "density"
     note: ClassVar = "output layer reconstructed"
 
     def at_densities(

@@ -57,9 +57,10 @@ class TEALHidden(Method):
     paper: ClassVar = 'Liu et al. 2025, "TEAL", arXiv 2408.14690'
     decides: ClassVar = "neuron"
     saves: ClassVar = "second"
+    weighted: ClassVar = False
 
     def fit(self, material: FitMaterial) -> HiddenMagnitude:
-        return HiddenMagnitude(weighted=False)
+        return HiddenMagnitude(self.weighted)
 
 
 @register
@@ -71,6 +72,7 @@ class TEALInput(Method):
     paper: ClassVar = TEALHidden.paper
     decides: ClassVar = "channel"
     saves: ClassVar = "first"
+    weighted: ClassVar = False
 
     def fit(self, material: FitMaterial) -> InputMagnitude:
-        return InputMagnitude(weighted=False)
+        return InputMagnitude(self.weighted)

@@ -2,12 +2,22 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from detr_jax.methods.base import FitMaterial, Method, Score, Wrapper, ordered_bits, register, selection_of, storable
+from detr_jax.methods.base import (
+    FitMaterial,
+    Method,
+    Score,
+    TunedBy,
+    Wrapper,
+    ordered_bits,
+    register,
+    selection_of,
+    storable,
+)
 from detr_jax.methods.teal import HiddenMagnitude
 from detr_jax.models import FFNWeights, Selection
 
@@ -42,7 +52,7 @@ class TopK(Wrapper):
 class ByRank(Method):
     """At a density, methods that keep equally many of every token instead of what reaches a threshold."""
 
-    tuned_by: ClassVar[Literal["threshold", "density", "nothing"]] = "density"
+    tuned_by: ClassVar[TunedBy] = "density"
 
     def at_densities(
         self, material: FitMaterial, threshold_of: Callable[[float], float], densities: Sequence[float]

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from detr_jax.methods.base import FitMaterial, register
-from detr_jax.methods.teal import HiddenMagnitude, InputMagnitude, TEALHidden, TEALInput
+from detr_jax.methods.base import register
+from detr_jax.methods.teal import TEALHidden, TEALInput
 
 
 @register
@@ -14,9 +14,7 @@ class WINAHidden(TEALHidden):
 
     name: ClassVar = "wina-hidden"
     paper: ClassVar = 'Chen et al. 2025, "WINA", arXiv 2505.19427'
-
-    def fit(self, material: FitMaterial) -> HiddenMagnitude:
-        return HiddenMagnitude(weighted=True)
+    weighted: ClassVar = True
 
 
 @register
@@ -26,6 +24,4 @@ class WINAInput(TEALInput):
 
     name: ClassVar = "wina-input"
     paper: ClassVar = WINAHidden.paper
-
-    def fit(self, material: FitMaterial) -> InputMagnitude:
-        return InputMagnitude(weighted=True)
+    weighted: ClassVar = True
