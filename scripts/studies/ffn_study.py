@@ -331,5 +331,5 @@ def _finish(figure: Figure, panels: Sequence[Axes], x_label: str, y_label: str) 
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.label_outer(remove_inner_ticks=False)
-    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside right center")
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside right center", handlelength=3.5)
     return figure

@@ -197,7 +197,7 @@ def plot_neuron_orders(title: str, neuron_orders: Measurements, need_share: floa
     """
     parts = parts_of(neuron_orders)
     levels = levels_of(s for measured in neuron_orders.values() for s in measured)
-    title = f"Pairs with a neuron needed for {100 * need_share:g} % of a tile's contribution, {title}"
+    title = f"Pairs with a neuron needed for {100 * need_share:g} % of a tile's contribution\n{title}"
     size = (4.4 * len(levels) + 2, 3.8 * len(parts) + 0.6)
     figure, panels = new_figure(title, size, len(parts), len(levels), sharey=True, squeeze=False)
     for row, (part, names) in zip(panels, parts.items(), strict=True):
