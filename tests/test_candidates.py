@@ -9,12 +9,13 @@ from tiny import tiny_detector, tiny_ffn
 
 from detr_jax.calibration.activations import measure
 from detr_jax.calibration.allocation import undominated
-from detr_jax.calibration.moments import measure_kept, moments_of
+from detr_jax.calibration.moments import measure_kept, measure_pooled, moments_of
 from detr_jax.calibration.thresholds import collect_scores
 from detr_jax.data.batches import CachedBatches
 from detr_jax.evaluation.counts import count_activity
 from detr_jax.kernels import Execution, ffn
 from detr_jax.methods import Pooled, sketch
+from detr_jax.methods.pooled_statistics import fit_pooled_statistics
 from detr_jax.models.ffn import forward, permute, trace
 from detr_jax.search.candidates import CANDIDATE_KINDS, DYNAMIC, Material, candidates_of, reconstructed
 from detr_jax.search.search import SearchSettings
@@ -28,7 +29,10 @@ def material(window: int | None, block_size: int) -> Material:
     inputs = moments_of(X, TOKENS)
     model = StandaloneFFNs({"f": WEIGHTS})
     passes = CachedBatches([FFNInputs({"f": X[i : i + 8]}, {"f": TOKENS[i : i + 8]}) for i in range(0, 40, 8)])
-    scores = {"sketched": Pooled(sketch(WEIGHTS, inputs.mean, inputs.covariance, 6, SIZE), odds=False, window=window)}
+    scores = {
+        "sketched": Pooled(sketch(WEIGHTS, inputs.mean, inputs.covariance, 6, SIZE), odds=False, window=window),
+        "pooled": fit_pooled_statistics(measure_pooled(model, passes, window)["f"], SIZE, window),
+    }
     decisions = {kind: collect_scores(model, passes, {"f": score})["f"] for kind, score in scores.items()}
     statistics = measure(of, jnp.zeros(TOKENS.shape, int), kinds_count=1)
     hidden = moments_of(of.hidden, TOKENS)
@@ -44,7 +48,7 @@ def kept_moments(candidate):
 def test_a_plan_computes_what_was_tried(window, block_size):
     found = candidates_of(material(window, block_size), (0.6, 0.25), (0.5, 0.2))
     fixed = ["fixed", "fixed, reconstructed"] * 2
-    assert [c.kind for c in found] == ["dense", *fixed, *["sketched"] * 2]
+    assert [c.kind for c in found] == ["dense", *fixed, *["sketched"] * 2, *["pooled"] * 2]
     found += [reconstructed(c, WEIGHTS, kept_moments(c)) for c in found if c.kind in DYNAMIC]
     assert set(CANDIDATE_KINDS) == {c.kind for c in found}
     dense = np.asarray(ffn(X, *WEIGHTS))
@@ -65,7 +69,8 @@ def test_a_plan_computes_what_was_tried(window, block_size):
 
 
 def test_densities_are_what_is_computed():
-    for candidate, density in zip(candidates_of(material(None, SIZE), (0.5,), (0.3,)), (1, 0.5, 0.5, 0.3), strict=True):
+    found = candidates_of(material(None, SIZE), (0.5,), (0.3,))
+    for candidate, density in zip(found, (1, 0.5, 0.5, 0.3, 0.3), strict=True):
         counts = jax.device_get(count_activity(trace(WEIGHTS, X, TOKENS, candidate.trial), 1))
         # Images weigh by their tokens there, and as decisions here.
         assert candidate.density == pytest.approx(counts.density, abs=0.02)

@@ -1,6 +1,7 @@
 """Means and covariances of activations: what closed-form fits need to know about the data."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ import numpy as np
 from detr_jax.calibration.accumulate import accumulate
 from detr_jax.data.batches import BatchSource
 from detr_jax.kernels import expand_groups
+from detr_jax.methods.pooled_statistics import pooled_statistics
+from detr_jax.methods.tiles import existing_tiles, mean_of_tokens
 from detr_jax.models import HasFFNs, Selectors
 from detr_jax.pytrees import Sums
 
@@ -115,6 +118,36 @@ def _measure_moments(model, batch):
         for what in ("inputs", "hidden")
         for name, trace in traces
     }
+
+
+def measure_pooled(model: HasFFNs, batches: BatchSource, window: int | None) -> dict[str, CrossMoments]:
+    """Cross moments of every FFN's pooled inputs and the mean contributions of its neurons while all run dense.
+
+    Args:
+        model: the FFNs.
+        batches: data; one pass is made.
+        window: consecutive tokens that are pooled; None for all of an image.
+
+    Returns:
+        by name the moments of `pooled_statistics`, (3 d,), and of the means over the same tokens of h_j ||W_out[j]||.
+
+    Raises:
+        InputError: if there are no images.
+    """
+    return accumulate(partial(_measure_pooled, window=window), model, batches, "measure pooled inputs")
+
+
+@partial(jax.jit, static_argnames="window")
+def _measure_pooled(model, batch, *, window):
+    weights = model.ffn_weights()
+
+    def of_ffn(weights, trace):
+        norms = jnp.linalg.norm(weights.w_out.astype(jnp.float32), axis=1)
+        contributed = mean_of_tokens(trace.hidden.astype(jnp.float32) * norms, trace.tokens, window)
+        counted = existing_tiles(trace.tokens, window or trace.tokens.shape[-1])
+        return cross_moments_of(pooled_statistics(trace.inputs, trace.tokens, window), contributed, counted)
+
+    return {name: of_ffn(weights[name], trace) for name, trace in model.traces(batch, {}).items()}
 
 
 def measure_kept(model: HasFFNs, batches: BatchSource, selectors: Selectors) -> dict[str, CrossMoments]:

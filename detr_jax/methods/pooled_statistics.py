@@ -1,14 +1,22 @@
-"""A score of earlier plan files: contributions of groups to many tokens at once, by regression on pooled inputs."""
+"""Contributions of groups to many tokens at once, by regression on pooled inputs; hardly any work per token."""
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from detr_jax.methods.base import Traits, storable
+from detr_jax.methods.base import Traits, group_sums, storable
+from detr_jax.methods.grouping import group_count
 from detr_jax.methods.tiles import existing_tiles, existing_tokens, mean_of_tokens
 from detr_jax.models import FFNWeights
+
+if TYPE_CHECKING:
+    from detr_jax.calibration.moments import CrossMoments
+
+RIDGE = 0.3
+"""Of features with variance 1."""
 
 
 @storable
@@ -16,7 +24,7 @@ from detr_jax.models import FFNWeights
 class PooledStatistics:
     """About the mean over tokens of h_j ||W_out[j]||, summed over a group, from the mean, deviation and maximum of x.
 
-    Plans of version 3 may hold it. It gained nothing (docs/negative-results.md) and is not fitted any more.
+    Ours; after the pooled gates of Gao et al. 2024, "SeerAttention", without a layer that runs for each token.
     """
 
     up: jax.Array
@@ -54,3 +62,23 @@ def pooled_statistics(x: jax.Array, tokens: jax.Array, window: int | None) -> ja
     largest = existing_tokens(x, tokens, size, -jnp.inf).max(-2)
     largest = jnp.where(existing_tiles(tokens, size)[..., None], largest, 0)
     return jnp.concatenate([mean, jnp.sqrt(jnp.maximum(squares - mean**2, 0)), largest], axis=-1)
+
+
+def fit_pooled_statistics(moments: "CrossMoments", group_size: int, window: int | None) -> PooledStatistics:
+    """The regression, by ridge in closed form.
+
+    Args:
+        moments: of pooled statistics (inputs) and mean contributions of the neurons (outputs), see
+            `calibration.moments.measure_pooled`.
+        group_size: neurons per group; an InputError if it does not divide the neurons.
+        window: of the moments.
+    """
+    groups = group_count(len(moments.output_sums), group_size)
+    mean, covariance = moments.inputs.mean, moments.inputs.covariance
+    deviations = np.sqrt(np.maximum(np.diag(covariance), 0))
+    scale = np.where(deviations > 1e-6, 1 / np.maximum(deviations, 1e-6), 0)  # constant features get no weight
+    correlation = covariance * np.outer(scale, scale)
+    targets = group_sums(moments.output_mean, groups)
+    standardised = group_sums(moments.cross_covariance, groups) * scale[:, None]
+    up = np.linalg.solve(correlation + RIDGE * np.eye(len(correlation)), standardised) * scale[:, None]
+    return PooledStatistics(jnp.asarray(up, jnp.float32), jnp.asarray(targets - mean @ up, jnp.float32), window)

@@ -25,7 +25,7 @@ from detr_jax.methods.reconstruction import obs_ranking, reconstruct_from_kept, 
 from detr_jax.models import OutputLayer, Selection, Selector
 from detr_jax.pytrees import pytree
 
-DYNAMIC = ("sketched",)
+DYNAMIC = ("sketched", "pooled")
 """Kinds with a score that decides for each image or window."""
 CANDIDATE_KINDS = ("dense", *(kind + how for kind in ("fixed", *DYNAMIC) for how in ("", ", reconstructed")))
 ALWAYS = 0.95

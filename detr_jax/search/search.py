@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from detr_jax.calibration.activations import ActivationStatistics, measure_activations, require_active
 from detr_jax.calibration.allocation import Choice, greedy, undominated
-from detr_jax.calibration.moments import measure_kept, measure_moments
+from detr_jax.calibration.moments import measure_kept, measure_moments, measure_pooled
 from detr_jax.calibration.permutation import coactivation_permutation
 from detr_jax.calibration.sensitivity import OutputDivergence
 from detr_jax.calibration.thresholds import collect_scores
@@ -23,6 +23,7 @@ from detr_jax.errors import InputError
 from detr_jax.kernels import Execution
 from detr_jax.methods import Pooled, sketch
 from detr_jax.methods.grouping import group_count
+from detr_jax.methods.pooled_statistics import fit_pooled_statistics
 from detr_jax.models import Detector, Selector
 from detr_jax.search.candidates import DYNAMIC, Candidate, Material, candidates_of, reconstructed
 from detr_jax.search.timing import measure_times
@@ -127,7 +128,11 @@ class PlanSearch:
         sketches = {
             name: sketch(weights[name], m.mean, m.covariance, settings.rank, size) for name, m in inputs.items()
         }
-        scores = {"sketched": {name: Pooled(of, odds=False, window=window) for name, of in sketches.items()}}
+        pooled = measure_pooled(self.model, sample, window)
+        scores = {
+            "sketched": {name: Pooled(of, odds=False, window=window) for name, of in sketches.items()},
+            "pooled": {name: fit_pooled_statistics(moments, size, window) for name, moments in pooled.items()},
+        }
         calibration = CachedBatches([batch.tokens for batch in held_out])
         decisions = {kind: collect_scores(self.model, calibration, of) for kind, of in scores.items()}
         execution = Execution(window, settings.block_size or size)
