@@ -10,8 +10,10 @@ from detr_jax.kernels.block_masks import (
     repeat_per_tile,
 )
 from detr_jax.kernels.dispatch import IMPLEMENTATIONS, Dispatch, UnavailableError
+from detr_jax.kernels.experts import Experts
 from detr_jax.kernels.operation import Execution, block_sparse_ffn, sparse_ffn
 from detr_jax.kernels.reference import expand_groups, ffn, hidden_activations
+from detr_jax.kernels.routed import routed_ffn
 from detr_jax.kernels.token_sorting import signature_order
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "BlockLists",
     "Dispatch",
     "Execution",
+    "Experts",
     "FFNWeights",
     "UnavailableError",
     "any_per_tile",
@@ -30,6 +33,7 @@ __all__ = [
     "mask_to_indices",
     "pad_tokens",
     "repeat_per_tile",
+    "routed_ffn",
     "signature_order",
     "sparse_ffn",
 ]

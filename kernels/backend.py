@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from detr_jax.kernels.block_masks import BlockLists
+from detr_jax.kernels.experts import Experts
 
 
 class FFNWeights(NamedTuple):
@@ -48,6 +49,27 @@ the groups that each token gets of its tile's blocks, None for all of them."""
 
 
 @dataclass(frozen=True)
+class ExpertsShape:
+    """The static facts about narrow experts by which a back end is chosen.
+
+    Attributes:
+        dtype: of the inputs and weights.
+        tokens: of all images together; may be a symbol of `jax.export`.
+        d_model: d.
+        widths: neurons of each expert.
+    """
+
+    dtype: jnp.dtype
+    tokens: int
+    d_model: int
+    widths: tuple[int, ...]
+
+
+RoutedFn = Callable[[jax.Array, Experts, jax.Array], jax.Array]
+"""Narrow experts: x (T, d), experts, assignment (T,) int32 -> like x. See `experts.routed_ffn`."""
+
+
+@dataclass(frozen=True)
 class Backend:
     """One way to compute the sparse FFN. Each file of a back end has one, called `BACKEND`.
 
@@ -57,6 +79,8 @@ class Backend:
         run: computes the FFN.
         unsupported_reason: why it cannot compute an FFN on the default device; None if it can.
         break_even: density of tiles and blocks above which the dense FFN is taken on devices that nobody has tuned.
+        run_routed: computes narrow experts; None if it cannot.
+        routed_unsupported_reason: why it cannot compute some experts on the default device; None if it can.
     """
 
     name: str
@@ -64,3 +88,5 @@ class Backend:
     run: KernelFn
     unsupported_reason: Callable[[FFNShape], str | None]
     break_even: float
+    run_routed: RoutedFn | None = None
+    routed_unsupported_reason: Callable[[ExpertsShape], str | None] = lambda shape: None

@@ -13,7 +13,7 @@ import jax
 
 from detr_jax.errors import InputError
 from detr_jax.kernels import mosaic_gpu, mosaic_tpu, reference, xla
-from detr_jax.kernels.backend import Backend, FFNShape
+from detr_jax.kernels.backend import Backend, ExpertsShape, FFNShape
 
 BACKENDS = (reference.BACKEND, xla.BACKEND, mosaic_tpu.BACKEND, mosaic_gpu.BACKEND)
 IMPLEMENTATIONS = tuple(backend.name for backend in BACKENDS)
@@ -54,14 +54,7 @@ def choose(shape: FFNShape, implementation: str | None = None, group_size: int |
     Raises:
         UnavailableError: if there is none of that name, or it cannot compute this here; it says why.
     """
-    if implementation is None:
-        device = jax.default_backend()
-        candidates = [*(backend for backend in BACKENDS if device in backend.platforms), xla.BACKEND]
-    elif implementation in IMPLEMENTATIONS:
-        candidates = [BACKENDS[IMPLEMENTATIONS.index(implementation)]]
-    else:
-        known = ", ".join(IMPLEMENTATIONS)
-        raise UnavailableError(f"there is no implementation {implementation!r} of the sparse FFN; there are {known}")
+    candidates = _candidates(implementation)
     sizes = [group_size or shape.block_size]
     if group_size:
         unions = range(2 * group_size, LARGEST_UNION + 1, group_size)
@@ -77,6 +70,32 @@ def choose(shape: FFNShape, implementation: str | None = None, group_size: int |
         refused.append((backend.name, reasons[0]))  # about whole groups
     ((name, reason),) = refused  # without a name, the last candidate computes everything
     raise UnavailableError(f"the implementation {name} cannot compute this: {reason}")
+
+
+def choose_routed(shape: ExpertsShape, implementation: str | None = None) -> Dispatch:
+    """The back end for narrow experts on the default device, or the one that is asked for; raises as `choose`.
+
+    There is no break-even: widths are chosen when experts are fitted, by density or by time.
+    """
+    refused: list[tuple[str, str]] = []
+    for backend in _candidates(implementation):
+        reason = backend.routed_unsupported_reason(shape) if backend.run_routed else "it has no narrow experts"
+        if reason is None:
+            return Dispatch(backend, block_size=1, break_even=None, refused=tuple(refused))
+        refused.append((backend.name, reason))
+    name, reason = refused[-1]
+    raise UnavailableError(f"the implementation {name} cannot compute this: {reason}")
+
+
+def _candidates(implementation: str | None) -> list[Backend]:
+    """The back ends to try, in the order of preference."""
+    if implementation is None:
+        device = jax.default_backend()
+        return [*(backend for backend in BACKENDS if device in backend.platforms), xla.BACKEND]
+    if implementation not in IMPLEMENTATIONS:
+        known = ", ".join(IMPLEMENTATIONS)
+        raise UnavailableError(f"there is no implementation {implementation!r} of the sparse FFN; there are {known}")
+    return [BACKENDS[IMPLEMENTATIONS.index(implementation)]]
 
 
 def break_even(backend: Backend, device_kind: str, shape: FFNShape) -> float:

@@ -22,6 +22,7 @@ from detr_jax.kernels.block_masks import (
 )
 from detr_jax.kernels.dispatch import Dispatch, choose
 from detr_jax.kernels.token_sorting import signature_order
+from detr_jax.kernels.transforms import on_each_shard, varying_alike
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def sparse_ffn(
         ValueError: if blocks of that size do not divide the neurons or consist of whole groups, or see
             `block_sparse_ffn`.
     """
-    return _on_each_shard(partial(_sparse_ffn, execution, shared_by), x, weights, active)
+    return on_each_shard(partial(_sparse_ffn, execution, shared_by), x, weights, active)
 
 
 def _sparse_ffn(execution, shared_by, x, weights, active):
@@ -140,21 +141,7 @@ def block_sparse_ffn(
         flat = partial(jax.tree.map, lambda array: array.reshape(-1, *array.shape[-2:]))
         return _differentiable(dispatch, tile_size, flat(x), weights, flat(needed), flat(active)).reshape(x.shape)
 
-    return _on_each_shard(flattened, x, weights, needed, active)
-
-
-def _on_each_shard(run, x, weights, *others):
-    """Runs on the images of each device, where the axes of the mesh are explicit; those of tokens are gathered.
-
-    Loops and branches over tiles cannot be partitioned by the types of their operands.
-    """
-    mesh = jax.typeof(x).sharding.mesh
-    if not mesh.explicit_axes:
-        return run(x, weights, *others)
-    images = jax.sharding.PartitionSpec(*jax.typeof(x).sharding.spec[:-2])
-    specs = (images, jax.sharding.PartitionSpec(), *(None if array is None else images for array in others))
-    operands = jax.sharding.reshard((x, weights, *others), specs)
-    return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=images))(*operands)
+    return on_each_shard(flattened, x, weights, needed, active)
 
 
 def _check(x, weights, needed, tile_size, active):
@@ -221,7 +208,7 @@ def _mapped(dispatch: Dispatch, tile_size: int) -> Callable[..., jax.Array]:
 
 def _compute(dispatch, tile_size, x, weights: FFNWeights, needed, active):
     """x (batch, tokens, d), needed (batch, tiles, B), active (batch, tokens, G) or None."""
-    x, weights, needed, active = _varying_alike(x, weights, needed, active)
+    x, weights, needed, active = varying_alike(x, weights, needed, active)
     batch, tokens, d = x.shape
 
     def sparse():
@@ -240,14 +227,3 @@ def _compute(dispatch, tile_size, x, weights: FFNWeights, needed, active):
         return sparse()
     branch = jnp.where(needed.all(), 2, jnp.where(needed.mean() > dispatch.break_even, 1, 0))
     return jax.lax.switch(branch, (sparse, masked, dense))
-
-
-def _varying_alike(*arrays):
-    """Arrays that vary over the same axes inside `jax.shard_map`, as all branches and the state of loops must."""
-    axes = frozenset().union(*(jax.typeof(array).manual_axis_type.varying for array in jax.tree.leaves(arrays)))
-
-    def varying(array):
-        missing = tuple(axes - jax.typeof(array).manual_axis_type.varying)
-        return jax.lax.pcast(array, missing, to="varying") if missing else array
-
-    return jax.tree.map(varying, arrays)

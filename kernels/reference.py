@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
+from detr_jax.kernels import experts
 from detr_jax.kernels.backend import Backend, FFNWeights
 from detr_jax.kernels.block_masks import BlockLists, indices_to_mask, repeat_per_tile
 
@@ -79,4 +80,11 @@ def _run(x: jax.Array, weights: FFNWeights, lists: BlockLists, active: jax.Array
     return block_sparse_ffn(x.reshape(-1, d), weights, needed, tile_size, per_token).reshape(x.shape)
 
 
-BACKEND = Backend("reference", platforms=(), run=_run, unsupported_reason=lambda shape: None, break_even=0.0)
+BACKEND = Backend(
+    "reference",
+    platforms=(),
+    run=_run,
+    unsupported_reason=lambda shape: None,
+    break_even=0.0,
+    run_routed=experts.routed_ffn,
+)

@@ -12,6 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from detr_jax.kernels import routed_xla
 from detr_jax.kernels.backend import Backend, FFNWeights
 from detr_jax.kernels.block_masks import BlockLists, indices_to_mask, mask_to_indices
 from detr_jax.kernels.reference import expand_groups, ffn
@@ -100,4 +101,11 @@ def _block_by_block(x, weights, lists, active):
     return jax.lax.fori_loop(0, ends[-1], add, total).astype(x.dtype)
 
 
-BACKEND = Backend("xla", ("cpu",), _run, unsupported_reason=lambda shape: None, break_even=0.75)
+BACKEND = Backend(
+    "xla",
+    platforms=("cpu",),
+    run=_run,
+    unsupported_reason=lambda shape: None,
+    break_even=0.75,
+    run_routed=routed_xla.run,
+)
