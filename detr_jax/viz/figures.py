@@ -17,7 +17,7 @@ from detr_jax.search.candidates import CANDIDATE_KINDS
 
 COLOURS = colormaps["tab10"].colors
 _PAIRS = colormaps["tab20"].colors
-KIND_COLOURS = dict(zip(CANDIDATE_KINDS, ("0.6", _PAIRS[3], _PAIRS[2], _PAIRS[1], _PAIRS[0]), strict=True))
+KIND_COLOURS = dict(zip(CANDIDATE_KINDS, ("0.6", *(_PAIRS[i] for i in (3, 2, 1, 0, 5, 4))), strict=True))
 
 
 def new_figure(title: str, size: tuple[float, float], *grid: int, **options: Any) -> tuple[Figure, Any]:
