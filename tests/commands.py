@@ -1,5 +1,7 @@
-"""Running the scripts in this process, so that what JAX compiled for one test serves the next."""
+"""Running the scripts in this process, so that what JAX compiled for one test serves the next; and what other
+processes need."""
 
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -24,3 +26,9 @@ def refusal(capsys, script: str, *arguments: object) -> str:
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
     return error
+
+
+def cpu_devices(count: int) -> dict[str, str]:
+    """Environment variables that give a process so many devices."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}

@@ -1,4 +1,5 @@
 import getpass
+import importlib.metadata
 import os
 import sys
 import tempfile
@@ -12,6 +13,9 @@ COMPILATION = {
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
 }
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    # XLA's earlier code for loops compiles in a third of the time; later versions do not have it.
+    COMPILATION["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 for name, value in COMPILATION.items():
     os.environ.setdefault(name, value)
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from commands import cpu_devices
 from jax.sharding import AbstractMesh
 from mesh_job import EPOCHS
 from tiny import TINY_CONFIG, annotation, tiny_detector, write_coco
@@ -38,8 +39,7 @@ def inputs(tmp_path_factory):
 
 
 def start(inputs: Path, out: Path, devices: int, *options: str, **environment: object) -> subprocess.Popen:
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    variables = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | {name: str(v) for name, v in environment.items()}
+    variables = cpu_devices(devices) | {name: str(v) for name, v in environment.items()}
     out.mkdir(exist_ok=True)
     with (out / f"log-{environment.get('JAX_PROCESS_ID', 0)}.txt").open("a") as log:
         command = [sys.executable, str(TESTS / "mesh_job.py"), str(inputs), str(out), *options]
@@ -188,8 +188,8 @@ with jax.set_mesh(mesh):
     np.testing.assert_allclose(run(model, shared, sparse), run(model, images, {}), atol=1e-5)
     np.testing.assert_allclose(model(shared).logits, run(model, images, {}), atol=1e-5)
 """
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(TESTS)}
-    subprocess.run([sys.executable, "-c", code], env=os.environ | flags, check=True)
+    environment = os.environ | cpu_devices(2) | {"PYTHONPATH": str(TESTS)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 def test_a_single_process_joins_no_cluster(monkeypatch):
