@@ -12,7 +12,7 @@ from detr_jax.errors import InputError, MissingFileError
 from detr_jax.kernels import Execution
 from detr_jax.models import PRESETS, Detector, preset_config
 from detr_jax.models.parameters import named_parameters
-from detr_jax.models.registry import make_detector
+from detr_jax.models.registry import abstract_detector
 from detr_jax.plan import Plan, load_plan
 from detr_jax.sparse import SparseDETR
 from detr_jax.weights import EMBEDDED, detector_file
@@ -128,8 +128,7 @@ def build(checkpoint: Checkpoint, dtype: jnp.dtype = jnp.float32) -> Detector:
     Raises:
         InputError: if entries are missing, left over or misshapen, or hold NaN or infinite values.
     """
-    abstract = nnx.eval_shape(lambda: make_detector(checkpoint.config, dtype=dtype, rngs=nnx.Rngs(0)))
-    graph, state = nnx.split(abstract)
+    graph, state = nnx.split(abstract_detector(checkpoint.config, dtype))
     leaves = {".".join(map(str, path)): (path, leaf) for path, leaf in nnx.to_flat_state(state)}
     arrays = checkpoint.arrays({name: leaf.shape for name, (_, leaf) in leaves.items()})
     placed = [(leaves[name][0], leaves[name][1].replace(jnp.asarray(array))) for name, array in arrays]

@@ -4,11 +4,13 @@ import functools
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from golden.recipe import fill
 
-from detr_jax import DETR, DetrConfig
+from detr_jax import DetrConfig
+from detr_jax.models.registry import abstract_detector
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -30,8 +32,14 @@ def empty_entries(name: str) -> dict[str, np.ndarray]:
     return {key: np.broadcast_to(np.float32(0), shape) for key, shape in manifest(name).items()}
 
 
+def small_entries(name: str) -> dict[str, np.ndarray]:
+    """Zeros of the same layout with a sixteenth of the channels and neurons."""
+    shapes = {key: tuple(size // 16 if size % 64 == 0 else size for size in of) for key, of in manifest(name).items()}
+    return {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
+
+
 @functools.cache
 def parameter_shapes(config: DetrConfig) -> dict[str, tuple[int, ...]]:
     """Shape of each of a detector's parameters by name."""
-    state = nnx.state(nnx.eval_shape(lambda: DETR(config, rngs=nnx.Rngs(0))))
+    state = nnx.state(abstract_detector(config, jnp.float32))
     return {".".join(map(str, path)): leaf.shape for path, leaf in nnx.to_flat_state(state)}

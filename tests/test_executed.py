@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from kernel_cases import change_backend
-from tiny import TINY_CONFIG, every_selector, tiny_detector, tiny_ffn
+from tiny import TINY_CONFIG, every_selector, outputs, tiny_detector, tiny_ffn
 
 from detr_jax import fingerprint, load_sparse
 from detr_jax.commands.execution_options import ExecutionOptions
@@ -48,14 +48,14 @@ def test_a_detector_gives_the_same_outputs():
     rng = np.random.default_rng(0)
     images, mask = jnp.asarray(rng.random((2, 32, 40, 3)), jnp.float32), jnp.ones((2, 32, 40), bool)
     selectors = dict.fromkeys(TINY_CONFIG.ffn_names, Oracle(4))
-    dense = model(images, mask)
+    dense = outputs(model, images, mask)
     computations = (
         *(ExecutionOptions(), ExecutionOptions("auto")),
         ExecutionOptions("xla", 4, 4, per_token_mask=True),
         ExecutionOptions("xla", 4, 4, per_token_mask=True, sort_tokens=True),
     )
     for computation in computations:
-        sparse = model(images, mask, selectors=computation.of(selectors))
+        sparse = outputs(model, images, mask, computation.of(selectors))
         np.testing.assert_allclose(sparse.logits, dense.logits, atol=1e-4)
 
 
@@ -85,7 +85,7 @@ def test_plans_run_in_every_type(dtype, implementation):
     plan = Plan("oracle", fingerprint(model), selectors, {}, {}, {}, {})
     sparse = load_sparse(model, plan, implementation=implementation)
     masked = load_sparse(model, plan)
-    error = np.abs(np.asarray(sparse(images).logits - masked(images).logits)).max()
+    error = np.abs(np.asarray(outputs(sparse, images).logits - outputs(masked, images).logits)).max()
     assert error <= (1e-4 if dtype == jnp.float32 else 0.3)
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from flax import nnx
-from published import empty_entries, parameter_shapes
+from published import empty_entries, parameter_shapes, small_entries
+from tiny import outputs
 
 import detr_jax
 from detr_jax import convert
@@ -55,10 +56,10 @@ def rewritten(tiny_file, tmp_path):
     return rewrite
 
 
-def write_hub_folder(folder, config=None, name="hf_detr_resnet50_timm"):
+def write_hub_folder(folder, config=None, entries_of=small_entries):
     """A folder like a repository on the hub, of zeros."""
     folder.mkdir(exist_ok=True)
-    entries = {key: np.ascontiguousarray(entry) for key, entry in empty_entries(name).items()}
+    entries = {key: np.ascontiguousarray(entry) for key, entry in entries_of("hf_detr_resnet50_timm").items()}
     safetensors.numpy.save_file(entries, folder / "model.safetensors", metadata={"format": "pt"})
     if config is not None:
         (folder / "config.json").write_text(json.dumps({"model_type": "detr", **config}))
@@ -70,7 +71,7 @@ def test_round_trip(tiny, tiny_file):
     assert loaded.config == tiny.config
     assert detr_jax.fingerprint(loaded) == detr_jax.fingerprint(tiny)
     pixels = np.random.default_rng(0).standard_normal((1, 96, 128, 3)).astype(np.float32)
-    np.testing.assert_array_equal(loaded(pixels).logits, tiny(pixels).logits)
+    np.testing.assert_array_equal(outputs(loaded, pixels).logits, outputs(tiny, pixels).logits)
 
 
 def test_names_and_header(tiny, tiny_file):
@@ -163,7 +164,7 @@ def test_preset_must_fit(tiny_file):
 
 
 def test_folder_with_labels_and_dilation(tmp_path):
-    folder = write_hub_folder(tmp_path / "hub", {"dilation": True, "id2label": {"0": "N/A", "1": "cat"}})
+    folder = write_hub_folder(tmp_path / "hub", {"dilation": True, "id2label": {"0": "N/A", "1": "cat"}}, empty_entries)
     config = detr_jax.load(folder).config
     assert config.backbone.dilate_last
     assert config.labels == ("", "cat")
@@ -204,7 +205,7 @@ def test_nothing_there(tmp_path):
 
 
 def test_preset_from_the_hub(tmp_path, monkeypatch):
-    folder = write_hub_folder(tmp_path / "hub")
+    folder = write_hub_folder(tmp_path / "hub", entries_of=empty_entries)
     arrays = safetensors.numpy.load_file(folder / "model.safetensors")
     arrays["class_labels_classifier.weight"] = np.zeros((92, 256), np.float32)
     arrays["class_labels_classifier.bias"] = np.zeros(92, np.float32)

@@ -10,11 +10,13 @@ import pytest
 from beartype import beartype
 from flax import nnx
 from jaxtyping import TypeCheckError, jaxtyped
-from tiny import TINY_CONFIG, tiny_detector
+from tiny import TINY_CONFIG, outputs, tiny_detector
 
 from detr_jax.methods import Oracle
 from detr_jax.models import DETR, Preprocessing, preset_config
 from detr_jax.models.registry import config_from_json
+
+embed, transform = jax.jit(DETR.embed), jax.jit(DETR.transform)
 
 
 @pytest.fixture(scope="module")
@@ -27,22 +29,22 @@ def images(height=40, width=56, seed=0):
 
 
 def test_outputs_have_the_shapes_that_were_promised(model):
-    outputs = model(images(), auxiliary=True, trace=True)
-    assert outputs.logits.shape == (2, 5, 4) and outputs.boxes.shape == (2, 5, 4)
-    assert outputs.auxiliary == ()  # there is one decoder layer only
+    found = outputs(model, images(), auxiliary=True, trace=True)
+    assert found.logits.shape == (2, 5, 4) and found.boxes.shape == (2, 5, 4)
+    assert found.auxiliary == ()  # there is one decoder layer only
     rows, columns = model.token_grids((40, 56))[0]
-    assert [tokens.shape for tokens in outputs.encoder] == [(2, rows * columns, 16)] * 2
-    assert outputs.traces["encoder.0"].hidden.shape == (2, rows * columns, 32)
-    assert outputs.traces["decoder.0"].inputs.shape == (2, 5, 16)
+    assert [tokens.shape for tokens in found.encoder] == [(2, rows * columns, 16)] * 2
+    assert found.traces["encoder.0"].hidden.shape == (2, rows * columns, 32)
+    assert found.traces["decoder.0"].inputs.shape == (2, 5, 16)
 
 
 def test_odd_sizes_fill_the_token_grid(model):
     assert model.token_grids((33, 41)) == ((5, 6),)
-    assert model(images(33, 41), trace=True).traces["encoder.0"].tokens.shape == (2, 30)
+    assert outputs(model, images(33, 41), trace=True).traces["encoder.0"].tokens.shape == (2, 30)
 
 
 def test_a_trace_holds_what_the_ffn_computes(model):
-    trace = model(images(), trace=True).traces["encoder.0"]
+    trace = outputs(model, images(), trace=True).traces["encoder.0"]
     ffn = model.transformer.encoder[0].ffn
     hidden = np.maximum(np.asarray(trace.inputs) @ np.asarray(ffn.w_in[...]).T + ffn.b_in[...], 0)
     np.testing.assert_allclose(trace.hidden, hidden, atol=1e-5)
@@ -51,8 +53,7 @@ def test_a_trace_holds_what_the_ffn_computes(model):
 def test_padding_does_not_reach_what_is_masked(model):
     mask = np.zeros((2, 40, 56), bool)
     mask[:, :32, :40] = True
-    outputs = model(images(), mask, trace=True)
-    tokens = outputs.traces["encoder.0"].tokens
+    tokens = outputs(model, images(), mask, trace=True).traces["encoder.0"].tokens
     np.testing.assert_array_equal(tokens.reshape(2, 5, 7)[0].sum(1), [5, 5, 5, 5, 0])
 
     x, positions = np.random.default_rng(1).standard_normal((2, *tokens.shape, 16)).astype(np.float32)
@@ -67,15 +68,15 @@ def test_padding_does_not_reach_what_is_masked(model):
 def test_embedding_then_transforming_is_the_whole_detector(model):
     mask = np.ones((2, 40, 56), bool)
     mask[0, :, 40:] = False
-    whole = model(images(), mask)
-    parts = model.transform(model.embed(images(), mask, np.ones(2, bool)))
+    whole = outputs(model, images(), mask)
+    parts = transform(model, embed(model, images(), mask, np.ones(2, bool)))
     np.testing.assert_allclose(parts.logits, whole.logits, atol=1e-5)
     np.testing.assert_allclose(parts.boxes, whole.boxes, atol=1e-5)
 
 
 def test_images_that_only_fill_the_batch_have_no_tokens_in_traces(model):
-    tokens = model.embed(images(), np.ones((2, 40, 56), bool), np.array([True, False]))
-    traces = model.traces(tokens, {"decoder.0": Oracle(8)})
+    tokens = embed(model, images(), np.ones((2, 40, 56), bool), np.array([True, False]))
+    traces = jax.jit(DETR.traces)(model, tokens, {"decoder.0": Oracle(8)})
     for trace in traces.values():
         np.testing.assert_array_equal(trace.tokens.all(1), [True, False])
         np.testing.assert_array_equal(trace.tokens.any(1), [True, False])
@@ -117,10 +118,11 @@ def test_an_empty_batch_gives_empty_outputs(model):
 
 
 def test_shapes_are_as_annotated(model):
-    checked = {name: jaxtyped(typechecker=beartype)(getattr(DETR, name)) for name in ("embed", "detections", "heads")}
+    names = ("embed", "detections", "heads")
+    checked = {name: jax.jit(jaxtyped(typechecker=beartype)(getattr(DETR, name))) for name in names}
     pixels, mask = jnp.asarray(images()), jnp.ones((2, 40, 56), bool)
     tokens = checked["embed"](model, pixels, mask, jnp.ones(2, bool))
-    assert checked["detections"](model, model.transform(tokens), jnp.ones((2, 2), jnp.int32)).boxes.shape == (2, 5, 4)
+    assert checked["detections"](model, transform(model, tokens), jnp.ones((2, 2), jnp.int32)).boxes.shape == (2, 5, 4)
     assert checked["heads"](model, tokens.x)[1].shape == (2, 35, 4)
     with pytest.raises(TypeCheckError):
         checked["embed"](model, pixels, mask[:, :32], jnp.ones(2, bool))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from standalone import FFNInputs, StandaloneFFNs
-from tiny import TINY_CONFIG, every_selector, tiny_detector, tiny_ffn
+from tiny import TINY_CONFIG, every_selector, outputs, tiny_detector, tiny_ffn
 
 from detr_jax import kernels
 from detr_jax.calibration.activations import ActivationStatistics, measure
@@ -80,8 +80,10 @@ def test_a_detector_with_oracles_detects_what_the_dense_one_does(group_size):
     model = tiny_detector()
     for ffn in model.ffns.values():
         ffn.b_in[...] -= 0.4  # otherwise almost every group fires
-    dense = model(random_images())
-    sparse = model(random_images(), selectors={n: Oracle(group_size) for n in TINY_CONFIG.ffn_names}, trace=True)
+    dense = outputs(model, random_images())
+    sparse = outputs(
+        model, random_images(), selectors=dict.fromkeys(TINY_CONFIG.ffn_names, Oracle(group_size)), trace=True
+    )
     np.testing.assert_allclose(sparse.logits, dense.logits, atol=1e-5)
     np.testing.assert_allclose(sparse.boxes, dense.boxes, atol=1e-5)
     assert all(0 < t.selection.active.mean() < 0.8 for t in sparse.traces.values())
@@ -90,14 +92,16 @@ def test_a_detector_with_oracles_detects_what_the_dense_one_does(group_size):
 def test_open_gates_change_nothing_and_closed_gates_leave_the_bias():
     model = tiny_detector()
     gate = LinearGate(jnp.zeros((TINY_CONFIG.d_model, 4)), jnp.zeros(4))
-    run = jax.jit(lambda selectors: model(random_images(), selectors=selectors).logits)
-    dense = model(random_images()).logits
-    opened, closed = (run({n: at(gate, log_odds(p)) for n in TINY_CONFIG.ffn_names}) for p in (0, 1))
+    dense = outputs(model, random_images()).logits
+    opened, closed = (
+        outputs(model, random_images(), selectors={n: at(gate, log_odds(p)) for n in TINY_CONFIG.ffn_names}).logits
+        for p in (0, 1)
+    )
     np.testing.assert_allclose(opened, dense, atol=1e-5)
     assert np.abs(closed - dense).max() > 1e-3
     for layer in (*model.transformer.encoder, *model.transformer.decoder):
         layer.ffn.w_out[...] = jnp.zeros_like(layer.ffn.w_out[...])
-    np.testing.assert_allclose(model(random_images()).logits, closed, atol=1e-5)
+    np.testing.assert_allclose(outputs(model, random_images()).logits, closed, atol=1e-5)
 
 
 def test_a_gate_keeps_the_groups_that_reach_its_threshold():

@@ -1,6 +1,7 @@
 """Small stand-ins that several tests share: a detector, an FFN, selectors, and a data set in COCO's layout."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -14,7 +15,17 @@ from detr_jax import methods as selectors
 from detr_jax.data.dataset import Dataset
 from detr_jax.evaluation.runs import coco_results, predictions
 from detr_jax.methods import LowRankCompensation, Thresholded, low_rank_factors
-from detr_jax.models import BackboneConfig, Detector, FFNWeights, OutputLayer, Preprocessing, Selector
+from detr_jax.models import (
+    BackboneConfig,
+    Detector,
+    FFNWeights,
+    OutputLayer,
+    Outputs,
+    Preprocessing,
+    Selector,
+    Selectors,
+)
+from detr_jax.models.registry import abstract_detector
 
 TINY_CONFIG = DetrConfig(
     BackboneConfig(depths=(1, 1), widths=(4, 8), strides=(1, 2), stem_width=4),
@@ -33,12 +44,23 @@ TINY_CONFIG = DetrConfig(
 
 def tiny_detector(seed: int = 0, dtype: jnp.dtype = jnp.float32) -> DETR:
     """A detector with random parameters, stride 8. They come from numpy, because JAX would compile for each shape."""
-    abstract = nnx.eval_shape(lambda: DETR(TINY_CONFIG, dtype=dtype, rngs=nnx.Rngs(0)))
-    graph, parameters, statistics = nnx.split(abstract, nnx.Param, nnx.BatchStat)
+    graph, parameters, statistics = nnx.split(abstract_detector(TINY_CONFIG, dtype), nnx.Param, nnx.BatchStat)
     rng = np.random.default_rng(seed)
     parameters = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), parameters)
     statistics = jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.5, 1, leaf.shape), leaf.dtype), statistics)
     return nnx.merge(graph, parameters, statistics)
+
+
+@partial(jax.jit, static_argnames=("trace", "auxiliary"))
+def outputs(
+    model: Detector,
+    images: jax.Array,
+    mask: jax.Array | None = None,
+    selectors: Selectors | None = None,
+    **options: bool,
+) -> Outputs:
+    """What a detector returns, compiled as one program."""
+    return model(images, mask, selectors=selectors, **options)
 
 
 def tiny_ffn(

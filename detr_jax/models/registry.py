@@ -5,6 +5,10 @@ import typing
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
 from detr_jax.models.base import Detector
 
 
@@ -35,9 +39,22 @@ def architecture_of(config: Any) -> str:
     return next(name for name, architecture in ARCHITECTURES.items() if architecture.config is type(config))
 
 
-def make_detector(config: Any, **arguments: Any) -> Detector:
-    """The detector that a configuration describes; `arguments` are `dtype` and `rngs`."""
-    return ARCHITECTURES[architecture_of(config)].module(config, **arguments)
+class _OneKey(nnx.RngStream):
+    """The same key at every call: counting them, as flax does it, takes seconds to trace."""
+
+    def __call__(self) -> jax.Array:
+        return self.key[...]
+
+
+def abstract_detector(config: Any, dtype: jnp.dtype) -> Detector:
+    """The detector that a configuration describes, with shapes in the place of its parameters."""
+
+    def make() -> Detector:
+        rngs = nnx.Rngs(0)
+        rngs.default = _OneKey(0, tag="default")
+        return ARCHITECTURES[architecture_of(config)].module(config, dtype=dtype, rngs=rngs)
+
+    return nnx.eval_shape(make)
 
 
 def config_from_json(architecture: str, values: dict) -> Any:
