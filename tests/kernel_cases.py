@@ -1,11 +1,14 @@
-"""Random FFNs with maps of what their tiles need, and when two outputs count as equal."""
+"""Random FFNs with maps of what their tiles need, their definition, and when two outputs count as equal."""
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from detr_jax.kernels import FFNWeights, dispatch
+from detr_jax.kernels import FFNWeights, dispatch, reference
+
+definition = jax.jit(reference.block_sparse_ffn, static_argnames="tile_size")
 
 
 def random_case(seed, *, batch=(), tokens=37, d=24, features=96, tile=16, blocks=12, share=0.4, dtype=jnp.float32):

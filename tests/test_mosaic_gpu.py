@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from ffn_baselines import fused_dense, sparse_ffn
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from kernel_cases import change_backend, close, random_case
+from kernel_cases import change_backend, close, definition, random_case
 from random_gates import RandomGate
 
 from detr_jax.kernels import BlockLists, FFNWeights, ffn, mask_to_indices
@@ -18,7 +18,6 @@ from detr_jax.kernels.backend import FFNShape
 from detr_jax.kernels.dispatch import choose
 from detr_jax.kernels.mosaic_gpu import block_sparse_ffn, unsupported, unsupported_reason
 from detr_jax.kernels.operation import block_sparse_ffn as operation
-from detr_jax.kernels.reference import block_sparse_ffn as definition
 
 interpreted = pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams"), reason="running it without a GPU needs JAX 0.11 or later"

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from kernel_cases import change_backend, close, random_case
+from kernel_cases import change_backend, close, definition, random_case
 
 from detr_jax.kernels import BlockLists, FFNWeights, mask_to_indices
 from detr_jax.kernels.backend import FFNShape
 from detr_jax.kernels.dispatch import choose
 from detr_jax.kernels.mosaic_tpu import TOKENS, block_sparse_ffn, unsupported
 from detr_jax.kernels.operation import block_sparse_ffn as operation
-from detr_jax.kernels.reference import block_sparse_ffn as definition
 
 INTERPRET = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
 
