@@ -30,7 +30,7 @@ from detr_jax.training.budgets import (
 )
 from detr_jax.training.straight_through import StraightThrough, mean_density
 
-TUNING = GateTuning(epochs=60, learning_rate=0.01, checkpoint_steps=7)
+TUNING = GateTuning(epochs=60, learning_rate=0.01)
 NAMES = TINY_CONFIG.ffn_names
 
 
@@ -158,7 +158,7 @@ def test_training_reaches_the_density_and_calibration_meets_it(model, passes, bu
 @pytest.fixture(scope="module")
 def wide():
     """A budget that takes a few steps, for what does not depend on its being met."""
-    return Density(0.4), dataclasses.replace(TUNING, epochs=5, learning_rate=1e-3)
+    return Density(0.4), dataclasses.replace(TUNING, epochs=5, learning_rate=1e-3, checkpoint_steps=7)
 
 
 @pytest.fixture(scope="module")

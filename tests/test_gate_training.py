@@ -27,7 +27,6 @@ TRAINING = GateTraining(epochs=20, batch_size=2, group_size=4, learning_rate=0.0
 METHOD = TRAINING.method(MGS)
 LABELS = ("mgs", "dejavu", "mgs-contribution", "d2dmoe")
 KINDS = {name: TRAINING.method(METHODS[name]) for name in LABELS}
-train = partial(train_gates, checkpoint_steps=7)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,7 @@ def embedded(model, dataset):
 
 @pytest.fixture(scope="module")
 def gates(model, passes, tmp_path_factory):
-    return train(model, passes, {"mgs": METHOD}, tmp_path_factory.mktemp("run"), silent)["mgs"]
+    return train_gates(model, passes, {"mgs": METHOD}, tmp_path_factory.mktemp("run"), silent)["mgs"]
 
 
 def slow_loss(objective, scores, hidden, w_out, tokens):
@@ -130,7 +129,7 @@ def test_gates_exist_for_every_ffn_in_the_order_in_which_they_run(gates):
 def test_the_detector_stays_as_it_is(dataset, tmp_path):
     model = tiny_detector()
     before = detr_jax.fingerprint(model)
-    train(model, ImageBatches(model, dataset, 2, 0), KINDS, tmp_path, silent)
+    train_gates(model, ImageBatches(model, dataset, 2, 0), KINDS, tmp_path, silent)
     assert detr_jax.fingerprint(model) == before
 
 
@@ -168,12 +167,12 @@ def bare():
 
 @pytest.fixture(scope="module")
 def kinds_in_one_run(bare, tmp_path_factory):
-    return train(*bare, KINDS, tmp_path_factory.mktemp("kinds"), silent)
+    return train_gates(*bare, KINDS, tmp_path_factory.mktemp("kinds"), silent)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_kinds_that_are_trained_together_are_those_trained_alone(bare, kinds_in_one_run, tmp_path, kind):
-    (alone,) = train(*bare, {kind: KINDS[kind]}, tmp_path, silent).values()
+    (alone,) = train_gates(*bare, {kind: KINDS[kind]}, tmp_path, silent).values()
     together = kinds_in_one_run[kind]
     assert jax.tree.structure(alone) == jax.tree.structure(together)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), together, alone)
@@ -196,7 +195,7 @@ def test_the_loss_that_is_reported_is_the_mean_over_gates(bare, tmp_path):
     model, passes = bare
     losses = []
     once = {name: dataclasses.replace(method, epochs=1) for name, method in KINDS.items()}
-    train(model, passes, once, tmp_path, lambda step, loss: losses.append(float(loss)))
+    train_gates(model, passes, once, tmp_path, lambda step, loss: losses.append(float(loss)))
     first = next(passes.batches())
     expected = [
         kind.loss(kind.init((16, 6), jax.random.key(0)), weights, model.traces(first, {})[name])
@@ -231,8 +230,8 @@ def test_gates_that_run_are_trained_on_what_the_earlier_ones_leave(quiet, embedd
     closed = running_from({"encoder.0": np.inf, "decoder.0": -np.inf})
     running = {"open": running_from(dict.fromkeys(TINY_CONFIG.ffn_names, -np.inf)), "closed": closed}
     arguments = (CachedBatches(stored), dict.fromkeys(running, training))
-    dense = train(quiet, *arguments, tmp_path / "dense", silent)["open"]
-    found = train(quiet, *arguments, tmp_path / "running", silent, active_selectors=running)
+    dense = train_gates(quiet, *arguments, tmp_path / "dense", silent)["open"]
+    found = train_gates(quiet, *arguments, tmp_path / "running", silent, active_selectors=running)
     assert_close(found["open"], dense)
     assert_close(found["closed"]["encoder.0"], dense["encoder.0"])
     assert np.abs(found["closed"]["decoder.0"].kernel - dense["decoder.0"].kernel).max() > 0.05
@@ -240,7 +239,7 @@ def test_gates_that_run_are_trained_on_what_the_earlier_ones_leave(quiet, embedd
     traces = [quiet.traces(batch, closed)["decoder.0"] for batch in stored]
     left = [FFNInputs({"decoder.0": what.inputs}, {"decoder.0": what.tokens}) for what in traces]
     alone = StandaloneFFNs({"decoder.0": quiet.ffn_weights()["decoder.0"]})
-    expected = train(alone, CachedBatches(left), {"mgs": training}, tmp_path / "alone", silent)["mgs"]
+    expected = train_gates(alone, CachedBatches(left), {"mgs": training}, tmp_path / "alone", silent)["mgs"]
     assert_close(found["closed"]["decoder.0"], expected["decoder.0"])
 
 
@@ -249,7 +248,7 @@ def test_gates_run_as_they_are_while_they_are_trained(quiet, embedded, tmp_path)
     thresholds = {"open": -np.inf, "closed": np.inf, "opening": 0.5}
     running = {kind: running_from({"encoder.0": t, "decoder.0": -np.inf}) for kind, t in thresholds.items()}
     passes = CachedBatches([batch.tokens for batch in embedded])
-    found = train(quiet, passes, dict.fromkeys(running, METHOD), tmp_path, silent, active_selectors=running)
+    found = train_gates(quiet, passes, dict.fromkeys(running, METHOD), tmp_path, silent, active_selectors=running)
     assert_close(found["opening"]["encoder.0"], found["closed"]["encoder.0"])
     for other in ("open", "closed"):
         assert np.abs(found["opening"]["decoder.0"].kernel - found[other]["decoder.0"].kernel).max() > 0.01
@@ -265,7 +264,7 @@ def test_training_goes_on_from_the_gates_that_run(bare, tmp_path):
         }
     }
     training = dataclasses.replace(METHOD, epochs=1, learning_rate=1e-6)
-    found = train(model, passes, {"mgs": training}, tmp_path, silent, active_selectors=running)["mgs"]
+    found = train_gates(model, passes, {"mgs": training}, tmp_path, silent, active_selectors=running)["mgs"]
     for name, gate in found.items():
         assert 0 < np.abs(gate.kernel - running["mgs"][name].score.kernel).max() < 1e-5
 
@@ -291,24 +290,25 @@ def test_a_run_that_is_stopped_and_resumed_gives_the_same_gates(model, passes, g
                 time.sleep(0.1)
             raise TimeoutError
 
+    run = partial(train_gates, model, passes, {"mgs": METHOD}, tmp_path, checkpoint_steps=7)
     with pytest.raises(Stopped):
-        train(model, passes, {"mgs": METHOD}, tmp_path, stop_after)
+        run(stop_after)
     steps = []
 
     def note(step, loss):
         if np.isfinite(loss):
             steps.append(step)
 
-    resumed = train(model, passes, {"mgs": METHOD}, tmp_path, note)["mgs"]
+    resumed = run(note)["mgs"]
     assert steps == list(range(goes_on, TRAINING.epochs * len(passes) + 1))
     jax.tree.map(np.testing.assert_array_equal, resumed, gates)
 
 
 def test_a_finished_run_is_not_trained_again(model, passes, tmp_path):
     arguments = (model, passes, {"mgs": METHOD}, tmp_path)
-    first = train(*arguments, silent)
+    first = train_gates(*arguments, silent)
     steps = []
-    again = train(*arguments, lambda step, loss: steps.append((step, bool(jnp.isnan(loss)))))
+    again = train_gates(*arguments, lambda step, loss: steps.append((step, bool(jnp.isnan(loss)))))
     assert steps == [(TRAINING.epochs * len(passes), True)]
     jax.tree.map(np.testing.assert_array_equal, again, first)
 
@@ -330,11 +330,11 @@ def test_options_of_commands_make_methods_as_far_as_these_have_them():
 def test_methods_that_are_trained_together_share_a_recipe(bare, tmp_path):
     methods = {"a": MGS(4, epochs=1), "b": MGS(4, epochs=2)}
     with pytest.raises(InputError, match="must share epochs, learning rate and seed"):
-        train(*bare, methods, tmp_path, silent)
+        train_gates(*bare, methods, tmp_path, silent)
 
 
 def test_training_again_compiles_nothing(bare, tmp_path):
-    train(*bare, {"mgs": MGS(4, epochs=1)}, tmp_path / "a", silent)
+    train_gates(*bare, {"mgs": MGS(4, epochs=1)}, tmp_path / "a", silent)
     programs = gate_training._take_step._cache_size()
-    train(*bare, {"mgs": MGS(4, epochs=1)}, tmp_path / "b", silent)
+    train_gates(*bare, {"mgs": MGS(4, epochs=1)}, tmp_path / "b", silent)
     assert gate_training._take_step._cache_size() == programs

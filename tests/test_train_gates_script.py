@@ -32,7 +32,7 @@ def inputs(tmp_path_factory):
     detr_jax.save(tiny_detector(), root / "detector.safetensors")
     model = ["--model", str(root / "detector.safetensors"), "--coco", str(root)]
     training = ["--split.calib", "4", "--group-size", "4", "--batch-size", "2", "--epochs", "25"]
-    return [*model, *training, "--checkpoint-steps", "3", "--neuron-order", "own"]
+    return [*model, *training, "--neuron-order", "own"]
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_it_refuses_with_one_line(inputs, finished, capsys, extra, message):
 
 
 def test_a_killed_run_is_refused_then_resumed_to_the_same_gates(inputs, finished, tmp_path, capsys):
-    model = tiny_detector()
+    model, inputs = tiny_detector(), [*inputs, "--checkpoint-steps", "3"]
     command = [sys.executable, str(SCRIPTS / NAME), *inputs, "--out", str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
