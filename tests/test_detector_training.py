@@ -53,7 +53,10 @@ def test_a_killed_training_goes_on_bit_identically(tmp_path):
     def record(step, parts):
         losses[step] = {name: float(value) for name, value in parts.items()}
 
+    before = take_step._cache_size()
     whole = arrays(train_detector(CONFIG, TRAINING, tmp_path / "whole", record))
+    compiled = take_step._cache_size()
+    assert compiled == before + 1, "all steps are one program"
     assert list(losses) == [0, 1, 2, 3]
     assert all(np.isfinite(value) for parts in losses.values() for value in parts.values())
     assert set(losses[0]) == {"detection", "dense", "hoyer"}
@@ -66,7 +69,6 @@ def test_a_killed_training_goes_on_bit_identically(tmp_path):
     with pytest.raises(Killed):
         train_detector(CONFIG, TRAINING, tmp_path / "killed", kill)
     resumed = {}
-    compiled = take_step._cache_size()
     model = train_detector(CONFIG, TRAINING, tmp_path / "killed", lambda step, parts: resumed.update({step: parts}))
     assert list(resumed) == [2, 3] and take_step._cache_size() == compiled, "a second training compiles nothing"
     assert {name: float(value) for name, value in resumed[3].items()} == losses[3]

@@ -43,7 +43,7 @@ class FrozenBatchNorm(nnx.Module):
     """
 
     def __init__(self, features: int, *, initial_scale: float, dtype: jnp.dtype):
-        self.scale = nnx.Param(jnp.full((features,), initial_scale))
+        self.scale = nnx.Param(jnp.full((features,), initial_scale, jnp.float32))
         self.bias = nnx.Param(jnp.zeros((features,)))
         self.mean = nnx.BatchStat(jnp.zeros((features,)))
         self.var = nnx.BatchStat(jnp.ones((features,)))
