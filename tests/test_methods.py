@@ -48,6 +48,14 @@ def material_for(method, weights=WEIGHTS) -> FitMaterial:
     return FitMaterial(weights, **{name: part for name, part in parts.items() if name in method.requires})
 
 
+@jax.jit
+def kept_by(selector):
+    """What a selector keeps of the neurons, or of the channels, for each token."""
+    selection = selector(WEIGHTS, X, TOKENS)
+    active = selection.per_token(TOKENS.shape, len(WEIGHTS.w_in))
+    return active if selection.channels is None else selection.channels
+
+
 @pytest.mark.parametrize("name", TUNED)
 def test_it_keeps_about_the_density_it_is_given(name):
     method = OPTIONS.method(METHODS[name])
@@ -61,10 +69,7 @@ def test_it_keeps_about_the_density_it_is_given(name):
     assert len({jax.tree.structure(selector) for selector in selectors}) == 1  # one program serves them all
     shares = []
     for selector, density in zip(selectors, DENSITIES, strict=True):
-        selection = selector(WEIGHTS, X, TOKENS)
-        active = selection.per_token(TOKENS.shape, len(WEIGHTS.w_in))
-        kept = active if selection.channels is None else selection.channels
-        shares.append(float(np.asarray(kept)[np.asarray(TOKENS)].mean()))
+        shares.append(float(np.asarray(kept_by(selector))[np.asarray(TOKENS)].mean()))
         assert shares[-1] <= density + 1e-6
         expected = min(density, fires) if selector.traits.granularity == "neuron" and density < 1 else density
         assert shares[-1] >= 0.6 * expected

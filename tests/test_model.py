@@ -111,10 +111,10 @@ def test_a_selector_for_an_unknown_ffn_is_refused(model):
 
 
 def test_an_empty_batch_gives_empty_outputs(model):
-    outputs = model(np.zeros((0, 40, 56, 3), np.float32), trace=True)
-    assert outputs.logits.shape == (0, 5, 4) and outputs.boxes.shape == (0, 5, 4)
-    assert outputs.traces["encoder.0"].hidden.shape == (0, 35, 32)
-    assert model.detections(outputs, np.zeros((0, 2))).boxes.shape == (0, 5, 4)
+    found = outputs(model, np.zeros((0, 40, 56, 3), np.float32), trace=True)
+    assert found.logits.shape == (0, 5, 4) and found.boxes.shape == (0, 5, 4)
+    assert found.traces["encoder.0"].hidden.shape == (0, 35, 32)
+    assert model.detections(found, np.zeros((0, 2))).boxes.shape == (0, 5, 4)
 
 
 def test_shapes_are_as_annotated(model):

@@ -21,7 +21,12 @@ INTERPRET = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan",
 
 def tiles_of(array, tile):
     """(tokens, n) -> (tiles, tile, n), as the operation hands them over."""
-    return jnp.pad(array, ((0, -len(array) % tile), (0, 0))).reshape(-1, tile, array.shape[-1])
+    return np.pad(array, ((0, -len(array) % tile), (0, 0))).reshape(-1, tile, array.shape[-1])
+
+
+@jax.jit
+def interpreted(tiles, weights, needed, active):
+    return block_sparse_ffn(tiles, weights, mask_to_indices(needed), active, interpret=INTERPRET)
 
 
 @pytest.mark.parametrize(
@@ -43,13 +48,7 @@ def test_equals_the_definition(shape, dtype, exact):
     tile = shape["tile"]
     x, weights, needed = random_case(20, dtype=dtype, **shape)
     active = jnp.asarray(np.random.default_rng(21).random((len(x), shape["features"] // 8)) < 0.5) if exact else None
-    ours = block_sparse_ffn(
-        tiles_of(x, tile),
-        weights,
-        mask_to_indices(needed),
-        None if active is None else tiles_of(active, tile),
-        interpret=INTERPRET,
-    )
+    ours = interpreted(tiles_of(x, tile), weights, needed, None if active is None else tiles_of(active, tile))
     assert ours.dtype == dtype
     close(ours.reshape(-1, x.shape[-1])[: len(x)], definition(x, weights, needed, tile, active), dtype)
 
@@ -63,8 +62,8 @@ def test_outputs_are_poisoned_before_the_call():
 
 def test_lists_in_any_order_with_repetitions(monkeypatch):
     """Through the operation, and as the kernel gets them: whole permutations, not sorted."""
-    interpreted = partial(block_sparse_ffn, interpret=INTERPRET)
-    change_backend(monkeypatch, "mosaic_tpu", unsupported_reason=unsupported, run=interpreted)
+    run = partial(block_sparse_ffn, interpret=INTERPRET)
+    change_backend(monkeypatch, "mosaic_tpu", unsupported_reason=unsupported, run=run)
     x, weights, _ = random_case(23, tokens=30, tile=16, d=128, features=64, blocks=8)
     lists = BlockLists(indices=jnp.array([[5, 2, 5, 0, 7, 2], [1, -3, 8, 99, 4, 6]]), counts=jnp.array([6, 5]))
     needed = np.zeros((2, 8), bool)
