@@ -6,7 +6,8 @@ import tempfile
 from pathlib import Path
 
 # Tests mostly compile: workers, subprocesses and later runs share compiled programs, and few run for long enough to be
-# worth optimising. JAX reads these variables when it is imported.
+# worth optimising. JAX reads these variables when it is imported. `.ci/run` repeats what was measured with optimised
+# programs, parity and the embedded detector, with such.
 COMPILATION = {
     "JAX_COMPILATION_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"detr-jax-tests-{getpass.getuser()}"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -36,17 +37,6 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, help="kills of runs in all in tests/test_kills.py")
-
-
-@pytest.fixture(scope="module")
-def optimised():
-    """Programs compiled as users have them, for tests of numbers that were measured with those."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-    jax.clear_caches()
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from detr_jax.evaluation.coco_ap import score
 from detr_jax.evaluation.runs import measure_dataset
 from detr_jax.training.detector.card import model_card
 
-pytestmark = pytest.mark.usefixtures("optimised")
 FILES = importlib.resources.files("detr_jax.weights")
 
 

@@ -107,7 +107,7 @@ def test_wrong_shapes_are_refused(model, arguments, message):
 
 def test_a_selector_for_an_unknown_ffn_is_refused(model):
     with pytest.raises(ValueError, match=r"no FFN is named \['encoder.7'\]"):
-        model(images(), selectors={"encoder.7": Oracle(8)})
+        outputs(model, images(), selectors={"encoder.7": Oracle(8)})
 
 
 def test_an_empty_batch_gives_empty_outputs(model):

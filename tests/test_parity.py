@@ -23,7 +23,6 @@ def forward(model, pixels, mask=None):
     return outputs.logits, outputs.boxes
 
 
-pytestmark = pytest.mark.usefixtures("optimised")
 others = [pytest.param(variant, marks=pytest.mark.slow) for variant in ("r50_dc5", "r101", "r101_dc5")]
 variants = pytest.mark.parametrize("variant", ["r50", *others], scope="module")
 only_r50 = pytest.mark.parametrize("variant", ["r50"], scope="module")
