@@ -51,7 +51,7 @@ def abstract_detector(config: Any, dtype: jnp.dtype) -> Detector:
 
     def make() -> Detector:
         rngs = nnx.Rngs(0)
-        rngs.default = _OneKey(0, tag="default")
+        rngs.default = _OneKey(0, tag="default")  # type: ignore[attr-defined]
         return ARCHITECTURES[architecture_of(config)].module(config, dtype=dtype, rngs=rngs)
 
     return nnx.eval_shape(make)
