@@ -11,6 +11,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import cpu_devices
 
 from detr_jax.kernels import Experts, UnavailableError, routed_ffn
 from detr_jax.kernels.experts import group_tokens
@@ -214,6 +215,6 @@ mesh = jax.make_mesh((8,), ("images",), axis_types=(AxisType.Auto,))
 shared = jax.shard_map(lambda x, a: routed_ffn(x, experts, a), mesh=mesh, in_specs=P("images"), out_specs=P("images"))
 np.testing.assert_allclose(jax.jit(shared)(x, assignment), expected, atol=1e-5)
 """
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = os.environ | cpu_devices(8)
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)
