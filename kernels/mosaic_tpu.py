@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from detr_jax.kernels import routed_tpu
 from detr_jax.kernels.backend import Backend, FFNShape, FFNWeights
 from detr_jax.kernels.block_masks import BlockLists, pad_tokens
 from detr_jax.kernels.reference import expand_groups
@@ -141,4 +142,12 @@ def _kernel(block_size, exact, indices, counts, x, *refs):
     out[0] = total[...].astype(out.dtype)
 
 
-BACKEND = Backend("mosaic_tpu", ("tpu",), block_sparse_ffn, unsupported_reason, break_even=0.7)
+BACKEND = Backend(
+    "mosaic_tpu",
+    ("tpu",),
+    block_sparse_ffn,
+    unsupported_reason,
+    break_even=0.7,
+    run_routed=routed_tpu.run,
+    routed_unsupported_reason=routed_tpu.unsupported_reason,
+)

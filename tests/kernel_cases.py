@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from detr_jax.kernels import FFNWeights, dispatch, reference
+from detr_jax.kernels import Experts, FFNWeights, dispatch, reference
 
 definition = jax.jit(reference.block_sparse_ffn, static_argnames="tile_size")
 
@@ -23,6 +23,28 @@ def random_case(seed, *, batch=(), tokens=37, d=24, features=96, tile=16, blocks
     )
     needed = jnp.asarray(rng.random((*batch, -(-tokens // tile), blocks)) < share)
     return normal(*batch, tokens, d), weights, needed
+
+
+def random_experts(stacks, d, dtype=jnp.float32, seed=0):
+    """Random narrow experts, in stacks of (experts, neurons)."""
+    rng = np.random.default_rng(seed)
+
+    def random(*shape):
+        return jnp.asarray(rng.standard_normal(shape) / 2, dtype)
+
+    return Experts(
+        tuple(random(n, k, d) for n, k in stacks),
+        tuple(random(n, k) for n, k in stacks),
+        tuple(random(n, k, d) for n, k in stacks),
+        random(sum(n for n, _ in stacks), d),
+    )
+
+
+def random_routed_inputs(shape, d, count, dtype=jnp.float32, seed=1):
+    """Random inputs and the expert of each: some popular, some without tokens, and tokens of none."""
+    rng = np.random.default_rng(seed)
+    ids = np.minimum(rng.geometric(1.5 / (count + 1), shape) - 1, count)
+    return jnp.asarray(rng.standard_normal((*shape, d)), dtype), jnp.asarray(ids, jnp.int32)
 
 
 def close(ours, theirs, dtype=jnp.float32):

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import cpu_devices
+from kernel_cases import random_experts, random_routed_inputs
 
-from detr_jax.kernels import Experts, UnavailableError, routed_ffn
+from detr_jax.kernels import UnavailableError, routed_ffn
 from detr_jax.kernels.experts import group_tokens
 from detr_jax.kernels.routed_xla import tile_sizes
 
@@ -31,25 +32,11 @@ CASES = {
 
 
 def experts_of(stacks, dtype=jnp.float32, seed=0):
-    rng = np.random.default_rng(seed)
-
-    def random(*shape):
-        return jnp.asarray(rng.standard_normal(shape) / 2, dtype)
-
-    count = sum(n for n, _ in stacks)
-    return Experts(
-        tuple(random(n, k, D) for n, k in stacks),
-        tuple(random(n, k) for n, k in stacks),
-        tuple(random(n, k, D) for n, k in stacks),
-        random(count, D),
-    )
+    return random_experts(stacks, D, dtype, seed)
 
 
 def inputs_of(shape=(3, 37), count=6, dtype=jnp.float32, seed=1):
-    rng = np.random.default_rng(seed)
-    # Experts of unequal popularity, some without tokens, and tokens of none.
-    ids = np.minimum(rng.geometric(1.5 / (count + 1), shape) - 1, count)
-    return jnp.asarray(rng.standard_normal((*shape, D)), dtype), jnp.asarray(ids, jnp.int32)
+    return random_routed_inputs(shape, D, count, dtype, seed)
 
 
 def token_by_token(x, experts, assignment):
