@@ -73,17 +73,22 @@ def detect_each(
     from detr_jax.evaluation.counts import kept_share
     from detr_jax.evaluation.evaluate import warn_if_far_from_calibration
     from detr_jax.evaluation.runs import predictions
+    from detr_jax.sparse import SparseDETR
 
     check_threshold(threshold)
     if not len(dataset):
         return
-    plan = getattr(model, "plan", None)
-    if plan is not None:  # its facts stay outside: what it was measured to do is no reason to compile again
-        model, selectors = model.detector, plan.selectors
+    plan = None
+    if isinstance(
+        model, SparseDETR
+    ):  # its facts stay outside: what it was measured to do is no reason to compile again
+        plan, model = model.plan, model.detector
+        selectors = plan.selectors
     densities: list[float] = []
-    options = {"selectors": selectors, "progress": False, "measure": None if plan is None else kept_share}
-    for batch, _, detections, density in predictions(model, dataset, batch_size, **options):
-        for i in batch.valid.nonzero()[0]:
+    measure = None if plan is None else kept_share
+    found_in = predictions(model, dataset, batch_size, selectors=selectors, progress=False, measure=measure)
+    for batch, _, detections, density in found_in:
+        for i in batch.valid.nonzero()[0].tolist():
             found = in_image(detections, i, threshold, model.labels)
             yield int(batch.image_ids[i]), replace(found, boxes=found.boxes.clip(0, np.tile(batch.sizes[i, ::-1], 2)))
         densities += [] if density is None else density[batch.valid].tolist()

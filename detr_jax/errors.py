@@ -31,3 +31,10 @@ class OutputError(UserError, OSError):
 
 class MissingDependencyError(UserError, ImportError):
     """An optional package is needed and not installed."""
+
+
+def require_counts(options: object, *names: str) -> None:
+    """Raises an InputError if one of the named options is below 1."""
+    for name in names:
+        if getattr(options, name) < 1:
+            raise InputError(f"{name} must be at least 1, not {getattr(options, name)}")

@@ -107,11 +107,11 @@ def load_sparse(
             raise InputError("preset= and dtype= are for detectors that are loaded here; this one is loaded already")
         dense = model
     else:
-        dense = load(model, preset, dtype or jnp.float32)
+        dense, plan = load(model, preset, dtype or jnp.float32), _own_plan(model) if plan is None else plan
     if isinstance(plan, Plan):
         sparse = SparseDETR.of(dense, plan)
     else:
-        loaded = load_plan(_own_plan(model) if plan is None else plan, dense)
+        loaded = load_plan(plan, dense)
         sparse = SparseDETR(dense.with_permutations(loaded.permutations), loaded)
     return sparse if implementation is None else sparse.with_implementation(implementation)
 

@@ -6,6 +6,7 @@ from typing import Self, TypeVar
 import jax
 import numpy as np
 
+Array = jax.Array | np.ndarray
 Class = TypeVar("Class", bound=type)
 
 
@@ -40,6 +41,6 @@ class Sums:
         return jax.tree.map(lambda a, b: _wide(a) + _wide(b), self, other)
 
 
-def _wide(array: jax.Array | np.ndarray) -> np.ndarray:
+def _wide(array: Array) -> np.ndarray:
     array = np.asarray(array)
     return array.astype(np.int64 if np.issubdtype(array.dtype, np.integer) else np.float64)

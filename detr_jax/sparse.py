@@ -53,7 +53,7 @@ class SparseDETR:
 
     def __repr__(self) -> str:
         plan, name, ffns = self.plan, type(self.detector).__name__, len(self.detector.ffn_specs())
-        how = {str(s.execution) if isinstance(s, Executed) else "masked" for s in plan.selectors.values()}
+        how = {str(execution or "masked") for execution in self._executions}
         lines = (
             f"detector: {name} of {ffns} FFNs and {len(self.labels)} labels, {jnp.dtype(self.dtype)}",
             f"plan: {plan.method}, {len(plan.selectors)} FFNs sparse, {len(plan.permutations)} with permuted neurons",
@@ -196,11 +196,14 @@ class SparseDETR:
             raise InputError("with_threshold takes a probability, or score= in the unit of the method's own score")
         selectors = dict(self.plan.selectors)
         given = score if probability is None else probability
-        change = Thresholded.at if probability is None else Thresholded.at_probability
         for name, value in (given if isinstance(given, Mapping) else dict.fromkeys(selectors, given)).items():
             if name not in selectors:
                 raise InputError(f"{name!r} is not gated; the plan has selectors for {', '.join(selectors)}")
-            selectors[name] = at_threshold(selectors[name], lambda found, value=value: change(found, value))
+
+            def change(found: Thresholded, value: Any = value) -> Thresholded:
+                return found.at(value) if probability is None else found.at_probability(value)
+
+            selectors[name] = at_threshold(selectors[name], change)
         return SparseDETR(self.detector, dataclasses.replace(self.plan, selectors=selectors, measured={}))
 
     def with_implementation(self, implementation: str | Execution) -> "SparseDETR":
@@ -226,10 +229,15 @@ class SparseDETR:
             known = ", ".join(ways)
             raise InputError(f"there is no implementation {implementation!r} of the sparse FFN; there are {known}")
         execution = ways[implementation] if isinstance(implementation, str) else implementation
-        selectors = executed(self.plan.selectors, execution)
-        if jax.tree.structure(selectors) == jax.tree.structure(dict(self.plan.selectors)):
+        if all(own == execution for own in self._executions):
             return self
+        selectors = executed(self.plan.selectors, execution)
         return self.with_plan(dataclasses.replace(self.plan, selectors=selectors, measured={}))
+
+    @property
+    def _executions(self) -> list[Execution | None]:
+        """Of each FFN; None for the masked reference."""
+        return [s.execution if isinstance(s, Executed) else None for s in self.plan.selectors.values()]
 
 
 @jax.jit

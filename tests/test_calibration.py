@@ -223,22 +223,13 @@ def counts_of(model, passes, selectors) -> dict[str, ActivityCounts]:
 HALF_OF_WHAT_FIRES = partial(recall_threshold, recall=0.5)
 
 
-def test_calibration_all_at_once_reaches_the_recall_on_dense_inputs(model, passes, gates):
+def test_calibration_reaches_the_recall_on_dense_inputs(model, passes, gates):
     chosen = calibrate(model, passes, gates, HALF_OF_WHAT_FIRES)
     assert set(chosen) == set(gates)
     for name, selector in chosen.items():
         counts = counts_of(model, passes, {name: selector})[name]
         assert 0.5 <= counts.recall < 0.6
         assert selector.score is gates[name]
-
-
-def test_calibration_in_turn_reaches_the_recall_on_what_the_earlier_ffns_leave(model, passes, gates):
-    in_turn = calibrate(model, passes, gates, HALF_OF_WHAT_FIRES, in_turn=True)
-    counts = counts_of(model, passes, in_turn)
-    assert all(0.5 <= counts[name].recall < 0.6 for name in gates)
-    at_once = calibrate(model, passes, gates, HALF_OF_WHAT_FIRES)
-    assert in_turn["encoder.0"].threshold == at_once["encoder.0"].threshold
-    assert in_turn["decoder.0"].threshold != at_once["decoder.0"].threshold
 
 
 def test_scores_are_measured_with_other_selectors_running(model, passes, gates):
@@ -249,14 +240,11 @@ def test_scores_are_measured_with_other_selectors_running(model, passes, gates):
     assert sparse["decoder.0"].all.sum() == dense["decoder.0"].all.sum() == 3 * TINY_CONFIG.queries * 8
 
 
-def test_ffns_that_stand_alone_are_calibrated_alike_in_turn_and_at_once(gates):
+def test_ffns_that_stand_alone_are_calibrated_like_those_of_a_detector(gates):
     ffns = {name: tiny_ffn(32, 16, seed=seed) for seed, name in enumerate(gates)}
     model = StandaloneFFNs({name: weights for name, (weights, _, _) in ffns.items()})
     inputs = FFNInputs({name: x for name, (_, x, _) in ffns.items()}, {name: t for name, (_, _, t) in ffns.items()})
     passes = CachedBatches([inputs, inputs])
-    threshold_of = partial(density_threshold, density=0.3)
-    at_once, in_turn = (calibrate(model, passes, gates, threshold_of, in_turn=turn) for turn in (False, True))
-    for name in gates:
-        assert at_once[name].threshold == in_turn[name].threshold
-    for counts in counts_of(model, passes, at_once).values():
+    chosen = calibrate(model, passes, gates, partial(density_threshold, density=0.3))
+    for counts in counts_of(model, passes, chosen).values():
         assert 0.25 < counts.density <= 0.3

@@ -89,6 +89,8 @@ def test_it_says_of_itself_what_its_selectors_do(name):
             {"f": material_for(method)},
             (0.5,),
         )["f"]
+    if method.tuned_by == "threshold":
+        assert method.unit == getattr(method.fit(material_for(method)), "unit", None)
     traits = selector.traits
     assert (traits.saves, traits.dynamic) == (method.saves, method.dynamic)
     if name != "static-reconstructed":  # its sets are of groups of one neuron

@@ -1,8 +1,10 @@
 """`detr_jax.sparsify`: every method, every budget, run folders, and the same plan as by the command."""
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from commands import run
@@ -13,7 +15,7 @@ from detr_jax import run_folder
 from detr_jax.calibration.permutation import kmeans_permutation
 from detr_jax.data.image_list import GivenImages
 from detr_jax.errors import ExistingFileError, InputError
-from detr_jax.methods import METHODS, TrainedMethod
+from detr_jax.methods import METHODS, MGS, LinearGate, TrainedMethod, Traits, storable
 
 OPTIONS = detr_jax.FitOptions(batch_size=4, statistics_images=8)
 
@@ -78,6 +80,53 @@ def test_a_threshold_of_gates_is_a_probability(photographs):
     for method, expected in ((small("mgs"), detr_jax.log_odds(0.7)), (small("teal-hidden"), 0.7)):
         selectors = sparsify(photographs, method, detr_jax.Threshold(0.7)).plan.selectors
         np.testing.assert_allclose([selector.threshold for selector in selectors.values()], expected, rtol=1e-6)
+
+
+@storable
+@dataclass(frozen=True)
+class Size:
+    """A gate without a unit."""
+
+    traits = Traits("training", "group", "both")
+
+    of: LinearGate
+
+    def __call__(self, ffn, x, tokens):
+        return jax.nn.softplus(self.of(ffn, x, tokens))
+
+    def cost(self, d_model, features):
+        return self.of.cost(d_model, features)
+
+
+@dataclass(frozen=True)
+class Sizes(TrainedMethod):
+    """A trained method from outside whose scores are no probabilities."""
+
+    name = "sizes"
+
+    def init(self, shape, key):
+        return Size(MGS.init(self, shape, key))
+
+    loss = MGS.loss
+
+
+def test_gates_from_outside_whose_scores_are_no_log_odds_have_thresholds_in_their_own_unit(photographs):
+    method = Sizes(group_size=4, epochs=1)
+    shared = sparsify(photographs, method, detr_jax.Density(0.5)).plan
+    assert "tuning" not in shared.training  # densities are shared out, not trained to
+    assert all(0 < selector.threshold < 1 for selector in shared.selectors.values())
+    assert np.mean(list(shared.measured["calibration"]["density"].values())) <= 0.5
+    own = sparsify(photographs, method, detr_jax.Threshold(1.5)).plan
+    assert all(selector.threshold == 1.5 for selector in own.selectors.values())
+
+
+def test_a_method_whose_scores_are_in_another_unit_than_it_says_is_named(photographs):
+    class Undeclared(MGS):
+        name = "undeclared"
+        unit = None
+
+    with pytest.raises(TypeError, match="the unit of the scores of undeclared is log-odds, not None"):
+        sparsify(photographs, Undeclared(group_size=4, epochs=1), detr_jax.Threshold(0.5))
 
 
 def test_a_divergence_is_not_exceeded(photographs):

@@ -1,7 +1,6 @@
 """A method in one file outside the package, as CONTRIBUTING shows it: importing it is all that it takes."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ class InputSize:
         groups: G.
     """
 
-    traits: ClassVar = Traits("nothing", "group", "both")
+    traits = Traits("nothing", "group", "both")
 
     groups: int = field(metadata={"static": True})
 
@@ -37,8 +36,8 @@ class InputSize:
 class LargestInput(Method):
     """Computes the tokens with large inputs."""
 
-    name: ClassVar = "largest-input"
-    paper: ClassVar = "none"
+    name = "largest-input"
+    paper = "none"
 
     group_size: int = 4
     """Neurons per group."""

@@ -22,7 +22,7 @@ from detr_jax.errors import InputError
 from detr_jax.mesh import is_first_process, mesh_of, shard_batch, to_host
 from detr_jax.models import Detector, FFNTrace, HasFFNs
 from detr_jax.models.parameters import fingerprint
-from detr_jax.pytrees import Sums
+from detr_jax.pytrees import Array, Sums
 from detr_jax.safetensors_io import Arrays, Format, Header
 
 _DROPPED = ("group_norms", "output_norms", "hidden_magnitudes", "input_magnitudes")
@@ -60,12 +60,12 @@ class ActivationStatistics(Sums):
         hidden: (K, F) sum of the activations h.
     """
 
-    images: jax.Array
-    tokens: jax.Array
-    fired: jax.Array
-    coactive: jax.Array
-    images_fired: jax.Array
-    hidden: jax.Array
+    images: Array
+    tokens: Array
+    fired: Array
+    coactive: Array
+    images_fired: Array
+    hidden: Array
 
     def of_neurons(self, order: np.ndarray) -> "ActivationStatistics":
         """The same neurons in another order, (F,) as in `detr_jax.calibration.permutation`."""
@@ -236,7 +236,7 @@ def profile_activations(
     """
     mesh, own = mesh_of(model), fingerprint(model)
     data = f"{dataset.name}, {len(dataset)} images in batches of {batch_size}"
-    kinds = {name: KINDS[spec.tokens] for name, spec in model.ffn_specs().items()}
+    kinds: dict[str, tuple[str, ...]] = {name: KINDS[spec.tokens] for name, spec in model.ffn_specs().items()}
     profile = load_profile(path, own) if path.exists() else ActivationProfile(own, data, kinds, 0, {})
     if profile.data != data:
         raise InputError(f"{path} has statistics of {profile.data}, not of {data}; choose another file")
@@ -263,7 +263,8 @@ def profile_activations(
 @jax.jit
 def _measure_images(model, pixel_values, pixel_mask, on_object, targets):
     outputs = model(pixel_values, pixel_mask, trace=True)
-    matched = kinds_of_queries(*model.query_predictions(outputs), targets)
+    probabilities, boxes = model.query_predictions(outputs)
+    matched = kinds_of_queries(probabilities, boxes, targets)
     of_queries = jnp.where(on_object[0][:, :1] >= 0, matched, -1)
     return {
         name: measure(outputs.traces[name], kinds_for(spec, on_object, of_queries), kinds_count=2)

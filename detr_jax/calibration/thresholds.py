@@ -21,7 +21,7 @@ from detr_jax.methods.base import FitMaterial, Method, Score, SharedScore, Thres
 from detr_jax.methods.grouping import active_groups
 from detr_jax.methods.tiles import existing_tiles, existing_tokens
 from detr_jax.models import FFNTrace, FFNWeights, HasFFNs, Selector, Selectors
-from detr_jax.pytrees import Sums
+from detr_jax.pytrees import Array, Sums
 
 _DROPPED_BITS = 14
 _BINS = 2 ** (32 - _DROPPED_BITS)
@@ -37,19 +37,15 @@ class ScoreHistogram(Sums):
         firing: (bins,) of them, those of groups or neurons that fire; zeros for channels.
     """
 
-    all: jax.Array
-    firing: jax.Array
+    all: Array
+    firing: Array
 
 
 def score_histogram(score: Score, weights: FFNWeights, trace: FFNTrace, tile_size: int = 1) -> ScoreHistogram:
     """The scores of one batch; jittable.
 
-    Args:
-        score: of the FFN.
-        weights: of the FFN.
-        trace: what went through it.
-        tile_size: consecutive tokens that are computed together: the highest of their scores counts, once, because a
-            tile computes whatever one of its tokens needs.
+    Of `tile_size` consecutive tokens that are computed together the highest score counts, once, because a tile computes
+    whatever one of its tokens needs.
     """
     tokens = trace.tokens
     scores = repeat_per_tile(score(weights, trace.inputs, tokens), tokens.shape[-1], score.traits.tile_size)
@@ -60,14 +56,9 @@ def score_histogram(score: Score, weights: FFNWeights, trace: FFNTrace, tile_siz
     highest = existing_tokens(scores, tokens, tile_size, -jnp.inf).max(2)
     fires = existing_tokens(fires, tokens, tile_size, False).any(2)
     counted = jnp.broadcast_to(existing_tiles(tokens, tile_size)[..., None], highest.shape)
-    bins = _bin(highest).ravel()
+    bins = (ordered_bits(highest) >> _DROPPED_BITS).astype(jnp.int32).ravel()  # ordered like the scores
     empty = jnp.zeros(_BINS, jnp.int32)
     return ScoreHistogram(*(empty.at[bins].add(which.ravel().astype(jnp.int32)) for which in (counted, fires)))
-
-
-def _bin(scores: jax.Array) -> jax.Array:
-    """The bin of each float32; bins are ordered like the numbers."""
-    return (ordered_bits(scores) >> _DROPPED_BITS).astype(jnp.int32)
 
 
 def _edge(bin: int) -> float:
@@ -78,14 +69,10 @@ def _edge(bin: int) -> float:
 
 
 def density_threshold(histogram: ScoreHistogram, density: float) -> float:
-    """The lowest threshold at which at most a share of the groups, neurons or channels is kept.
-
-    Args:
-        histogram: of the FFN's scores.
-        density: from 0 to 1; 1 gives minus infinity.
+    """The lowest threshold at which at most a share of the groups, neurons or channels is kept; -inf for all of them.
 
     Raises:
-        ValueError: if the density is no share, or nothing was counted.
+        InputError: if the density is no share from 0 to 1, or nothing was counted.
     """
     bins, kept = _kept(histogram.all, density, "density")
     if density == 1:
@@ -95,14 +82,10 @@ def density_threshold(histogram: ScoreHistogram, density: float) -> float:
 
 
 def recall_threshold(histogram: ScoreHistogram, recall: float) -> float:
-    """The highest threshold at which at least a share of the firing groups is kept.
-
-    Args:
-        histogram: of the FFN's scores.
-        recall: from 0 to 1.
+    """The highest threshold at which at least a share of the firing groups is kept; inf where none fires.
 
     Raises:
-        ValueError: if the recall is no share, or nothing was counted.
+        InputError: if the recall is no share from 0 to 1, or nothing was counted.
     """
     _kept(histogram.all, recall, "recall")
     if not histogram.firing.any():
@@ -111,7 +94,7 @@ def recall_threshold(histogram: ScoreHistogram, recall: float) -> float:
     return _edge(bins[found >= recall * found[0]][-1])
 
 
-def _kept(counts: np.ndarray, share: float, name: str) -> tuple[np.ndarray, np.ndarray]:
+def _kept(counts: Array, share: float, name: str) -> tuple[np.ndarray, np.ndarray]:
     """The bins that are not empty, and how many scores are in each of them or above."""
     if not 0 <= share <= 1:
         raise InputError(f"a {name} must be between 0 and 1, not {share}")
@@ -122,13 +105,6 @@ def _kept(counts: np.ndarray, share: float, name: str) -> tuple[np.ndarray, np.n
     return bins, np.cumsum(counts[bins][::-1])[::-1]
 
 
-@partial(jax.jit, static_argnames="tile_size")
-def _histograms(model, batch, scores, running, *, tile_size):
-    weights = model.ffn_weights()
-    traces = model.traces(batch, running)
-    return {name: score_histogram(score, weights[name], traces[name], tile_size) for name, score in scores.items()}
-
-
 def measure_scores(
     model: HasFFNs,
     batches: BatchSource,
@@ -137,7 +113,7 @@ def measure_scores(
     *,
     tile_size: int = 1,
 ) -> dict[str, ScoreHistogram]:
-    """Histograms of the scores of every FFN.
+    """Histograms of the scores of every FFN; raises as `accumulate`.
 
     Args:
         model: the FFNs.
@@ -145,27 +121,24 @@ def measure_scores(
         scores: of each FFN by name.
         active_selectors: selectors that are in effect meanwhile; None for the dense FFNs.
         tile_size: consecutive tokens that are computed together, see `score_histogram`.
-
-    Raises:
-        ValueError: if there are no images.
     """
     measure = partial(_histograms, tile_size=tile_size)
     return accumulate(measure, model, batches, "calibrate thresholds", dict(scores), dict(active_selectors or {}))
 
 
+@partial(jax.jit, static_argnames="tile_size")
+def _histograms(model, batch, scores, running, *, tile_size):
+    weights, traces = model.ffn_weights(), model.traces(batch, running)
+    return {name: score_histogram(score, weights[name], traces[name], tile_size) for name, score in scores.items()}
+
+
 def collect_scores(model: HasFFNs, batches: BatchSource, scores: Mapping[str, SharedScore]) -> dict[str, np.ndarray]:
-    """All scores of decisions that many tokens share.
+    """All scores of decisions that many tokens share, by FFN (decisions, G), those of padding alone left out.
 
-    Args:
-        model: the FFNs, which run dense.
-        batches: data; one pass is made.
-        scores: of each FFN by name.
-
-    Returns:
-        by name (decisions, G), those of padding alone left out.
+    One pass over the data is made, through the dense FFNs.
 
     Raises:
-        ValueError: if there are no images.
+        InputError: if there are no images.
     """
     scores = replicate_like(model, dict(scores))
     found = [to_host(_scores(model, batch, scores)) for batch in batches.batches()]
@@ -177,48 +150,25 @@ def collect_scores(model: HasFFNs, batches: BatchSource, scores: Mapping[str, Sh
 @jax.jit
 def _scores(model, batch, scores):
     """Scores (images, decisions, G), and which decisions are about any token."""
-    weights = model.ffn_weights()
+    weights, traces = model.ffn_weights(), model.traces(batch, {})
 
     def of_ffn(score, weights, trace):
         exists = existing_tiles(trace.tokens, score.traits.tile_size or trace.tokens.shape[-1])
         return score(weights, trace.inputs, trace.tokens), exists
 
-    return {
-        name: of_ffn(scores[name], weights[name], trace)
-        for name, trace in model.traces(batch, {}).items()
-        if name in scores
-    }
+    return {name: of_ffn(score, weights[name], traces[name]) for name, score in scores.items()}
 
 
 def calibrate(
-    model: HasFFNs,
-    batches: BatchSource,
-    scores: Mapping[str, Score],
-    threshold_of: Callable[[ScoreHistogram], float],
-    *,
-    in_turn: bool = False,
-    tile_size: int = 1,
+    model: HasFFNs, batches: BatchSource, scores: Mapping[str, Score], threshold_of: Callable[[ScoreHistogram], float]
 ) -> dict[str, Thresholded]:
-    """Selectors from scores, each with a threshold of its own.
+    """Selectors from the scores of each FFN by name, with a threshold for each, in one pass through the dense FFNs.
 
-    Args:
-        model: the FFNs.
-        batches: data that nothing was trained on.
-        scores: of each FFN by name, in the order in which they run.
-        threshold_of: makes a threshold of a histogram: `density_threshold` or `recall_threshold` with its target.
-        in_turn: calibrate each on the inputs that the earlier ones leave it, one pass per FFN, instead of all on the
-            dense FFNs in one pass.
-        tile_size: consecutive tokens that are computed together: densities and recalls are those of tiles.
+    `batches` are data that nothing was trained on; `threshold_of` is `density_threshold` or `recall_threshold` with its
+    target.
     """
-    open_ = {name: Thresholded(score, jnp.float32(-jnp.inf)) for name, score in scores.items()}
-    if not in_turn:
-        histograms = measure_scores(model, batches, scores, tile_size=tile_size)
-        return {name: open_[name].at(threshold_of(histogram)) for name, histogram in histograms.items()}
-    chosen = dict(open_)
-    for name in scores:
-        histogram = measure_scores(model, batches, scores, chosen, tile_size=tile_size)[name]
-        chosen[name] = open_[name].at(threshold_of(histogram))
-    return chosen
+    histograms = measure_scores(model, batches, scores)
+    return {name: Thresholded(scores[name], jnp.float32(threshold_of(found))) for name, found in histograms.items()}
 
 
 def selectors_at_densities(
@@ -237,10 +187,14 @@ def selectors_at_densities(
         material: of each FFN by name.
         densities: from 0 to 1, the same for all FFNs.
     """
-    histograms = {}
+    histograms: dict[str, ScoreHistogram] = {}
     if method.tuned_by == "threshold":
         histograms = measure_scores(model, batches, {name: method.fit(of_ffn) for name, of_ffn in material.items()})
-    return {
-        name: method.at_densities(of_ffn, partial(density_threshold, histograms.get(name)), densities)
-        for name, of_ffn in material.items()
-    }
+
+    def selectors(name: str) -> tuple[Selector, ...]:
+        def threshold_of(density: float) -> float:
+            return density_threshold(histograms[name], density)
+
+        return method.at_densities(material[name], threshold_of, densities)
+
+    return {name: selectors(name) for name in material}

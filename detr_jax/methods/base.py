@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from detr_jax.errors import InputError
+from detr_jax.errors import InputError, require_counts
 from detr_jax.kernels import Execution
 from detr_jax.models import FFNTrace, FFNWeights, LowRankFactors, OutputLayer, Selection, Selector, Selectors
 from detr_jax.pytrees import pytree
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from detr_jax.calibration.moments import Moments
 
 Class = TypeVar("Class", bound=type)
+AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
+Unit = Literal["log-odds", "probability"]
 
 STORABLE: dict[str, type] = {cls.__name__: cls for cls in (Execution, LowRankFactors, OutputLayer)}
 """Classes that plan files may hold, by the names they have there."""
@@ -83,20 +85,28 @@ class Wrapper:
         return self._wrapped.cost(d_model, features)
 
 
-class Score(Protocol):
+class Described(Protocol):
+    """A score or selector of a method."""
+
+    @property
+    def traits(self) -> Traits: ...
+
+    def cost(self, d_model: int, features: int) -> float:
+        """Multiply-adds per token of its own, without the parts of the FFN that it uses."""
+
+
+class MethodSelector(Described, Selector, Protocol):
+    """A selector of a method."""
+
+
+class Score(Described, Protocol):
     """Need for each part of an FFN; higher is kept sooner. A pytree.
 
     Scores that estimate the probability of being active have a `unit`, "log-odds" or "probability".
     """
 
-    @property
-    def traits(self) -> Traits: ...
-
     def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> jax.Array:
         """(..., decisions, G) float32, of channels (..., tokens, d); arguments as of a selector."""
-
-    def cost(self, d_model: int, features: int) -> float:
-        """Multiply-adds per token of the score itself, without the parts of the FFN that it uses."""
 
 
 class SharedScore(Score, Protocol):
@@ -174,7 +184,7 @@ def ordered_bits(numbers: jax.Array) -> jax.Array:
     return jnp.where(bits < sign, bits | sign, ~bits)
 
 
-def group_sums(per_neuron: jax.Array, groups: int) -> jax.Array:
+def group_sums(per_neuron: AnyArray, groups: int) -> AnyArray:
     """(..., F) -> (..., G), the sum over each group of consecutive neurons."""
     return per_neuron.reshape(*per_neuron.shape[:-1], groups, per_neuron.shape[-1] // groups).sum(-1)
 
@@ -205,9 +215,6 @@ class FitMaterial:
     name: str = "the FFN"
 
 
-TunedBy = Literal["threshold", "density", "nothing"]
-
-
 @dataclass(frozen=True)
 class Method:
     """A method of deciding what an FFN computes: a frozen dataclass whose fields are its options.
@@ -219,6 +226,7 @@ class Method:
         requires: fields of `FitMaterial` that `fit` reads beside the weights.
         tuned_by: how a budget is met: "threshold" by the threshold of the score that `fit` returns, "density" by
             `at_densities` alone, "nothing" where `fit` returns a selector that has no such setting.
+        unit: of the scores, see `Score`; None for scores that are no estimates of probabilities.
         note: a few words for tables.
     """
 
@@ -228,7 +236,8 @@ class Method:
     saves: ClassVar[Literal["both", "first", "second"]] = "both"
     dynamic: ClassVar[bool] = True
     requires: ClassVar[frozenset[str]] = frozenset()
-    tuned_by: ClassVar[TunedBy] = "threshold"
+    tuned_by: ClassVar[Literal["threshold", "density", "nothing"]] = "threshold"
+    unit: ClassVar[Unit | None] = None
     note: ClassVar[str] = ""
 
     def fit(self, material: FitMaterial) -> Any:
@@ -267,9 +276,7 @@ class TrainedMethod(Method):
     """Of the order of the images, and of the first values of gates with two layers."""
 
     def __post_init__(self):
-        for name in ("group_size", "epochs"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        require_counts(self, "group_size", "epochs")
 
     @property
     def gates(self) -> "TrainedMethod":

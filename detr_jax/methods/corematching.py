@@ -1,7 +1,6 @@
 """CoreMatching: one set of groups for all tokens of an image."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from detr_jax.methods.base import FitMaterial, TrainedMethod, register
 from detr_jax.methods.mgs import MGS
@@ -13,9 +12,10 @@ from detr_jax.methods.wrappers import Pooled, shared_gates
 class CoreMatching(MGS):
     """The groups of highest mean probability over an image's tokens, by the gates of MGS."""
 
-    name: ClassVar = "core"
-    paper: ClassVar = 'Wang et al. 2025, "CoreMatching", arXiv 2505.19235'
-    decides: ClassVar = "image"
+    name = "core"
+    paper = 'Wang et al. 2025, "CoreMatching", arXiv 2505.19235'
+    decides = "image"
+    unit = "probability"
 
     @property
     def gates(self) -> TrainedMethod:

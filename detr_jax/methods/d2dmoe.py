@@ -1,13 +1,13 @@
 """D2DMoE: a gate that regresses the norm of what each group adds to the output."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from detr_jax.methods.base import FitMaterial, Score, Wrapper, register, storable
-from detr_jax.methods.mgs import MGS, LinearGate, mean_over_tokens, relative_output_norms
+from detr_jax.methods.mgs import MGS, mean_over_tokens, relative_output_norms
 from detr_jax.models import FFNTrace, FFNWeights
 
 
@@ -29,10 +29,11 @@ class ShareOfLargest(Wrapper):
 class D2DMoE(MGS):
     """Squared error between the softplus of MGS's gate and ||h_g W_out,g||, in units of the mean of active groups."""
 
-    name: ClassVar = "d2dmoe"
-    paper: ClassVar = 'Szatkowski et al. 2024, "D2DMoE", arXiv 2310.04361'
+    name = "d2dmoe"
+    paper = 'Szatkowski et al. 2024, "D2DMoE", arXiv 2310.04361'
+    unit = None
 
-    def loss(self, gate: LinearGate, weights: FFNWeights, trace: FFNTrace) -> jax.Array:
+    def loss(self, gate: Callable[..., jax.Array], weights: FFNWeights, trace: FFNTrace) -> jax.Array:
         scores = gate(weights, trace.inputs, trace.tokens)
         contributions = relative_output_norms(weights, trace, scores.shape[-1])
         return mean_over_tokens((jax.nn.softplus(scores) - contributions) ** 2, trace.tokens)

@@ -1,7 +1,6 @@
 """Deja Vu: a gate of low rank, trained on balanced labels."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +18,8 @@ from detr_jax.models import FFNTrace, FFNWeights
 class LowRankGate:
     """Two linear layers with nothing between them, (d, r), (r, G) and (G,) float32; log-odds as of `LinearGate`."""
 
-    traits: ClassVar = Traits("training", "group", "both")
-    unit: ClassVar = "log-odds"
+    traits = Traits("training", "group", "both")
+    unit = "log-odds"
 
     down: jax.Array
     up: jax.Array
@@ -38,8 +37,9 @@ class LowRankGate:
 class DejaVu(TrainedMethod):
     """Binary cross-entropy in which inactive groups weigh as much as the share of active ones + 0.005."""
 
-    name: ClassVar = "dejavu"
-    paper: ClassVar = 'Liu et al. 2023, "Deja Vu", arXiv 2310.17157'
+    name = "dejavu"
+    paper = 'Liu et al. 2023, "Deja Vu", arXiv 2310.17157'
+    unit = "log-odds"
 
     rank: int = 16
     """Of the gate."""

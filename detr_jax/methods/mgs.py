@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from detr_jax.methods.base import TrainedMethod, Traits, register, storable
+from detr_jax.methods.base import TrainedMethod, Traits, Unit, register, storable
 from detr_jax.methods.grouping import active_groups, group_count, group_output_norms
 from detr_jax.models import FFNTrace, FFNWeights
 
@@ -20,8 +20,8 @@ PAPER_THRESHOLD = 0.5  # on the probability that a group is active
 class LinearGate:
     """One linear layer, (d, G) and (G,) float32; its scores are the log-odds that a group is active."""
 
-    traits: ClassVar = Traits("training", "group", "both")
-    unit: ClassVar = "log-odds"
+    traits = Traits("training", "group", "both")
+    unit = "log-odds"
 
     kernel: jax.Array
     bias: jax.Array
@@ -38,8 +38,9 @@ class LinearGate:
 class MGS(TrainedMethod):
     """Micro-Gated Sparsification: binary cross-entropy with whether a neuron of the group is active."""
 
-    name: ClassVar = "mgs"
-    paper: ClassVar = "Sedghi et al. 2025, arXiv 2510.09380"
+    name = "mgs"
+    paper = "Sedghi et al. 2025, arXiv 2510.09380"
+    unit: ClassVar[Unit | None] = "log-odds"
 
     def init(self, shape: tuple[int, int], key: jax.Array) -> LinearGate:
         features, d_model = shape
@@ -58,8 +59,8 @@ class MGS(TrainedMethod):
 class MGSContribution(MGS):
     """MGS whose active groups weigh as much as they add to the output, in units of the mean."""
 
-    name: ClassVar = "mgs-contribution"
-    note: ClassVar = "labels weighted by contribution"
+    name = "mgs-contribution"
+    note = "labels weighted by contribution"
 
     def loss(self, gate: Callable[..., jax.Array], weights: FFNWeights, trace: FFNTrace) -> jax.Array:
         scores = gate(weights, trace.inputs, trace.tokens)

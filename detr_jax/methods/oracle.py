@@ -1,12 +1,11 @@
 """The bound: exactly the active groups."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import jax
 
 from detr_jax.kernels import hidden_activations
-from detr_jax.methods.base import FitMaterial, Free, Method, Traits, TunedBy, register, storable
+from detr_jax.methods.base import FitMaterial, Free, Method, Traits, register, storable
 from detr_jax.methods.grouping import active_groups, group_count
 from detr_jax.models import FFNWeights, Selection
 
@@ -21,10 +20,10 @@ class Oracle(Free, Method):
     token.
     """
 
-    traits: ClassVar = Traits("nothing", "group", "both")
-    name: ClassVar = "oracle"
-    paper: ClassVar = "-"
-    tuned_by: ClassVar[TunedBy] = "nothing"
+    traits = Traits("nothing", "group", "both")
+    name = "oracle"
+    paper = "-"
+    tuned_by = "nothing"
 
     group_size: int = field(default=8, metadata={"static": True})
 

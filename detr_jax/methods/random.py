@@ -1,7 +1,6 @@
 """The control: random groups."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import jax
 
@@ -16,9 +15,9 @@ from detr_jax.models import FFNWeights
 class Random(Free, Method):
     """Other random groups for every token, the same ones in every run. Method and score in one."""
 
-    traits: ClassVar = Traits("nothing", "group", "both")
-    name: ClassVar = "random"
-    paper: ClassVar = "-"
+    traits = Traits("nothing", "group", "both")
+    name = "random"
+    paper = "-"
 
     group_size: int = field(default=8, metadata={"static": True})
     seed: int = field(default=0, metadata={"static": True})

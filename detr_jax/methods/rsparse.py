@@ -1,7 +1,6 @@
 """R-Sparse: large input channels exactly, the rest through factors of low rank."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from detr_jax.methods.base import FitMaterial, Method, Thresholded, TrainedMethod, register
 from detr_jax.methods.mgs import MGS
@@ -24,11 +23,11 @@ class _Compensated:
 class RSparse(_Compensated, Method):
     """Thresholds on |x_i|; channels below go through a factor of W_in."""
 
-    name: ClassVar = "rsparse"
-    paper: ClassVar = 'Zhang et al. 2025, "R-Sparse", arXiv 2504.19449'
-    decides: ClassVar = "channel"
-    saves: ClassVar = "first"
-    note: ClassVar = "other channels through a factor"
+    name = "rsparse"
+    paper = 'Zhang et al. 2025, "R-Sparse", arXiv 2504.19449'
+    decides = "channel"
+    saves = "first"
+    note = "other channels through a factor"
 
     rank: int = 16
     """Of the factors."""
@@ -42,8 +41,8 @@ class RSparse(_Compensated, Method):
 class MGSRSparse(_Compensated, MGS):
     """MGS whose skipped groups go through factors of both matrices."""
 
-    name: ClassVar = "mgs-rsparse"
-    note: ClassVar = "skipped groups through a factor"
+    name = "mgs-rsparse"
+    note = "skipped groups through a factor"
 
     rank: int = 4
     """Of the factors."""

@@ -8,7 +8,7 @@ indicates are left out, and so are neurons that never fire.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import numpy as np
 
 from detr_jax.errors import InputError
 from detr_jax.kernels import hidden_activations
-from detr_jax.methods.base import FitMaterial, Method, Traits, TunedBy, register, storable
+from detr_jax.methods.base import FitMaterial, Method, Traits, register, storable
 from detr_jax.models import FFNWeights, Selection
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class IndicatorSelector:
         alive: (F,) bool, neurons that have ever fired.
     """
 
-    traits: ClassVar = Traits("statistics", "neuron", "both")
+    traits = Traits("statistics", "neuron", "both")
 
     indicators: jax.Array
     silenced: jax.Array
@@ -56,11 +56,11 @@ class IndicatorSelector:
 class SIBS(Method):
     """Static Indicator-Based Sparsification."""
 
-    name: ClassVar = "sibs"
-    paper: ClassVar = "Sedghi et al. 2025, arXiv 2510.09380"
-    decides: ClassVar = "neuron"
-    requires: ClassVar = frozenset({"activations"})
-    tuned_by: ClassVar[TunedBy] = "nothing"
+    name = "sibs"
+    paper = "Sedghi et al. 2025, arXiv 2510.09380"
+    decides = "neuron"
+    requires = frozenset({"activations"})
+    tuned_by = "nothing"
 
     tau: float = 0.99
     """Least share of an indicator's activations in which an indicated neuron is inactive."""

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +23,7 @@ class Sketch:
     Ours; per token it is a rough guess, averaged over the tokens of an image (`Pooled`) a good one.
     """
 
-    traits: ClassVar = Traits("statistics", "group", "both")
+    traits = Traits("statistics", "group", "both")
 
     down: jax.Array
     """(d, r) float32."""
@@ -86,10 +85,10 @@ def sketch(ffn: FFNWeights, mean: np.ndarray, covariance: np.ndarray, rank: int,
 class ContributionSketch(ByRank):
     """The neurons of highest sketched contribution over an image's tokens."""
 
-    name: ClassVar = "sketch"
-    paper: ClassVar = "ours"
-    decides: ClassVar = "image"
-    requires: ClassVar = frozenset({"input_moments"})
+    name = "sketch"
+    paper = "ours"
+    decides = "image"
+    requires = frozenset({"input_moments"})
 
     rank: int = 16
     """Of the sketch; less where an FFN has fewer channels."""

@@ -1,7 +1,6 @@
 """Spark Transformer's statistical top-k: about equally many groups for every token, without a sort."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import jax
 
@@ -30,8 +29,9 @@ class Standardised(Wrapper):
 class Spark(MGS):
     """Statistical top-k over the gates of MGS."""
 
-    name: ClassVar = "stat-topk"
-    paper: ClassVar = 'You et al. 2025, "Spark Transformer", arXiv 2506.06644'
+    name = "stat-topk"
+    paper = 'You et al. 2025, "Spark Transformer", arXiv 2506.06644'
+    unit = None
 
     @property
     def gates(self) -> TrainedMethod:

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from detr_jax.methods.base import FitMaterial, Free, Method, Traits, TunedBy, group_sums, register, storable
+from detr_jax.methods.base import FitMaterial, Free, Method, Traits, group_sums, register, storable
 from detr_jax.methods.grouping import group_count
 from detr_jax.methods.reconstruction import obs_ranking, reconstruct_output
 from detr_jax.models import FFNWeights, OutputLayer, Selection
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Importance(Free):
     """A fixed score for each group, (G,) float32."""
 
-    traits: ClassVar = Traits("statistics", "group", "both", dynamic=False)
+    traits = Traits("statistics", "group", "both", dynamic=False)
 
     importance: jax.Array
 
@@ -40,7 +40,7 @@ class Fixed(Free):
         second: a second layer, of all neurons, that makes up for the other groups; None for the FFN's own.
     """
 
-    traits: ClassVar = Traits("statistics", "group", "both", dynamic=False, tile_size=None)
+    traits = Traits("statistics", "group", "both", dynamic=False, tile_size=None)
 
     kept: jax.Array
     second: OutputLayer | None = None
@@ -52,13 +52,13 @@ class Fixed(Free):
 
 def by_activity(statistics: "ActivationStatistics", group_size: int) -> Importance:
     """How often the neurons of a group are active, per token."""
-    return _of_groups(statistics.fired.sum(0), statistics, group_size)
+    return _of_groups(np.asarray(statistics.fired).sum(0), statistics, group_size)
 
 
 def by_contribution(statistics: "ActivationStatistics", ffn: FFNWeights, group_size: int) -> Importance:
     """The sum over tokens and a group's neurons of h_j ||W_out[j]||, per token."""
     norms = np.linalg.norm(np.asarray(ffn.w_out, np.float64), axis=1)
-    return _of_groups(statistics.hidden.sum(0) * norms, statistics, group_size)
+    return _of_groups(np.asarray(statistics.hidden).sum(0) * norms, statistics, group_size)
 
 
 def _of_groups(per_neuron: np.ndarray, statistics: "ActivationStatistics", group_size: int) -> Importance:
@@ -71,10 +71,10 @@ def _of_groups(per_neuron: np.ndarray, statistics: "ActivationStatistics", group
 class StaticFiring(Method):
     """The groups whose neurons are active most often."""
 
-    name: ClassVar = "static-firing"
-    paper: ClassVar = "-"
-    dynamic: ClassVar = False
-    requires: ClassVar = frozenset({"activations"})
+    name = "static-firing"
+    paper = "-"
+    dynamic = False
+    requires = frozenset({"activations"})
 
     group_size: int = 8
     """Neurons per group."""
@@ -88,7 +88,7 @@ class StaticFiring(Method):
 class StaticContribution(StaticFiring):
     """The groups with the largest mean of h_j ||W_out[j]||."""
 
-    name: ClassVar = "static-contribution"
+    name = "static-contribution"
 
     def fit(self, material: FitMaterial) -> Importance:
         return by_contribution(material.activations, material.weights, self.group_size)
@@ -99,13 +99,13 @@ class StaticContribution(StaticFiring):
 class StaticReconstructed(Method):
     """Neurons that survive elimination (`obs_ranking`), with an output layer fitted to them."""
 
-    name: ClassVar = "static-reconstructed"
-    paper: ClassVar = "Hassibi and Stork 1992, for whole neurons"
-    decides: ClassVar = "neuron"
-    dynamic: ClassVar = False
-    requires: ClassVar = frozenset({"hidden_moments"})
-    tuned_by: ClassVar[TunedBy] = "density"
-    note: ClassVar = "output layer reconstructed"
+    name = "static-reconstructed"
+    paper = "Hassibi and Stork 1992, for whole neurons"
+    decides = "neuron"
+    dynamic = False
+    requires = frozenset({"hidden_moments"})
+    tuned_by = "density"
+    note = "output layer reconstructed"
 
     def at_densities(
         self, material: FitMaterial, threshold_of: Callable[[float], float], densities: Sequence[float]

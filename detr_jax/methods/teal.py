@@ -1,7 +1,6 @@
 """TEAL: thresholds on the magnitudes of hidden activations or of input channels."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ class HiddenMagnitude:
     Thresholds are observed quantiles; TEAL's shortcut for symmetric distributions does not hold after a ReLU.
     """
 
-    traits: ClassVar = Traits("statistics", "neuron", "second")
+    traits = Traits("statistics", "neuron", "second")
 
     weighted: bool = field(metadata={"static": True})
 
@@ -36,7 +35,7 @@ class HiddenMagnitude:
 class InputMagnitude:
     """|x_i|, or, weighted (WINA), |x_i| ||W_in[:, i]||: leaves channels out of the first product."""
 
-    traits: ClassVar = Traits("statistics", "channel", "first")
+    traits = Traits("statistics", "channel", "first")
 
     weighted: bool = field(metadata={"static": True})
 
@@ -53,11 +52,11 @@ class InputMagnitude:
 class TEALHidden(Method):
     """Thresholds on |h_j|."""
 
-    name: ClassVar = "teal-hidden"
-    paper: ClassVar = 'Liu et al. 2025, "TEAL", arXiv 2408.14690'
-    decides: ClassVar = "neuron"
-    saves: ClassVar = "second"
-    weighted: ClassVar = False
+    name = "teal-hidden"
+    paper = 'Liu et al. 2025, "TEAL", arXiv 2408.14690'
+    decides = "neuron"
+    saves = "second"
+    weighted = False
 
     def fit(self, material: FitMaterial) -> HiddenMagnitude:
         return HiddenMagnitude(self.weighted)
@@ -68,11 +67,11 @@ class TEALHidden(Method):
 class TEALInput(Method):
     """Thresholds on |x_i|."""
 
-    name: ClassVar = "teal-input"
-    paper: ClassVar = TEALHidden.paper
-    decides: ClassVar = "channel"
-    saves: ClassVar = "first"
-    weighted: ClassVar = False
+    name = "teal-input"
+    paper = TEALHidden.paper
+    decides = "channel"
+    saves = "first"
+    weighted = False
 
     def fit(self, material: FitMaterial) -> InputMagnitude:
         return InputMagnitude(self.weighted)

@@ -2,22 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from detr_jax.methods.base import (
-    FitMaterial,
-    Method,
-    Score,
-    TunedBy,
-    Wrapper,
-    ordered_bits,
-    register,
-    selection_of,
-    storable,
-)
+from detr_jax.methods.base import FitMaterial, Method, Score, Wrapper, ordered_bits, register, selection_of, storable
 from detr_jax.methods.teal import HiddenMagnitude
 from detr_jax.models import FFNWeights, Selection
 
@@ -52,7 +41,7 @@ class TopK(Wrapper):
 class ByRank(Method):
     """At a density, methods that keep equally many of every token instead of what reaches a threshold."""
 
-    tuned_by: ClassVar[TunedBy] = "density"
+    tuned_by = "density"
 
     def at_densities(
         self, material: FitMaterial, threshold_of: Callable[[float], float], densities: Sequence[float]
@@ -67,11 +56,11 @@ class ByRank(Method):
 class LazyNeuron(ByRank):
     """The k largest hidden activations: an accuracy bound, for it needs them all."""
 
-    name: ClassVar = "topk"
-    paper: ClassVar = 'Li et al. 2023, "The Lazy Neuron Phenomenon", arXiv 2210.06313'
-    decides: ClassVar = "neuron"
-    saves: ClassVar = "second"
-    note: ClassVar = "needs h: an accuracy bound"
+    name = "topk"
+    paper = 'Li et al. 2023, "The Lazy Neuron Phenomenon", arXiv 2210.06313'
+    decides = "neuron"
+    saves = "second"
+    note = "needs h: an accuracy bound"
 
     def fit(self, material: FitMaterial) -> HiddenMagnitude:
         return HiddenMagnitude(weighted=False)

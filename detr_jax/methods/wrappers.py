@@ -2,15 +2,25 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from detr_jax.errors import InputError
-from detr_jax.methods.base import Score, Thresholded, TrainedMethod, Traits, Wrapper, storable
+from detr_jax.methods.base import (
+    MethodSelector,
+    Score,
+    SharedScore,
+    Thresholded,
+    TrainedMethod,
+    Traits,
+    Wrapper,
+    storable,
+)
 from detr_jax.methods.tiles import mean_of_tokens
-from detr_jax.models import FFNWeights, LowRankFactors, OutputLayer, Partition, Selection, Selector
+from detr_jax.models import FFNWeights, LowRankFactors, OutputLayer, Partition, Selection
 
 
 def shared_gates(cls: type[TrainedMethod], method: TrainedMethod) -> TrainedMethod:
@@ -47,7 +57,7 @@ class Pooled(Wrapper):
 
     def of_groups(self, groups: np.ndarray) -> "Pooled":
         """See `SharedScore`; of scores that can be taken apart."""
-        return dataclasses.replace(self, of=self.of.of_groups(groups))
+        return dataclasses.replace(self, of=cast(SharedScore, self.of).of_groups(groups))
 
 
 @storable
@@ -58,7 +68,7 @@ class PartitionedSelector:
     The permutation of the neurons, a part of a plan, brings them into their sections.
     """
 
-    gate: Selector | None
+    gate: MethodSelector | None
     """Selector of the gated neurons, as if the FFN had no others; None where there are none."""
     always: int = field(metadata={"static": True})
     """Number of neurons that are always computed."""

@@ -47,7 +47,7 @@ def forward(weights: FFNWeights, x: jax.Array, selection: Selection) -> jax.Arra
         w_out, b_out = (array.astype(x.dtype) for array in selection.second)
         weights = weights._replace(w_out=w_out, b_out=b_out)
     if selection.execution is not None:
-        return _execute(weights, x, selection)
+        return _execute(weights, x, selection, selection.execution)
     if missing := len(weights.w_in) - len(weights.w_out):  # rows of neurons that are never computed
         weights = weights._replace(w_out=jnp.pad(weights.w_out, ((0, missing), (0, 0))))
     if selection.mask is not None:
@@ -72,14 +72,14 @@ def forward(weights: FFNWeights, x: jax.Array, selection: Selection) -> jax.Arra
     return outputs
 
 
-def _execute(weights: FFNWeights, x: jax.Array, selection: Selection) -> jax.Array:
-    if selection.sections is None:
-        return kernels.sparse_ffn(x, weights, selection.active, selection.execution, selection.tile_size)
-    of_always, of_gated = selection.sections.parts(weights)
-    outputs = kernels.ffn(x, *of_always)
-    if selection.sections.gated:
-        outputs += kernels.sparse_ffn(x, of_gated, selection.active, selection.execution, selection.tile_size)
-    return outputs
+def _execute(weights: FFNWeights, x: jax.Array, selection: Selection, execution: kernels.Execution) -> jax.Array:
+    of_always, of_gated = (None, weights) if selection.sections is None else selection.sections.parts(weights)
+    always = None if of_always is None else kernels.ffn(x, *of_always)
+    if selection.active is None:
+        assert always is not None  # see `Executed`
+        return always
+    gated = kernels.sparse_ffn(x, of_gated, selection.active, execution, selection.tile_size)
+    return gated if always is None else always + gated
 
 
 def permute(weights: FFNWeights, permutation: np.ndarray) -> FFNWeights:

@@ -14,12 +14,12 @@ from jax.sharding import Mesh
 
 from detr_jax.calibration.thresholds import density_threshold, measure_scores
 from detr_jax.data.batches import BatchSource
-from detr_jax.errors import InputError
+from detr_jax.errors import InputError, require_counts
 from detr_jax.mesh import mesh_of, replicate_like, replicated, to_host
 from detr_jax.methods import MGS, MGSContribution, Thresholded
 from detr_jax.methods.tiles import count_kept
 from detr_jax.models import Detector, FFNTrace
-from detr_jax.training.checkpoints import Checkpoints
+from detr_jax.training.checkpoints import train_resumably
 from detr_jax.training.gates import adam_with_cosine, batches_from
 from detr_jax.training.straight_through import StraightThrough, mean_density
 
@@ -34,11 +34,7 @@ _HALVINGS = 14
 
 @dataclass(frozen=True)
 class Recall:
-    """In each FFN, the highest threshold at which a share of the active groups is kept.
-
-    Attributes:
-        share: from 0 to 1.
-    """
+    """In each FFN, the highest threshold at which a share of the active groups, from 0 to 1, is kept."""
 
     share: float = 0.99
 
@@ -53,11 +49,7 @@ class Recall:
 
 @dataclass(frozen=True)
 class Threshold:
-    """One threshold for all FFNs.
-
-    Attributes:
-        value: of gates a probability, of other methods in the units of their score.
-    """
+    """One threshold for all FFNs: of gates a probability, of other methods in the units of their score."""
 
     value: float = 0.5
 
@@ -68,11 +60,7 @@ class Threshold:
 
 @dataclass(frozen=True)
 class DensityPerFFN:
-    """Least loss with a density for each FFN, a multiplier for each.
-
-    Attributes:
-        densities: of each FFN by name.
-    """
+    """Least loss with a density for each FFN by name, a multiplier for each."""
 
     densities: Mapping[str, float]
 
@@ -83,26 +71,10 @@ class DensityPerFFN:
     def __hash__(self) -> int:
         return hash(tuple(self.densities.items()))
 
-    @property
-    def title(self) -> str:
-        return "a density per FFN"
-
-    @property
-    def bounds(self) -> tuple[float, ...]:
-        return tuple(self.densities.values())
-
-    def parts(self, loss: jax.Array, densities: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """The objective (), and the bounded values (n,), from the gates' loss () and the density () of each FFN."""
-        return loss, jnp.stack([densities[name] for name in self.densities])
-
 
 @dataclass(frozen=True)
 class Density:
-    """Least loss with a mean density over the FFNs, which training shares among them.
-
-    Attributes:
-        density: the mean.
-    """
+    """Least loss with a mean density over the FFNs, which training shares among them."""
 
     density: float
 
@@ -113,22 +85,10 @@ class Density:
     def title(self) -> str:
         return f"density {self.density:g}"
 
-    @property
-    def bounds(self) -> tuple[float, ...]:
-        return (self.density,)
-
-    def parts(self, loss: jax.Array, densities: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """See `DensityPerFFN.parts`."""
-        return loss, jnp.stack(list(densities.values())).mean(keepdims=True)
-
 
 @dataclass(frozen=True)
 class MaxDivergence:
-    """Least mean density with a bound on the divergence of the detector's outputs: the dual.
-
-    Attributes:
-        divergence: the bound on the mean over images.
-    """
+    """Least mean density with a bound on the divergence of the detector's outputs, the mean over images: the dual."""
 
     divergence: float
 
@@ -140,18 +100,11 @@ class MaxDivergence:
     def title(self) -> str:
         return f"divergence {self.divergence:g}"
 
-    @property
-    def bounds(self) -> tuple[float, ...]:
-        return (self.divergence,)
-
-    def parts(self, loss: jax.Array, densities: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """See `DensityPerFFN.parts`."""
-        return jnp.stack(list(densities.values())).mean(), loss[None]
-
 
 TrainedBudget = DensityPerFFN | Density | MaxDivergence
 """Budgets that gates can be trained to."""
-Budget = TrainedBudget | Recall | Threshold
+Budget = Density | MaxDivergence | Recall | Threshold
+"""Budgets that `detr_jax.sparsify` takes."""
 
 
 def _check_density(density: float) -> None:
@@ -180,19 +133,11 @@ class GateTuning:
     """Steps between checkpoints."""
 
     def __post_init__(self):
-        for name in ("epochs", "checkpoint_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        require_counts(self, "epochs", "checkpoint_steps")
 
 
 class Progress(NamedTuple):
-    """What a step reports.
-
-    Attributes:
-        loss: () of the gates in the step's batch.
-        densities: () of each FFN by name, in the step's batch.
-        multipliers: (constraints,) after it.
-    """
+    """Loss () and density () of each FFN in a step's batch, and the multipliers (constraints,) after it."""
 
     loss: jax.Array
     densities: dict[str, jax.Array]
@@ -233,23 +178,22 @@ def tune_gates(
     """
     if isinstance(budget, MaxDivergence) and tuning.loss != "divergence":
         raise InputError(f"a bound on the divergence of the outputs needs that as the loss, not {tuning.loss!r}")
+    bounds = jnp.array(
+        list(budget.densities.values())
+        if isinstance(budget, DensityPerFFN)
+        else [budget.density if isinstance(budget, Density) else budget.divergence]
+    )
     total = tuning.epochs * len(batches)
     optimiser = adam_with_cosine(tuning.learning_rate, total)
-
     selectors = dict(selectors)
-    state = replicate_like(model, (selectors, optimiser.init(selectors), jnp.zeros(len(budget.bounds)), jnp.float32(0)))
-    checkpoints = Checkpoints(folder)
-    start, state = checkpoints.restore(state) or (0, state)
-    if start:
-        report(start, None)
+    state = replicate_like(model, (selectors, optimiser.init(selectors), jnp.zeros(len(bounds)), jnp.float32(0)))
     static = {"budget": budget, "tuning": tuning, "optimiser": optimiser, "mesh": mesh_of(model)}
-    for step, batch in enumerate(batches_from(batches, tuning.epochs, start), start + 1):
-        state, progress = _take_step(state, model, batch, step, jnp.array(budget.bounds), **static)
-        report(step, progress)
-        if step % tuning.checkpoint_steps == 0 or step == total:
-            checkpoints.save(step, state)
-    checkpoints.close()
-    return {name: state[0][name] for name in selectors}
+    trained, *_ = train_resumably(
+        lambda state, batch, step: _take_step(state, model, batch, step, bounds, **static),
+        *(state, partial(batches_from, batches, tuning.epochs), total, folder, report),
+        checkpoint_steps=tuning.checkpoint_steps,
+    )
+    return {name: trained[name] for name in selectors}
 
 
 @partial(jax.jit, static_argnames=("budget", "tuning", "optimiser", "mesh"))
@@ -269,7 +213,7 @@ def _take_step(
 
     def value(selectors):
         loss, densities = _loss_and_densities(tuning, model, batch, selectors, step)
-        objective, bounded = budget.parts(loss, densities)
+        objective, bounded = _objective(budget, loss, densities)
         excess = bounded / bounds - 1
         # A batch of padding alone says nothing about either.
         seen = jnp.where(batch.valid.any(), jnp.clip(jax.lax.stop_gradient(excess), -1, 1), 0)
@@ -287,6 +231,16 @@ def _take_step(
     return stepped if mesh is None else jax.lax.with_sharding_constraint(stepped, replicated(mesh))
 
 
+def _objective(
+    budget: TrainedBudget, loss: jax.Array, densities: Mapping[str, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """The objective (), and the bounded values (n,), from the gates' loss () and the density () of each FFN."""
+    if isinstance(budget, DensityPerFFN):
+        return loss, jnp.stack([densities[name] for name in budget.densities])
+    mean = jnp.stack(list(densities.values())).mean()
+    return (loss, mean[None]) if isinstance(budget, Density) else (mean, loss[None])
+
+
 def _loss_and_densities(
     tuning: GateTuning, model: Detector, batch: Any, selectors: Mapping[str, Thresholded], step: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -300,11 +254,10 @@ def _loss_and_densities(
     weights = model.ffn_weights()
     # Of its inputs, a gate takes what the others leave: they are not trained to make its decisions easier.
     traces: dict[str, FFNTrace] = jax.lax.stop_gradient(outputs.traces or {})
-    densities = {}
-    for name, selector in running.items():
-        trace = traces[name]
-        logits = selector.logits(weights[name], trace.inputs, trace.tokens)
-        densities[name] = mean_density(logits, trace.tokens)
+    densities = {
+        name: mean_density(one.logits(weights[name], traces[name].inputs, traces[name].tokens), traces[name].tokens)
+        for name, one in running.items()
+    }
     if tuning.loss == "divergence":
         changes = model.divergence(model.transform(batch), outputs)
         loss = jnp.where(batch.valid, changes, 0).sum() / jnp.maximum(batch.valid.sum(), 1)
@@ -320,11 +273,7 @@ def measure(
 ) -> tuple[float, dict[str, float]]:
     """The mean divergence of the outputs over the images of one pass, and the density of each FFN by name, of tiles.
 
-    Args:
-        model: the detector.
-        batches: of features, as `Detector.embed` returns them.
-        selectors: of each sparse FFN by name, in effect.
-        tile_size: consecutive tokens that are computed together.
+    Selectors are in effect; batches are of features, as `Detector.embed` returns them.
     """
     count = partial(_measure, tile_size=tile_size)
     selectors = replicate_like(model, dict(selectors))
@@ -353,13 +302,13 @@ def meet(
     """The selectors with thresholds that meet a budget exactly on images that nothing was trained on.
 
     Densities of each FFN are calibrated in the order in which the FFNs run, with the others on. A mean density or a
-    bound on the divergence takes one number that all thresholds are shifted by, so that the densities
-    keep their ratios.
+    bound on the divergence takes one number that all thresholds are shifted by, so that the densities keep their
+    ratios.
 
     Args:
         model: the detector.
         held_out: batches of features, as `Detector.embed` returns them.
-        selectors: of each FFN by name, in the order in which they run; all in effect.
+        selectors: in the order in which the FFNs run; all in effect.
         budget: what they were trained to.
         tile_size: consecutive tokens that are computed together.
     """

@@ -1,5 +1,6 @@
-"""Training state that survives a kill: Orbax checkpoints, written whole or not at all."""
+"""Training whose state survives a kill: Orbax checkpoints, written whole or not at all."""
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -7,38 +8,40 @@ import jax
 import orbax.checkpoint as ocp
 
 
-class Checkpoints:
-    """The latest checkpoints of one run.
+def train_resumably(
+    take_step: Callable[[Any, Any, int], tuple[Any, Any]],
+    state: Any,
+    batches_from: Callable[[int], Iterable[Any]],
+    steps: int,
+    folder: Path,
+    report: Callable[[int, Any], None],
+    *,
+    checkpoint_steps: int,
+) -> Any:
+    """State after all steps, from the latest checkpoint in `folder` on.
 
     Args:
-        folder: where they are kept.
+        take_step: of the state, a batch and the number of steps with this one; returns the next state and its report.
+        state: before the first step, a pytree of arrays.
+        batches_from: the batches after a number of steps.
+        steps: in all.
+        folder: of the last two checkpoints.
+        report: called after every step with the number of steps and the report; once with None when resuming.
+        checkpoint_steps: steps between checkpoints.
+
+    Raises:
+        ValueError: if the checkpoint belongs to a run of other shapes.
     """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
-
-    def save(self, step: int, state: Any) -> None:
-        """Stores `state`, a pytree of arrays, as the state before step `step`."""
-        self._manager.save(step, args=ocp.args.StandardSave(state))
-
-    def restore(self, like: Any) -> tuple[int, Any] | None:
-        """The latest complete checkpoint as (step, state), or None.
-
-        Args:
-            like: a pytree of arrays with the structure, shapes and dtypes expected.
-
-        Raises:
-            ValueError: if the checkpoint belongs to a run of other shapes.
-        """
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        return step, self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-
-    def close(self) -> None:
-        """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+    with ocp.CheckpointManager(folder.absolute(), options=options) as manager:  # waits until everything is on disk
+        start = manager.latest_step() or 0
+        if start:
+            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+            state = manager.restore(start, args=ocp.args.StandardRestore(abstract))
+            report(start, None)
+        for step, batch in enumerate(batches_from(start), start + 1):
+            state, found = take_step(state, batch, step)
+            report(step, found)
+            if step % checkpoint_steps == 0 or step == steps:
+                manager.save(step, args=ocp.args.StandardSave(state))
+    return state

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +23,11 @@ from detr_jax.calibration.thresholds import calibrate, recall_threshold, selecto
 from detr_jax.data.batches import CachedBatches, ImageBatches
 from detr_jax.data.dataset import Dataset, Subset
 from detr_jax.data.features import BackboneFeatures, backbone_features
-from detr_jax.errors import InputError
+from detr_jax.errors import InputError, require_counts
 from detr_jax.mesh import mesh_of, replicate
 from detr_jax.methods import FitMaterial, Method, Score, Thresholded, TrainedMethod, log_odds
-from detr_jax.methods.tiles import count_kept
-from detr_jax.models import Detector, HasFFNs, Selector, Selectors
+from detr_jax.methods.tiles import TileCounts, count_kept
+from detr_jax.models import Detector, HasFFNs, Selectors
 from detr_jax.models.parameters import fingerprint
 from detr_jax.plan import Plan
 from detr_jax.run_folder import versions
@@ -69,9 +69,7 @@ class FitOptions:
     """Training of gates to a density or a divergence."""
 
     def __post_init__(self):
-        for name in ("statistics_images", "batch_size", "checkpoint_steps", "allocation_images"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        require_counts(self, "statistics_images", "batch_size", "checkpoint_steps", "allocation_images")
 
 
 def hold_out(data: Dataset, calibration: Dataset | int) -> tuple[Dataset, Dataset]:
@@ -83,12 +81,10 @@ def hold_out(data: Dataset, calibration: Dataset | int) -> tuple[Dataset, Datase
     """
     if not isinstance(calibration, int):
         return data, calibration
-    if not 0 < calibration < len(data):
-        raise InputError(
-            f"{data.name} has {len(data)} images, too few to hold out {calibration} for calibration"
-            if calibration > 0
-            else f"at least one image must be held out for calibration, not {calibration}"
-        )
+    if calibration < 1:
+        raise InputError(f"at least one image must be held out for calibration, not {calibration}")
+    if calibration >= len(data):
+        raise InputError(f"{data.name} has {len(data)} images, too few to hold out {calibration} for calibration")
     split = len(data) - calibration
     return Subset(data, 0, split), Subset(data, split, len(data))
 
@@ -103,7 +99,6 @@ class Fit:
         data: images to fit on; annotations are not needed.
         held_out: images to meet budgets on.
         method: with its options.
-        options: see there.
         folder: for statistics and checkpoints.
         progress: show bars.
 
@@ -139,17 +134,11 @@ class Fit:
         return getattr(self.method, "group_size", 8)
 
     def plan(self, budget: Budget | None = None) -> Plan:
-        """The plan that meets a budget.
-
-        Args:
-            budget: see `detr_jax.sparsify`.
-
-        Raises:
-            InputError: if the method cannot meet such a budget.
-        """
+        """The plan that meets a budget, see `detr_jax.sparsify`; an InputError if the method cannot meet it."""
         budget = check_budget(self.method, budget)
         selectors = self._selectors(budget)
-        density = kept_density(self.permuted, self._calibration, selectors)
+        counts = accumulate(_kept, self.permuted, self._calibration, "measure densities", dict(selectors))
+        density = {name: counts[name].density for name in selectors}
         calibration: dict[str, Any] = {"data": self._held_out.name}
         if isinstance(budget, Recall):
             calibration["recall"] = budget.share
@@ -162,10 +151,12 @@ class Fit:
             "order": options["neuron_order"],
             "calibration": calibration,
         }
-        if self._tunes(budget):
+        if isinstance(budget, Density | MaxDivergence) and in_log_odds(self.method):
             training["tuning"] = options["tuning"]
         measured = {"calibration": {"images": len(self._held_out), "density": density}}
-        return Plan(self.method.name, self._fingerprint, selectors, self.permutations, training, measured, versions())
+        return Plan(
+            *(self.method.name, self._fingerprint, dict(selectors), self.permutations, training, measured, versions())
+        )
 
     def check_frozen(self) -> None:
         """Raises an AssertionError if the detector is another one than at the beginning."""
@@ -182,28 +173,29 @@ class Fit:
         sample, path = self._sample, self._folder / "activations.safetensors"
         with self._bar(len(sample), "counting co-activation", "image") as bar:
             profile = profile_activations(self._detector, sample, self._options.batch_size, path, bar.update)
-        return {name: coactivation_permutation(of.coactive, size) for name, of in profile.statistics.items()}
+        return {
+            name: coactivation_permutation(np.asarray(of.coactive), size) for name, of in profile.statistics.items()
+        }
 
     def _fit_material(self) -> dict[str, FitMaterial]:
         """What `method.requires` names, for each FFN."""
         requires = self.method.requires
         found: dict[str, Mapping[str, Any]] = {}
-        if "gate" in requires:
-            found["gate"] = self._train()
+        if isinstance(self.method, TrainedMethod):
+            found["gate"] = self._train(self.method)
         if requires - {"gate"}:
-            batches = self._cached(self._sample, "embedding training images")
+            batches = self._cached(self._embedded(self._sample, "training"))
             if "activations" in requires:
                 found["activations"] = measure_activations(self.permuted, batches)
             if requires & {"input_moments", "hidden_moments"}:
-                moments = measure_moments(self.permuted, batches)
-                found |= dict(zip(("input_moments", "hidden_moments"), moments, strict=True))
+                found["input_moments"], found["hidden_moments"] = measure_moments(self.permuted, batches)
         return {
             name: FitMaterial(weights, name=name, **{key: found[key][name] for key in requires})
             for name, weights in self._weights.items()
         }
 
-    def _train(self) -> dict[str, Score]:
-        method, batch_size = self.method, self._options.batch_size
+    def _train(self, method: TrainedMethod) -> dict[str, Score]:
+        batch_size = self._options.batch_size
         batches = ImageBatches(self.permuted, self._data, batch_size, method.seed)
         times: list[float] = []
         with self._bar(method.epochs * len(batches), "training gates", "step") as bar:
@@ -228,47 +220,48 @@ class Fit:
 
     @cached_property
     def _scores(self) -> dict[str, Score]:
-        return {name: self.method.fit(material) for name, material in self._material.items()}
+        scores = {name: self.method.fit(material) for name, material in self._material.items()}
+        for score in scores.values():
+            if (unit := getattr(score, "unit", None)) != self.method.unit:
+                raise TypeError(f"the unit of the scores of {self.method.name} is {unit}, not {self.method.unit}")
+        return scores
 
     @cached_property
     def _features(self) -> list[BackboneFeatures]:
-        title = "embedding calibration images" if self._progress else None
-        return list(backbone_features(self.permuted, self._held_out, self._options.batch_size, title))
+        return self._embedded(self._held_out, "calibration")
 
     @cached_property
     def _calibration(self) -> CachedBatches:
-        return CachedBatches([batch.tokens for batch in self._features], mesh=mesh_of(self.permuted))
+        return self._cached(self._features)
 
-    def _cached(self, data: Dataset, title: str) -> CachedBatches:
-        features = backbone_features(self.permuted, data, self._options.batch_size, title if self._progress else None)
+    def _embedded(self, data: Dataset, use: str) -> list[BackboneFeatures]:
+        title = f"embedding {use} images" if self._progress else None
+        return list(backbone_features(self.permuted, data, self._options.batch_size, title))
+
+    def _cached(self, features: list[BackboneFeatures]) -> CachedBatches:
         return CachedBatches([batch.tokens for batch in features], mesh=mesh_of(self.permuted))
 
     def _bar(self, total: int, title: str, unit: str) -> tqdm:
         return tqdm(total=total, desc=title, unit=unit, disable=not self._progress)
 
-    def _selectors(self, budget: Budget | None) -> dict[str, Selector]:
-        if budget is None:
-            return dict(self._scores)
-        if self._tunes(budget):
-            return self._tuned(budget)
+    def _selectors(self, budget: Budget | None) -> Selectors:
+        method = self.method
+        if budget is None:  # `fit` returns selectors
+            return cast(Selectors, self._scores)
         if isinstance(budget, Density | MaxDivergence):
-            return self._allocated(budget)
+            return self._tuned(budget, method.seed) if in_log_odds(method) else self._allocated(budget)
         if isinstance(budget, Recall):
-            found = calibrate(
-                self.permuted, self._calibration, self._scores, partial(recall_threshold, recall=budget.share)
-            )
+            threshold_of = partial(recall_threshold, recall=budget.share)
+            found = calibrate(self.permuted, self._calibration, self._scores, threshold_of)
         else:
-            of_score = log_odds(budget.value) if in_log_odds(self.method) else budget.value
-            found = {name: Thresholded(score, jnp.float32(of_score)) for name, score in self._scores.items()}
-        return {name: self.method.finish(selector, self._weights[name]) for name, selector in found.items()}
+            threshold = jnp.float32(log_odds(budget.value) if in_log_odds(method) else budget.value)
+            found = {name: Thresholded(score, threshold) for name, score in self._scores.items()}
+        return {name: method.finish(selector, self._weights[name]) for name, selector in found.items()}
 
-    def _tunes(self, budget: Budget | None) -> bool:
-        return isinstance(budget, Density | MaxDivergence) and in_log_odds(self.method)
-
-    def _tuned(self, budget: Density | MaxDivergence) -> dict[str, Thresholded]:
+    def _tuned(self, budget: Density | MaxDivergence, seed: int) -> Selectors:
         """Gates that are trained to a budget from the uniform threshold on, all of them in effect."""
         tuning = self._options.tuning
-        batches = ImageBatches(self.permuted, self._data, self._options.batch_size, self.method.seed)
+        batches = ImageBatches(self.permuted, self._data, self._options.batch_size, seed)
         uniform = {name: Thresholded(gate, jnp.float32(0)) for name, gate in self._scores.items()}
         start = meet(self.permuted, self._calibration, uniform, budget)
         with self._bar(tuning.epochs * len(batches), "training to a budget", "step") as bar:
@@ -283,14 +276,14 @@ class Fit:
             tuned = tune_gates(self.permuted, batches, start, budget, tuning, folder, report)
         return meet(self.permuted, self._calibration, tuned, budget)
 
-    def _allocated(self, budget: Budget | None) -> dict[str, Selector]:
+    def _allocated(self, budget: Density | MaxDivergence) -> Selectors:
         """Densities that are shared among the FFNs by what they change in the outputs."""
         batches = -(-self._options.allocation_images // self._options.batch_size)
         divergence = OutputDivergence(self.permuted, self._features[:batches])
         settings = selectors_at_densities(self.permuted, self._calibration, self.method, self._material, GRID)
         table = layer_sensitivity(divergence, GRID, settings)
 
-        def shared(density: float) -> dict[str, Selector]:
+        def shared(density: float) -> Selectors:
             return table.selectors(greedy(table.losses, table.density_costs, density))
 
         if isinstance(budget, Density):
@@ -302,9 +295,9 @@ class Fit:
         return shared(high)
 
 
-def in_log_odds(method: Method) -> bool:
-    """Whether the scores of a method are log-odds, so that its threshold is a probability."""
-    return isinstance(method, TrainedMethod) and type(method).fit is TrainedMethod.fit
+def in_log_odds(method: Method) -> TypeGuard[TrainedMethod]:
+    """Whether the scores of a method are those of gates in log-odds: its threshold is a probability."""
+    return isinstance(method, TrainedMethod) and method.unit == "log-odds"
 
 
 def check_budget(method: Method, budget: Budget | None) -> Budget | None:
@@ -335,13 +328,7 @@ def check_budget(method: Method, budget: Budget | None) -> Budget | None:
     return budget
 
 
-def kept_density(model: HasFFNs, batches: CachedBatches, selectors: Selectors) -> dict[str, float]:
-    """The share of the hidden neurons that selectors keep by FFN, all of them in effect, in one pass."""
-    counts = accumulate(_kept, model, batches, "measure densities", dict(selectors))
-    return {name: counts[name].density for name in selectors}
-
-
 @jax.jit
-def _kept(model, batch, selectors):
+def _kept(model: HasFFNs, batch: Any, selectors: Selectors) -> dict[str, TileCounts]:
     traces = model.traces(batch, selectors)
     return {name: count_kept(traces[name]) for name in selectors}

@@ -13,11 +13,11 @@ import optax
 from jax.sharding import Mesh
 
 from detr_jax.data.batches import BatchSource
-from detr_jax.errors import InputError
+from detr_jax.errors import InputError, require_counts
 from detr_jax.mesh import mesh_of, replicate_like, replicated
 from detr_jax.methods import Method, Score, Thresholded, TrainedMethod
-from detr_jax.models.base import HasFFNs
-from detr_jax.training.checkpoints import Checkpoints
+from detr_jax.models import HasFFNs
+from detr_jax.training.checkpoints import train_resumably
 
 Gates = dict[str, Score]
 """Gate of each FFN by name."""
@@ -41,9 +41,7 @@ class GateTraining:
     """Steps between checkpoints."""
 
     def __post_init__(self):
-        for name in ("group_size", "epochs", "batch_size", "checkpoint_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        require_counts(self, "group_size", "epochs", "batch_size", "checkpoint_steps")
 
     def method(self, cls: type[Method]) -> Method:
         """A method with these options, as far as it has them."""
@@ -71,7 +69,8 @@ def train_gates(
         batches: training data.
         methods: by any name; epochs, learning rate and seed must be the same for all.
         folder: for checkpoints.
-        report: called after every step with the number of steps taken so far and the mean loss of the gates.
+        report: called after every step with the number of steps taken so far and the mean loss of the gates; once with
+            NaN when training resumes.
         checkpoint_steps: steps between checkpoints.
         active_selectors: gates of each method to start from, with thresholds. They are in effect during the training,
             so that each gate learns on the inputs that the others leave it. None trains on the dense FFNs.
@@ -88,26 +87,26 @@ def train_gates(
     ((epochs, learning_rate, seed),) = recipes
     total = epochs * len(batches)
     optimiser = adam_with_cosine(learning_rate, total)
-    gates = _initial_gates(model, methods, seed)
-    if active_selectors is not None:
-        gates = {of: {name: active_selectors[of][name].score for name in gates[of]} for of in methods}
-    thresholds = {
-        of: {name: selector.threshold for name, selector in selectors.items()}
-        for of, selectors in (active_selectors or {}).items()
+    weights = model.ffn_weights()
+    keys = dict(zip(weights, jax.random.split(jax.random.key(seed), len(weights)), strict=True))
+    active = active_selectors or {}
+    gates: dict[str, Gates] = {
+        of: {
+            name: active[of][name].score if active else method.init((len(ffn.w_in), ffn.w_in.shape[1]), keys[name])
+            for name, ffn in weights.items()
+        }
+        for of, method in methods.items()
     }
+    thresholds = {of: {name: one.threshold for name, one in selectors.items()} for of, selectors in active.items()}
     state, thresholds = replicate_like(model, ((gates, optimiser.init(gates)), thresholds))
-    checkpoints = Checkpoints(folder)
-    start, state = checkpoints.restore(state) or (0, state)
-    if start:
-        report(start, jnp.array(jnp.nan))
     static = {"methods": tuple(methods.items()), "optimiser": optimiser, "mesh": mesh_of(model)}
-    for step, batch in enumerate(batches_from(batches, epochs, start), start + 1):
-        state, loss = _take_step(state, thresholds, model, batch, **static)
-        report(step, loss)
-        if step % checkpoint_steps == 0 or step == total:
-            checkpoints.save(step, state)
-    checkpoints.close()
-    return {of: {name: state[0][of][name] for name in gates[of]} for of in methods}
+    trained, _ = train_resumably(
+        lambda state, batch, step: _take_step(state, thresholds, model, batch, **static),
+        *(state, partial(batches_from, batches, epochs), total, folder),
+        lambda step, loss: report(step, jnp.array(jnp.nan) if loss is None else loss),
+        checkpoint_steps=checkpoint_steps,
+    )
+    return {of: {name: trained[of][name] for name in gates[of]} for of in methods}
 
 
 @lru_cache
@@ -128,17 +127,19 @@ def _take_step(
     mesh: Mesh | None,
 ) -> tuple[Any, jax.Array]:
     gates, memory = state
-    weights, of_name = model.ffn_weights(), dict(methods)
+    weights = model.ffn_weights()
 
-    def selectors(of):
+    def selectors(of: str) -> dict[str, Thresholded]:
         return {name: Thresholded(gates[of][name], threshold) for name, threshold in thresholds[of].items()}
 
-    traces: Any = {of: model.traces(batch, selectors(of)) for of in thresholds} or model.traces(batch, {})
+    dense = {} if thresholds else model.traces(batch, {})
+    traces = {of: model.traces(batch, selectors(of)) if thresholds else dense for of, _ in methods}
 
-    def loss_of(gates):
+    def loss_of(gates: Mapping[str, Gates]) -> tuple[jax.Array, jax.Array]:
+        of_name = dict(methods)
         losses = jnp.stack(
             [
-                of_name[of].loss(gate, weights[name], (traces[of] if thresholds else traces)[name])
+                of_name[of].loss(gate, weights[name], traces[of][name])
                 for of, of_method in gates.items()
                 for name, gate in of_method.items()
             ]
@@ -149,14 +150,6 @@ def _take_step(
     updates, memory = optimiser.update(gradients, memory)
     stepped = (optax.apply_updates(gates, updates), memory), loss
     return stepped if mesh is None else jax.lax.with_sharding_constraint(stepped, replicated(mesh))
-
-
-def _initial_gates(model: HasFFNs, methods: Mapping[str, TrainedMethod], seed: int) -> dict[str, Gates]:
-    shapes = {name: (len(of.w_in), of.w_in.shape[1]) for name, of in model.ffn_weights().items()}
-    keys = dict(zip(shapes, jax.random.split(jax.random.key(seed), len(shapes)), strict=True))
-    return {
-        of: {name: method.init(shape, keys[name]) for name, shape in shapes.items()} for of, method in methods.items()
-    }
 
 
 def batches_from(batches: BatchSource, epochs: int, start: int) -> Iterator[Any]:

@@ -35,9 +35,8 @@ def _box_loss(boxes: jax.Array, targets: jax.Array, valid: jax.Array) -> jax.Arr
 
 def detection_loss(outputs: DetrOutputs, targets: Targets) -> jax.Array:
     """DETR's set loss, summed over the final and the auxiliary outputs, each with its own matching."""
-    return sum(
-        _set_loss(logits, boxes, targets) for logits, boxes in (*outputs.auxiliary, (outputs.logits, outputs.boxes))
-    )
+    every = (*outputs.auxiliary, (outputs.logits, outputs.boxes))
+    return sum((_set_loss(logits, boxes, targets) for logits, boxes in every), jnp.float32(0))
 
 
 def _set_loss(logits: jax.Array, boxes: jax.Array, targets: Targets) -> jax.Array:

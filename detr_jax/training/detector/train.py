@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import grain
 import jax
@@ -17,10 +18,10 @@ from jax.sharding import PartitionSpec as P
 from detr_jax.data.dataset import Example
 from detr_jax.data.scenes import MAX_OBJECTS, SIDE, ScenesDataset
 from detr_jax.data.transforms import normalise
-from detr_jax.errors import InputError
+from detr_jax.errors import InputError, require_counts
 from detr_jax.models import DETR, DetrConfig
 from detr_jax.models.detr.matching import Targets
-from detr_jax.training.checkpoints import Checkpoints
+from detr_jax.training.checkpoints import train_resumably
 from detr_jax.training.detector.dense_head import DenseHead
 from detr_jax.training.detector.losses import dense_loss, detection_loss, hoyer_penalty
 
@@ -53,9 +54,7 @@ class DetectorTraining:
     """Steps between checkpoints."""
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "checkpoint_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        require_counts(self, "steps", "batch_size", "checkpoint_steps")
         if not 0 <= self.warmup_steps < self.steps:
             raise InputError(f"warmup_steps must be from 0 to below steps {self.steps}, not {self.warmup_steps}")
         if not self.hoyer_start < self.hoyer_full:
@@ -118,7 +117,7 @@ def optimiser(training: DetectorTraining) -> optax.GradientTransformation:
 def fit_batch_norm(model: DETR, images: np.ndarray) -> None:
     """Gives the frozen batch norm of a new backbone the statistics of a batch of (batch, height, width, 3) images."""
     model.backbone.set_attributes(fit=True)
-    model.backbone(normalise(images, model.preprocessing))
+    model.backbone(jnp.asarray(normalise(images, model.preprocessing)))
     model.backbone.set_attributes(fit=False)
 
 
@@ -129,7 +128,7 @@ def _losses(parameters, graph, statistics, training, images, targets, step):
     grid = (len(images), *model.token_grids(images.shape[1:3])[0])
     before, after = (tokens.reshape(*grid, -1) for tokens in outputs.encoder)
     # The encoder finds out where its tokens are: what the decoder reads must say so in the heads' own terms.
-    dense = dense_loss(*dense_head(before), targets) + dense_loss(*model.heads(after), targets)
+    dense = sum(dense_loss(logits, boxes, targets) for logits, boxes in (dense_head(before), model.heads(after)))
     parts = {"detection": detection_loss(outputs, targets), "dense": dense, "hoyer": hoyer_penalty(outputs.traces)}
     total = parts["detection"] + training.dense_weight * dense + hoyer_weight(training, step) * parts["hoyer"]
     return total, parts
@@ -169,18 +168,22 @@ def train_detector(
     model = DETR(config, rngs=nnx.Rngs(training.seed))
     fit_batch_norm(model, next(training_batches(training, 0))[0])
     dense_head = DenseHead(config, rngs=nnx.Rngs(training.seed + 1))
-    graph, parameters, statistics = nnx.split((model, dense_head), nnx.Param, nnx.BatchStat)
+    graph, *states = nnx.split((model, dense_head), nnx.Param, nnx.BatchStat)
+    parameters, statistics = states
     mesh = jax.make_mesh((jax.device_count(),), ("batch",), axis_types=(AxisType.Auto,))
     # Placed as the step returns it, so that the step is compiled once.
     state = jax.device_put((parameters, optimiser(training).init(parameters)), NamedSharding(mesh, P()))
 
-    checkpoints = Checkpoints(folder)
-    start, state = checkpoints.restore(state) or (0, state)
-    step_on = partial(take_step, graph=graph, training=training, mesh=mesh)
-    for step, (images, targets) in enumerate(training_batches(training, start), start):
-        state, parts = step_on(state, statistics, images, targets, step)
-        report(step, parts)
-        if (step + 1) % training.checkpoint_steps == 0 or step + 1 == training.steps:
-            checkpoints.save(step + 1, state)
-    checkpoints.close()
-    return nnx.merge(graph, state[0], statistics)[0]
+    def step_of(state: Any, batch: tuple[np.ndarray, Targets], taken: int) -> tuple[Any, dict[str, jax.Array]]:
+        images, targets = batch
+        return take_step(state, statistics, images, targets, taken - 1, graph=graph, training=training, mesh=mesh)
+
+    def report_step(taken: int, losses: dict[str, float] | None) -> None:
+        if losses is not None:
+            report(taken - 1, losses)
+
+    parameters, _ = train_resumably(
+        *(step_of, state, partial(training_batches, training), training.steps, folder, report_step),
+        checkpoint_steps=training.checkpoint_steps,
+    )
+    return nnx.merge(graph, parameters, statistics)[0]
