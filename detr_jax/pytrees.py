@@ -1,7 +1,7 @@
-"""Dataclasses as JAX pytrees: those whose class counts, and those that add up."""
+"""Frozen dataclasses as JAX pytrees: those whose class counts, and those that add up."""
 
 import dataclasses
-from typing import Self, TypeVar
+from typing import Self, TypeVar, cast, dataclass_transform
 
 import jax
 import numpy as np
@@ -10,13 +10,21 @@ Array = jax.Array | np.ndarray
 Class = TypeVar("Class", bound=type)
 
 
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
+def frozen(cls: Class) -> Class:
+    """Makes a class a frozen dataclass, unless it is a dataclass already."""
+    return cls if "__dataclass_fields__" in vars(cls) else cast(Class, dataclasses.dataclass(frozen=True)(cls))
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def pytree(cls: Class) -> Class:
-    """Registers a dataclass; fields with the metadata `static=True` are part of the structure, the others are children.
+    """Makes a class a frozen dataclass and a pytree; fields with the metadata `static=True` are part of the structure.
 
     As `jax.tree_util.register_dataclass`, but two classes with the same fields are different structures. There they
     compare equal (seen in jax 0.10.2 and 0.12.0), and `jax.jit`, which looks programs up by structure, now and then
     runs the program of one selector for another, when two hashes collide.
     """
+    cls = frozen(cls)
     static = [field.name for field in dataclasses.fields(cls) if field.metadata.get("static")]
     children = [field.name for field in dataclasses.fields(cls) if field.name not in static]
 

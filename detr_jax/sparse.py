@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,10 @@ from detr_jax.models.parameters import fingerprint
 from detr_jax.plan import Plan, load_plan
 from detr_jax.plan.checks import check_plan
 from detr_jax.plan.plan import same_permutations
+from detr_jax.pytrees import pytree
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class SparseDETR:
     """A frozen detector whose FFNs compute what a plan says. `detr_jax.load_sparse` makes one.
 

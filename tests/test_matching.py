@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from detr_jax.models.boxes import generalised_iou
-from detr_jax.models.detr.matching import match
+from detr_jax.models.detr.matching import Targets, match
 
 QUERIES, OBJECTS, CLASSES = 5, 4, 3
 
@@ -36,7 +36,7 @@ def test_against_all_assignments(count):
     matched = jax.jit(match)
     for seed in range(10):
         probabilities, boxes, labels, target_boxes = problem(seed)
-        queries = matched(probabilities, boxes, labels, target_boxes, valid).tolist()
+        queries = matched(probabilities, boxes, Targets(labels, target_boxes, valid)).tolist()
         assert tuple(queries[:count]) == cheapest(probabilities, boxes, labels, target_boxes, count)
         assert len(set(queries)) == OBJECTS
 
@@ -46,19 +46,20 @@ def test_padding_does_not_matter():
     valid = jnp.array([True, False, True, False])
     other_labels = jnp.where(valid, labels, 0)
     other_boxes = jnp.where(valid[:, None], target_boxes, 0.5)
-    first = match(probabilities, boxes, labels, target_boxes, valid)
-    second = match(probabilities, boxes, other_labels, other_boxes, valid)
+    first = match(probabilities, boxes, Targets(labels, target_boxes, valid))
+    second = match(probabilities, boxes, Targets(other_labels, other_boxes, valid))
     np.testing.assert_array_equal(first[valid], second[valid])
 
 
 def test_as_many_objects_as_queries():
     probabilities, boxes, _, _ = problem(1)
     order = jnp.array([3, 0, 4, 1, 2])
-    queries = match(probabilities, boxes, jnp.zeros(QUERIES, jnp.int32), boxes[order], jnp.ones(QUERIES, bool))
+    targets = Targets(jnp.zeros(QUERIES, jnp.int32), boxes[order], jnp.ones(QUERIES, bool))
+    queries = match(probabilities, boxes, targets)
     np.testing.assert_array_equal(queries, order)
 
 
 def test_more_objects_than_queries():
     probabilities, boxes, labels, target_boxes = problem(0)
     with pytest.raises(ValueError, match="3 queries cannot be matched to 4 objects"):
-        match(probabilities[:3], boxes[:3], labels, target_boxes, jnp.ones(OBJECTS, bool))
+        match(probabilities[:3], boxes[:3], Targets(labels, target_boxes, jnp.ones(OBJECTS, bool)))

@@ -83,7 +83,6 @@ def test_a_threshold_of_gates_is_a_probability(photographs):
 
 
 @storable
-@dataclass(frozen=True)
 class Size:
     """A gate without a unit."""
 

@@ -1,6 +1,6 @@
 """A method in one file outside the package, as CONTRIBUTING shows it: importing it is all that it takes."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,6 @@ from detr_jax.models import FFNWeights
 
 
 @storable
-@dataclass(frozen=True)
 class InputSize:
     """The largest |x_i| of the token, the same for every group.
 
@@ -32,7 +31,6 @@ class InputSize:
 
 
 @register
-@dataclass(frozen=True)
 class LargestInput(Method):
     """Computes the tokens with large inputs."""
 

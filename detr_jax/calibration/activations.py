@@ -22,7 +22,7 @@ from detr_jax.errors import InputError
 from detr_jax.mesh import is_first_process, mesh_of, shard_batch, to_host
 from detr_jax.models import Detector, FFNTrace, HasFFNs
 from detr_jax.models.parameters import fingerprint
-from detr_jax.pytrees import Array, Sums
+from detr_jax.pytrees import Array, Sums, pytree
 from detr_jax.safetensors_io import Arrays, Format, Header
 
 _DROPPED = ("group_norms", "output_norms", "hidden_magnitudes", "input_magnitudes")
@@ -46,8 +46,7 @@ FORMAT = Format(
 )
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class ActivationStatistics(Sums):
     """Sums over the tokens of an FFN, in K kinds of tokens; of one batch as int32 and float32, of many as 64 bits.
 

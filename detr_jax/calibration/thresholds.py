@@ -5,7 +5,6 @@ batches, and its quantiles are exact to 0.2 %.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -21,14 +20,13 @@ from detr_jax.methods.base import FitMaterial, Method, Score, SharedScore, Thres
 from detr_jax.methods.grouping import active_groups
 from detr_jax.methods.tiles import existing_tiles, existing_tokens
 from detr_jax.models import FFNTrace, FFNWeights, HasFFNs, Selector, Selectors
-from detr_jax.pytrees import Array, Sums
+from detr_jax.pytrees import Array, Sums, pytree
 
 _DROPPED_BITS = 14
 _BINS = 2 ** (32 - _DROPPED_BITS)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class ScoreHistogram(Sums):
     """Scores of one FFN; of a batch as int32, of many as int64.
 

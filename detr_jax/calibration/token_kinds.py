@@ -47,7 +47,7 @@ def query_targets(batch: Batch, queries: int) -> Targets:
 
 def kinds_of_queries(probabilities: jax.Array, boxes: jax.Array, targets: Targets) -> jax.Array:
     """(batch, queries) int32, 1 for queries that the set matching gives an object; jittable."""
-    queries = jax.vmap(match)(probabilities, boxes, targets.labels, targets.boxes, targets.valid)
+    queries = jax.vmap(match)(probabilities, boxes, targets)
     image = jnp.arange(len(boxes))[:, None]
     return jnp.zeros(boxes.shape[:2], jnp.int32).at[image, queries].max(targets.valid.astype(jnp.int32))
 

@@ -32,8 +32,10 @@ class Dataset(Protocol):
     name: str
     has_annotations: bool
     """Whether there are annotated objects; without, AP is undefined."""
-    fingerprint: str
-    """Equal for the same images and annotations, wherever they are."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for the same images and annotations, wherever they are."""
 
     def __len__(self) -> int: ...
 

@@ -14,7 +14,7 @@ the common tests and the table in docs/methods.md.
 import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ import numpy as np
 from detr_jax.errors import InputError, require_counts
 from detr_jax.kernels import Execution
 from detr_jax.models import FFNTrace, FFNWeights, LowRankFactors, OutputLayer, Selection, Selector, Selectors
-from detr_jax.pytrees import pytree
+from detr_jax.pytrees import frozen, pytree
 
 if TYPE_CHECKING:
     from detr_jax.calibration.activations import ActivationStatistics
@@ -37,9 +37,10 @@ STORABLE: dict[str, type] = {cls.__name__: cls for cls in (Execution, LowRankFac
 """Classes that plan files may hold, by the names they have there."""
 
 
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def storable(cls: Class) -> Class:
-    """Registers a dataclass as a pytree that plan files may hold: of arrays, of such classes, and, in fields with the
-    metadata `static=True`, of None, booleans, integers and strings."""
+    """Makes a class a frozen dataclass and a pytree that plan files may hold: of arrays, of such classes, and, in
+    fields with the metadata `static=True`, of None, booleans, integers and strings."""
     STORABLE[cls.__name__] = cls
     return pytree(cls)
 
@@ -117,7 +118,6 @@ class SharedScore(Score, Protocol):
 
 
 @storable
-@dataclass(frozen=True)
 class Thresholded(Wrapper):
     """The selector "score >= threshold", () float32; minus infinity keeps everything.
 
@@ -300,8 +300,10 @@ METHODS: dict[str, type[Method]] = {}
 """Every method by its name."""
 
 
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def register(cls: type[AMethod]) -> type[AMethod]:
-    """Adds a method to `METHODS`."""
+    """Makes a class a frozen dataclass, unless it is a dataclass already, and adds it to `METHODS`."""
+    cls = frozen(cls)
     METHODS[cls.name] = cls
     return cls
 

@@ -1,14 +1,11 @@
 """CoreMatching: one set of groups for all tokens of an image."""
 
-from dataclasses import dataclass
-
 from detr_jax.methods.base import FitMaterial, TrainedMethod, register
 from detr_jax.methods.mgs import MGS
 from detr_jax.methods.wrappers import Pooled, shared_gates
 
 
 @register
-@dataclass(frozen=True)
 class CoreMatching(MGS):
     """The groups of highest mean probability over an image's tokens, by the gates of MGS."""
 

@@ -1,7 +1,6 @@
 """D2DMoE: a gate that regresses the norm of what each group adds to the output."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,6 @@ from detr_jax.models import FFNTrace, FFNWeights
 
 
 @storable
-@dataclass(frozen=True)
 class ShareOfLargest(Wrapper):
     """The output norm of a group, predicted by a gate's softplus, as a share of the token's largest; kept from
     (1 - tau) on."""
@@ -25,7 +23,6 @@ class ShareOfLargest(Wrapper):
 
 
 @register
-@dataclass(frozen=True)
 class D2DMoE(MGS):
     """Squared error between the softplus of MGS's gate and ||h_g W_out,g||, in units of the mean of active groups."""
 

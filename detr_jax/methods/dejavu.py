@@ -1,7 +1,5 @@
 """Deja Vu: a gate of low rank, trained on balanced labels."""
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,7 +12,6 @@ from detr_jax.models import FFNTrace, FFNWeights
 
 
 @storable
-@dataclass(frozen=True)
 class LowRankGate:
     """Two linear layers with nothing between them, (d, r), (r, G) and (G,) float32; log-odds as of `LinearGate`."""
 
@@ -33,7 +30,6 @@ class LowRankGate:
 
 
 @register
-@dataclass(frozen=True)
 class DejaVu(TrainedMethod):
     """Binary cross-entropy in which inactive groups weigh as much as the share of active ones + 0.005."""
 

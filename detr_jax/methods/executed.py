@@ -1,7 +1,6 @@
 """A selector whose groups are really left out, by the sparse FFN operation instead of the masked reference."""
 
 import dataclasses
-from dataclasses import dataclass
 
 import jax
 
@@ -12,7 +11,6 @@ from detr_jax.models import FFNWeights, Selection, Selector, Selectors
 
 
 @storable
-@dataclass(frozen=True)
 class Executed(Wrapper):
     """Another selector, and how the FFN computes what it selects.
 

@@ -1,7 +1,6 @@
 """MGS: one linear gate per FFN, trained to tell which groups of neurons are active."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import ClassVar
 
 import jax
@@ -16,7 +15,6 @@ PAPER_THRESHOLD = 0.5  # on the probability that a group is active
 
 
 @storable
-@dataclass(frozen=True)
 class LinearGate:
     """One linear layer, (d, G) and (G,) float32; its scores are the log-odds that a group is active."""
 
@@ -34,7 +32,6 @@ class LinearGate:
 
 
 @register
-@dataclass(frozen=True)
 class MGS(TrainedMethod):
     """Micro-Gated Sparsification: binary cross-entropy with whether a neuron of the group is active."""
 
@@ -55,7 +52,6 @@ class MGS(TrainedMethod):
 
 
 @register
-@dataclass(frozen=True)
 class MGSContribution(MGS):
     """MGS whose active groups weigh as much as they add to the output, in units of the mean."""
 

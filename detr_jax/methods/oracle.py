@@ -1,6 +1,6 @@
 """The bound: exactly the active groups."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import jax
 
@@ -12,7 +12,6 @@ from detr_jax.models import FFNWeights, Selection
 
 @register
 @storable
-@dataclass(frozen=True)
 class Oracle(Free, Method):
     """Keeps the groups with an activation above 0: the output is the dense one. Method and selector in one.
 

@@ -1,6 +1,6 @@
 """The control: random groups."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import jax
 
@@ -11,7 +11,6 @@ from detr_jax.models import FFNWeights
 
 @register
 @storable
-@dataclass(frozen=True)
 class Random(Free, Method):
     """Other random groups for every token, the same ones in every run. Method and score in one."""
 

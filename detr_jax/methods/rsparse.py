@@ -1,7 +1,5 @@
 """R-Sparse: large input channels exactly, the rest through factors of low rank."""
 
-from dataclasses import dataclass
-
 from detr_jax.methods.base import FitMaterial, Method, Thresholded, TrainedMethod, register
 from detr_jax.methods.mgs import MGS
 from detr_jax.methods.teal import InputMagnitude
@@ -19,7 +17,6 @@ class _Compensated:
 
 
 @register
-@dataclass(frozen=True)
 class RSparse(_Compensated, Method):
     """Thresholds on |x_i|; channels below go through a factor of W_in."""
 
@@ -37,7 +34,6 @@ class RSparse(_Compensated, Method):
 
 
 @register
-@dataclass(frozen=True)
 class MGSRSparse(_Compensated, MGS):
     """MGS whose skipped groups go through factors of both matrices."""
 

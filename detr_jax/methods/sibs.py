@@ -7,7 +7,6 @@ cover picks the K indicators that silence most. At inference these are computed 
 indicates are left out, and so are neurons that never fire.
 """
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import jax
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 
 @storable
-@dataclass(frozen=True)
 class IndicatorSelector:
     """Indicators and what they silence.
 
@@ -52,7 +50,6 @@ class IndicatorSelector:
 
 
 @register
-@dataclass(frozen=True)
 class SIBS(Method):
     """Static Indicator-Based Sparsification."""
 

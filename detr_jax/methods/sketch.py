@@ -1,6 +1,6 @@
 """What neurons contribute, guessed from a sketch of the first matrix product; needs the inputs' covariance only."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 
 import jax
@@ -16,7 +16,6 @@ from detr_jax.models import FFNWeights
 
 
 @storable
-@dataclass(frozen=True)
 class Sketch:
     """The sum over a group's neurons of about h_j ||W_out[j]||, with W_in as a product of rank r.
 
@@ -81,7 +80,6 @@ def sketch(ffn: FFNWeights, mean: np.ndarray, covariance: np.ndarray, rank: int,
 
 
 @register
-@dataclass(frozen=True)
 class ContributionSketch(ByRank):
     """The neurons of highest sketched contribution over an image's tokens."""
 

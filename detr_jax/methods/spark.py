@@ -1,7 +1,5 @@
 """Spark Transformer's statistical top-k: about equally many groups for every token, without a sort."""
 
-from dataclasses import dataclass
-
 import jax
 
 from detr_jax.methods.base import FitMaterial, Score, TrainedMethod, Wrapper, register, storable
@@ -11,7 +9,6 @@ from detr_jax.models import FFNWeights
 
 
 @storable
-@dataclass(frozen=True)
 class Standardised(Wrapper):
     """A gate's score in standard deviations from the mean of the token's scores.
 
@@ -25,7 +22,6 @@ class Standardised(Wrapper):
 
 
 @register
-@dataclass(frozen=True)
 class Spark(MGS):
     """Statistical top-k over the gates of MGS."""
 

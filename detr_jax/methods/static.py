@@ -1,7 +1,6 @@
 """The control for dynamic methods: the same groups for every token, an ordinary narrower FFN."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import jax
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 
 
 @storable
-@dataclass(frozen=True)
 class Importance(Free):
     """A fixed score for each group, (G,) float32."""
 
@@ -31,7 +29,6 @@ class Importance(Free):
 
 
 @storable
-@dataclass(frozen=True)
 class Fixed(Free):
     """Groups that are chosen once for all; `PartitionedSelector` does so for neurons that a permutation collected.
 
@@ -67,7 +64,6 @@ def _of_groups(per_neuron: np.ndarray, statistics: "ActivationStatistics", group
 
 
 @register
-@dataclass(frozen=True)
 class StaticFiring(Method):
     """The groups whose neurons are active most often."""
 
@@ -84,7 +80,6 @@ class StaticFiring(Method):
 
 
 @register
-@dataclass(frozen=True)
 class StaticContribution(StaticFiring):
     """The groups with the largest mean of h_j ||W_out[j]||."""
 
@@ -95,7 +90,6 @@ class StaticContribution(StaticFiring):
 
 
 @register
-@dataclass(frozen=True)
 class StaticReconstructed(Method):
     """Neurons that survive elimination (`obs_ranking`), with an output layer fitted to them."""
 

@@ -1,6 +1,6 @@
 """TEAL: thresholds on the magnitudes of hidden activations or of input channels."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,6 @@ from detr_jax.models import FFNWeights
 
 
 @storable
-@dataclass(frozen=True)
 class HiddenMagnitude:
     """|h_j|, or, weighted (WINA), |h_j| ||W_out[j]||: takes the whole first product and saves the second.
 
@@ -31,7 +30,6 @@ class HiddenMagnitude:
 
 
 @storable
-@dataclass(frozen=True)
 class InputMagnitude:
     """|x_i|, or, weighted (WINA), |x_i| ||W_in[:, i]||: leaves channels out of the first product."""
 
@@ -48,7 +46,6 @@ class InputMagnitude:
 
 
 @register
-@dataclass(frozen=True)
 class TEALHidden(Method):
     """Thresholds on |h_j|."""
 
@@ -63,7 +60,6 @@ class TEALHidden(Method):
 
 
 @register
-@dataclass(frozen=True)
 class TEALInput(Method):
     """Thresholds on |x_i|."""
 

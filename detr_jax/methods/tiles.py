@@ -1,18 +1,15 @@
 """Tiles of tokens: what hardware skips is a group that no token of a tile needs, so the order of the tokens matters."""
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 
 from detr_jax.errors import InputError
 from detr_jax.kernels import pad_tokens
 from detr_jax.models import FFNTrace
-from detr_jax.pytrees import Sums
+from detr_jax.pytrees import Sums, pytree
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class TileCounts(Sums):
     """Pairs of token tile and group of one FFN, and how many of them are computed, both ()."""
 

@@ -1,7 +1,6 @@
 """The selector "the k largest": the same number of groups, neurons or channels for every token."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,6 @@ from detr_jax.models import FFNWeights, Selection
 
 
 @storable
-@dataclass(frozen=True)
 class TopK(Wrapper):
     """Keeps the k largest scores of every token; where ties would make them more, the ones that tie are left out.
 
@@ -37,7 +35,6 @@ class TopK(Wrapper):
         return selection_of(self.score, jnp.where(tied, bits > least, bits >= least))
 
 
-@dataclass(frozen=True)
 class ByRank(Method):
     """At a density, methods that keep equally many of every token instead of what reaches a threshold."""
 
@@ -52,7 +49,6 @@ class ByRank(Method):
 
 
 @register
-@dataclass(frozen=True)
 class LazyNeuron(ByRank):
     """The k largest hidden activations: an accuracy bound, for it needs them all."""
 

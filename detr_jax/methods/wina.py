@@ -1,13 +1,10 @@
 """WINA, without its rotation: magnitudes of activations times the norms of the weights that they meet."""
 
-from dataclasses import dataclass
-
 from detr_jax.methods.base import register
 from detr_jax.methods.teal import TEALHidden, TEALInput
 
 
 @register
-@dataclass(frozen=True)
 class WINAHidden(TEALHidden):
     """Thresholds on |h_j| ||W_out[j]||."""
 
@@ -17,7 +14,6 @@ class WINAHidden(TEALHidden):
 
 
 @register
-@dataclass(frozen=True)
 class WINAInput(TEALInput):
     """Thresholds on |x_i| ||W_in[:, i]||."""
 

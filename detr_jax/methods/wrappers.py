@@ -1,7 +1,7 @@
 """Scores and selectors made from others: one decision for many tokens, neurons in sections, low-rank compensation."""
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import cast
 
 import jax
@@ -29,7 +29,6 @@ def shared_gates(cls: type[TrainedMethod], method: TrainedMethod) -> TrainedMeth
 
 
 @storable
-@dataclass(frozen=True)
 class Pooled(Wrapper):
     """The mean of a score over all tokens of an image, or of each window of consecutive tokens.
 
@@ -61,7 +60,6 @@ class Pooled(Wrapper):
 
 
 @storable
-@dataclass(frozen=True)
 class PartitionedSelector:
     """Computes the first neurons always, asks a selector about the next ones, and never computes the rest.
 
@@ -94,7 +92,6 @@ class PartitionedSelector:
 
 
 @storable
-@dataclass(frozen=True)
 class LowRankCompensation(Wrapper):
     """A selector; what it leaves out goes through factors of low rank.
 

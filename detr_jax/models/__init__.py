@@ -1,7 +1,9 @@
 """Detectors: the protocol, the layers that they share, and the architectures."""
 
+# ruff: noqa: F401 - everything here is public
+
 from detr_jax.models.base import Detector, FFNSpec, HasFFNs, Outputs
-from detr_jax.models.detections import Detections, ImageDetections
+from detr_jax.models.detections import Detections
 from detr_jax.models.detr.config import PRESETS, DetrConfig, preset_config
 from detr_jax.models.detr.modeling import DETR, ImageTokens
 from detr_jax.models.detr.outputs import DetrOutputs
@@ -22,31 +24,3 @@ from detr_jax.models.selection import (
 )
 
 register("detr", DetrConfig, DETR)
-
-__all__ = [
-    "DETR",
-    "PRESETS",
-    "BackboneConfig",
-    "Detections",
-    "Detector",
-    "DetrConfig",
-    "DetrOutputs",
-    "FFNSpec",
-    "FFNTrace",
-    "FFNWeights",
-    "HasFFNs",
-    "ImageDetections",
-    "ImageTokens",
-    "LowRankFactors",
-    "OutputLayer",
-    "Outputs",
-    "Partition",
-    "Permutations",
-    "PlanSelectors",
-    "Preprocessing",
-    "Selection",
-    "Selector",
-    "Selectors",
-    "preset_config",
-    "register",
-]

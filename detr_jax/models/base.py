@@ -20,7 +20,7 @@ from detr_jax.models.selection import FFNWeights, Permutations, PlanSelectors, S
 
 @dataclass(frozen=True)
 class FFNSpec:
-    """Features of a token and hidden neurons of one FFN, and the tokens that go through it: of places or of queries."""
+    """Features of a token and hidden neurons of one FFN, and the tokens that go through it."""
 
     d_model: int
     hidden: int
@@ -91,12 +91,9 @@ class Detector(nnx.Module):
 
     @abc.abstractmethod
     def transform(self, features: Any, *, selectors: Selectors | None = None, trace: bool = False) -> Outputs:
-        """Outputs from what `embed` returned.
+        """Outputs from what `embed` returned, with inputs and hidden activations of every FFN if `trace`.
 
-        Args:
-            features: of a batch.
-            selectors: by name of the FFN, see `known_selectors`; FFNs without one are dense.
-            trace: also return inputs and hidden activations of every FFN.
+        FFNs without one of the `selectors`, see `known_selectors`, are dense.
         """
 
     @abc.abstractmethod
@@ -139,10 +136,7 @@ class Detector(nnx.Module):
     ) -> Any:
         """Outputs for a batch of images from `detr_jax.preprocess_images`; an empty batch gives empty outputs.
 
-        Args:
-            pixel_values: the images.
-            pixel_mask: true where the image is; None where nothing is padding.
-            selectors, trace, options: of `transform`.
+        `pixel_mask` is true where the image is, None where nothing is padding; the rest are options of `transform`.
 
         Raises:
             InputError: if a shape or type does not fit, or as `known_selectors`.
@@ -173,11 +167,7 @@ class Detector(nnx.Module):
         return self.transform(features, selectors=selectors, trace=True).traces or {}
 
     def with_permutations(self, permutations: Mapping[str, Int[np.ndarray, " hidden"]]) -> Self:
-        """The same function with the hidden neurons of some FFNs permuted; this detector stays as it is.
-
-        Raises:
-            InputError: as `permute`, which also says how permutations are given.
-        """
+        """The same function with the hidden neurons of some FFNs permuted, see `permute`; this one stays as it is."""
         copy = nnx.clone(self)
         ffns = copy.ffns
         for name, permutation in permutations.items():
@@ -191,8 +181,7 @@ class Detector(nnx.Module):
     ) -> tuple[RunFFN, dict[str, FFNTrace] | None]:
         """For `transform`: a function that computes FFNs, and the traces that its calls fill in, None without `trace`.
 
-        Raises:
-            InputError: as `known_selectors`.
+        Raises as `known_selectors`.
         """
         selectors, ffns = self.known_selectors(selectors), self.ffns
         traces: dict[str, FFNTrace] | None = {} if trace else None

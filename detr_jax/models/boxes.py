@@ -11,13 +11,9 @@ def corners(boxes: jax.Array) -> jax.Array:
 
 
 def generalised_iou(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Rezatofighi et al. 2019: IoU less the share of the enclosing box that the union leaves empty.
+    """(..., 4) boxes, broadcast against each other -> (...) in [-1, 1].
 
-    Args:
-        a, b: (..., 4) boxes as (cx, cy, w, h), broadcast against each other.
-
-    Returns:
-        (...) in [-1, 1].
+    Rezatofighi et al. 2019: IoU less the share of the enclosing box that the union leaves empty.
     """
     area_a, area_b = a[..., 2] * a[..., 3], b[..., 2] * b[..., 3]
     a, b = corners(a), corners(b)

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from detr_jax.pytrees import pytree
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+
+@pytree
 class Detections:
     """Scored boxes of a batch, one for each object query or as many as a detector returns.
 

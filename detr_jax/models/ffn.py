@@ -1,7 +1,6 @@
 """The feed-forward layer of the transformer: the one module that sparsity acts on."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +10,10 @@ from flax import nnx
 from detr_jax import kernels
 from detr_jax.errors import InputError
 from detr_jax.models.selection import FFNWeights, Selection, Selector
+from detr_jax.pytrees import pytree
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class FFNTrace:
     """Inputs and activations of one FFN.
 

@@ -3,7 +3,7 @@
 import dataclasses
 import typing
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,8 @@ from flax import nnx
 
 from detr_jax.models.base import Detector
 
-
-class Architecture(NamedTuple):
-    """The dataclass of an architecture's configuration, and its module."""
-
-    config: type
-    module: Callable[..., Detector]
-
-
-ARCHITECTURES: dict[str, Architecture] = {}
+ARCHITECTURES: dict[str, tuple[type, Callable[..., Detector]]] = {}
+"""The dataclass of the configuration and the module of each."""
 
 
 def register(name: str, config: type, module: Callable[..., Detector]) -> None:
@@ -31,12 +24,12 @@ def register(name: str, config: type, module: Callable[..., Detector]) -> None:
             earlier versions wrote.
         module: is made as `module(config, dtype=..., rngs=...)`.
     """
-    ARCHITECTURES[name] = Architecture(config, module)
+    ARCHITECTURES[name] = config, module
 
 
 def architecture_of(config: Any) -> str:
     """Name of the architecture that a configuration describes."""
-    return next(name for name, architecture in ARCHITECTURES.items() if architecture.config is type(config))
+    return next(name for name, (described, _) in ARCHITECTURES.items() if described is type(config))
 
 
 class _OneKey(nnx.RngStream):
@@ -52,19 +45,15 @@ def abstract_detector(config: Any, dtype: jnp.dtype) -> Detector:
     def make() -> Detector:
         rngs = nnx.Rngs(0)
         rngs.default = _OneKey(0, tag="default")  # type: ignore[attr-defined]
-        return ARCHITECTURES[architecture_of(config)].module(config, dtype=dtype, rngs=rngs)
+        _, module = ARCHITECTURES[architecture_of(config)]
+        return module(config, dtype=dtype, rngs=rngs)
 
     return nnx.eval_shape(make)
 
 
 def config_from_json(architecture: str, values: dict) -> Any:
-    """Inverse of `dataclasses.asdict`, through JSON.
-
-    Raises:
-        KeyError: if there is no such architecture.
-        TypeError: if a field is missing or unknown.
-    """
-    config = ARCHITECTURES[architecture].config
+    """Inverse of `dataclasses.asdict`, through JSON: a KeyError for an unknown architecture, a TypeError for fields."""
+    config, _ = ARCHITECTURES[architecture]
     return config.from_json(values) if hasattr(config, "from_json") else dataclass_from_json(config, values)
 
 

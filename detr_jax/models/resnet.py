@@ -75,15 +75,9 @@ class ConvNorm(nnx.Module):
         initial_scale: float = 1.0,
     ):
         padding = ((dilation * (size // 2),) * 2,) * 2  # a list could not be hashed
-        options: dict[str, Any] = {
-            "strides": stride,
-            "padding": padding,
-            "kernel_dilation": dilation,
-            "dtype": dtype,
-            "rngs": rngs,
-        }
-        init = nnx.initializers.he_normal()
-        self.conv = nnx.Conv(features_in, features_out, (size, size), use_bias=False, kernel_init=init, **options)
+        steps: dict[str, Any] = {"strides": stride, "padding": padding, "kernel_dilation": dilation}
+        options: dict[str, Any] = {"kernel_init": nnx.initializers.he_normal(), "dtype": dtype, "rngs": rngs}
+        self.conv = nnx.Conv(features_in, features_out, (size, size), use_bias=False, **steps, **options)
         self.norm = FrozenBatchNorm(features_out, initial_scale=initial_scale, dtype=dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """The part of an FFN that is computed, and what decides it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import NamedTuple, Protocol
 
 import jax
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from detr_jax.kernels import Execution, FFNWeights, expand_groups, repeat_per_tile
+from detr_jax.pytrees import pytree
 
 
 class LowRankFactors(NamedTuple):
@@ -51,8 +52,7 @@ class Partition(NamedTuple):
         return of_always, FFNWeights(w_in, b_in, w_out, jnp.zeros_like(bias))
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class Selection:
     """The part of an FFN that is computed exactly.
 

@@ -1,6 +1,6 @@
 """Hard decisions with the gradient of probabilities, to train gates that are in effect."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,6 @@ from detr_jax.pytrees import pytree
 
 
 @pytree
-@dataclass(frozen=True)
 class StraightThrough:
     """A selector whose decisions have the gradient of probabilities (Bengio et al. 2013, arXiv 1308.3432).
 

@@ -46,11 +46,7 @@ class DetrConfig:
 
     @classmethod
     def from_json(cls, values: dict) -> "DetrConfig":
-        """From JSON types; files of version 1 had one FFN size, one number of heads, and two facts about pixels.
-
-        Raises:
-            TypeError: if a field is missing or unknown.
-        """
+        """From JSON types; files of version 1 had one FFN size, one number of heads, and two facts about pixels."""
         values = dict(values)
         for old, new in (("heads", "heads"), ("ffn_features", "ffn_dim")):
             if old in values:
@@ -87,11 +83,7 @@ detector of generated scenes: 128x128 pixels, stride 16, 64 encoder tokens."""
 
 
 def preset_config(name: str) -> DetrConfig:
-    """The configuration of a preset.
-
-    Raises:
-        InputError: if there is no preset of that name.
-    """
+    """The configuration of a preset; raises an InputError if there is none of that name."""
     if name not in PRESETS:
         raise InputError(f"no preset named {name!r}; there are {', '.join(PRESETS)}")
     return PRESETS[name]

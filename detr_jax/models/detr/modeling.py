@@ -1,6 +1,5 @@
 """The detector: backbone, transformer and the two heads."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,10 +16,10 @@ from detr_jax.models.ffn import FFN
 from detr_jax.models.positions import downsample_mask, sine_positions
 from detr_jax.models.resnet import ResNet
 from detr_jax.models.selection import Selectors
+from detr_jax.pytrees import pytree
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class ImageTokens:
     """Features of a batch of images after the backbone, with their positions.
 
@@ -76,7 +75,7 @@ class DETR(Detector):
     @property
     def ffns(self) -> dict[str, FFN]:
         layers: tuple[Any, ...] = (*self.transformer.encoder, *self.transformer.decoder)
-        return {name: layer.ffn for name, layer in zip(self.config.ffn_names, layers, strict=True)}
+        return dict(zip(self.config.ffn_names, (layer.ffn for layer in layers), strict=True))
 
     def ffn_specs(self) -> dict[str, FFNSpec]:
         config = self.config
@@ -95,14 +94,13 @@ class DETR(Detector):
         pixel_mask: Bool[Array, "batch height width"],
         valid: Bool[Array, " batch"],
     ) -> ImageTokens:
-        features = self.backbone(jnp.asarray(pixel_values, self.dtype))
-        batch, height, width, _ = features.shape
+        features = self.input_projection(self.backbone(jnp.asarray(pixel_values, self.dtype)))
+        batch, height, width, d_model = features.shape
         mask = downsample_mask(jnp.asarray(pixel_mask, bool), height, width)
-        positions = sine_positions(mask, self.config.d_model).astype(self.dtype)
+        positions = sine_positions(mask, d_model).astype(self.dtype)
         flat = (batch, height * width)
-        shape = (*flat, self.config.d_model)
-        x = self.input_projection(features).reshape(shape)
-        return ImageTokens(x, positions.reshape(shape), mask.reshape(flat), valid)
+        x, positions = (array.reshape(*flat, d_model) for array in (features, positions))
+        return ImageTokens(x, positions, mask.reshape(flat), valid)
 
     def transform(
         self, features: ImageTokens, *, selectors: Selectors | None = None, trace: bool = False, auxiliary: bool = False

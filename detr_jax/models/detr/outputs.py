@@ -1,7 +1,5 @@
 """DETR's outputs: detections as the official `PostProcess` makes them, and how much sparsity changes them."""
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
@@ -9,13 +7,13 @@ from jaxtyping import Array, Float, Shaped
 from detr_jax.models.boxes import corners
 from detr_jax.models.detections import Detections
 from detr_jax.models.ffn import FFNTrace
+from detr_jax.pytrees import pytree
 
 BOX_WEIGHT = 5.0
 """Of the L1 distance of boxes, as in DETR's loss (Carion et al. 2020)."""
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class DetrOutputs:
     """Outputs of a DETR for a batch of images, in float32.
 

@@ -40,7 +40,7 @@ def detection_loss(outputs: DetrOutputs, targets: Targets) -> jax.Array:
 
 
 def _set_loss(logits: jax.Array, boxes: jax.Array, targets: Targets) -> jax.Array:
-    queries = jax.vmap(match)(jax.nn.softmax(logits), boxes, targets.labels, targets.boxes, targets.valid)
+    queries = jax.vmap(match)(jax.nn.softmax(logits), boxes, targets)
     image = jnp.arange(len(logits))[:, None]
     no_object = logits.shape[-1] - 1
     labels = jnp.full(logits.shape[:2], no_object)
