@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import jax.numpy as jnp
 import tyro
+from studies.allocation_tables import within_loss
 from studies.common import frozen, one_at_a_time, open_splits
 from studies.comparison_plots import plot_comparison
 from studies.comparison_report import comparison_markdown
@@ -19,7 +20,7 @@ from studies.workbench import GRID, Workbench
 from tqdm import tqdm
 
 import detr_jax
-from detr_jax.calibration.allocation import greedy, within_loss
+from detr_jax.calibration.allocation import greedy
 from detr_jax.calibration.thresholds import calibrate, density_threshold, measure_scores, recall_threshold
 from detr_jax.commands import cli
 from detr_jax.commands.data_options import DataOptions

@@ -5,8 +5,9 @@ import json
 
 import numpy as np
 import pytest
+from studies.allocation_tables import cost_table, within_loss
 
-from detr_jax.calibration.allocation import cost_table, greedy, within_loss
+from detr_jax.calibration.allocation import greedy
 
 COSTS = np.array([[1.0, 0.5, 0.2, 0.1]] * 3)
 LOSSES = np.array([[0, 0.1, 0.4, 0.9], [0, 0.01, 0.02, 0.05], [0, 0.5, 0.55, 3.0]])

@@ -78,14 +78,9 @@ class ActivationStatistics(Sums):
 
 
 def require_active(statistics: Mapping[str, ActivationStatistics], data: str) -> None:
-    """Refuses FFNs without any activation, whose output is a constant that no method can be fitted to.
+    """Raises an InputError if the output of an FFN is a constant that no method can be fitted to: none is active.
 
-    Args:
-        statistics: of each FFN by name.
-        data: name of the images or inputs.
-
-    Raises:
-        InputError: naming the FFN.
+    `statistics` are those of each FFN by name, `data` is the name of the images or inputs.
     """
     for name, of_ffn in statistics.items():
         if not np.diagonal(np.asarray(of_ffn.coactive)).any():
@@ -96,16 +91,10 @@ def require_active(statistics: Mapping[str, ActivationStatistics], data: str) ->
 
 @partial(jax.jit, static_argnames="kinds_count")
 def measure(trace: FFNTrace, kinds: jax.Array, *, kinds_count: int) -> ActivationStatistics:
-    """The statistics of one batch.
+    """The statistics of one batch; raises an InputError if it is so large that its counts could overflow.
 
-    Args:
-        trace: what went through the FFN.
-        kinds: (batch, tokens) int, from 0 to K - 1; negative for tokens that do not count, beside those that the trace
-            calls padding.
-        kinds_count: K.
-
-    Raises:
-        InputError: if the batch is so large that its counts could overflow.
+    `kinds` are (batch, tokens) int, from 0 to K - 1; negative for tokens that do not count, beside those that the trace
+    calls padding.
     """
     features = trace.hidden.shape[-1]
     if (pairs := trace.hidden.size) >= 2**31 or pairs // features >= 2**24:
@@ -115,8 +104,7 @@ def measure(trace: FFNTrace, kinds: jax.Array, *, kinds_count: int) -> Activatio
     hidden = trace.hidden.astype(jnp.float32)
     fires = (hidden > 0) & counted[..., None]
 
-    def per_kind(values: jax.Array) -> jax.Array:
-        """Sum of (batch, tokens, n) over the tokens of each kind."""
+    def per_kind(values: jax.Array) -> jax.Array:  # sums of (batch, tokens, n)
         return jnp.stack([jnp.where((kinds == k)[..., None], values, 0).sum((0, 1)) for k in range(kinds_count)])
 
     ones = fires.reshape(-1, features).astype(jnp.float32)  # counts below 2^24 are exact
@@ -131,15 +119,7 @@ def measure(trace: FFNTrace, kinds: jax.Array, *, kinds_count: int) -> Activatio
 
 
 def measure_activations(model: HasFFNs, batches: BatchSource) -> dict[str, ActivationStatistics]:
-    """Activation statistics by FFN while all run dense, all tokens being of one kind.
-
-    Args:
-        model: the FFNs.
-        batches: data; one pass is made.
-
-    Raises:
-        InputError: if there are no images.
-    """
+    """Activation statistics by FFN while all run dense, all tokens being of one kind; raises as `accumulate`."""
     return accumulate(_measure_batch, model, batches, "measure activations")
 
 
@@ -176,11 +156,8 @@ _DESCRIBED = ("fingerprint", "data", "kinds", "batches")
 
 def save_profile(profile: ActivationProfile, path: Path) -> None:
     """Writes statistics; the file appears under its name only once it is whole."""
-    arrays = {
-        f"{name}.{array}": getattr(statistics, array)
-        for name, statistics in profile.statistics.items()
-        for array in _ARRAYS
-    }
+    statistics = profile.statistics.items()
+    arrays = {f"{name}.{array}": getattr(of_ffn, array) for name, of_ffn in statistics for array in _ARRAYS}
     safetensors_io.write(path, FORMAT, {key: getattr(profile, key) for key in _DESCRIBED}, arrays)
 
 
@@ -188,8 +165,8 @@ def load_profile(path: Path, fingerprint: str) -> ActivationProfile:
     """Reads the statistics of a detector.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, holds no statistics, is of another version, or of another detector.
+        MissingFileError: if there is no such file.
+        InputError: if the file is damaged, holds no statistics, is of another version, or of another detector.
     """
     described, arrays = safetensors_io.read(path, FORMAT)
     try:
@@ -231,7 +208,7 @@ def profile_activations(
         checkpoint_batches: batches after which the file is written.
 
     Raises:
-        ValueError: if the devices cannot share a batch, or the file is of another detector, data set or batch size.
+        InputError: if the devices cannot share a batch, or the file is of another detector, data set or batch size.
     """
     mesh, own = mesh_of(model), fingerprint(model)
     data = f"{dataset.name}, {len(dataset)} images in batches of {batch_size}"

@@ -1,7 +1,8 @@
 """Orders of the hidden neurons that bring those together which are needed together.
 
 An FFN is the same function whatever the order of its hidden neurons; groups of consecutive neurons are not. An order
-is an array (F,) whose entry p is the neuron that comes to position p.
+is an array (F,) whose entry p is the neuron that comes to position p. An InputError refuses groups of a size that does
+not divide the neurons.
 """
 
 import numpy as np
@@ -15,15 +16,7 @@ def coactivation_permutation(coactive: np.ndarray, group_size: int) -> np.ndarra
     Greedy: the most active neuron that is left founds a group; then join, one by one, those whose firing overlaps most
     with the members' (Jaccard index, averaged over the members).
 
-    Args:
-        coactive: (F, F) counts of tokens for which both neurons fire; on the diagonal those for which one does.
-        group_size: neurons per group.
-
-    Returns:
-        (F,) order.
-
-    Raises:
-        ValueError: if the neurons cannot be divided into groups of that size.
+    `coactive` are (F, F) counts of tokens for which both neurons fire; on the diagonal those for which one does.
     """
     fired = np.diag(coactive)
     either = np.maximum(fired[:, None] + fired[None, :] - coactive, 1)
@@ -47,17 +40,8 @@ def kmeans_permutation(w_in: np.ndarray, group_size: int, *, seed: int = 0, iter
 
     The expert construction of Zhang et al. 2022, "MoEfication" (section 3.1), which needs no data.
 
-    Args:
-        w_in: (F, d), neurons on rows; rows are compared by direction.
-        group_size: neurons per group.
-        seed: of the first centres.
-        iterations: at most; fewer where nothing moves any more.
-
-    Returns:
-        (F,) order.
-
-    Raises:
-        ValueError: if the neurons cannot be divided into groups of that size.
+    `w_in` is (F, d), neurons on rows, which are compared by direction; the seed is that of the first centres.
+    `iterations` are fewer where nothing moves any more.
     """
     from scipy.optimize import linear_sum_assignment  # slow to import
 

@@ -1,5 +1,6 @@
 """Divergence of a detector's outputs, and the loss of each FFN at each density."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,12 +24,7 @@ def output_divergence(model: Detector, dense: Outputs, sparse: Outputs) -> jax.A
 
 
 class OutputDivergence:
-    """How much selectors change a detector's outputs on a set of images.
-
-    Args:
-        model: the detector.
-        embedded: the images behind the backbone.
-    """
+    """How much selectors change a detector's outputs on images whose backbone features are given."""
 
     def __init__(self, model: Detector, embedded: Sequence[BackboneFeatures]):
         self._model, self._embedded = model, embedded
@@ -36,12 +32,10 @@ class OutputDivergence:
 
     def __call__(self, selectors: Mapping[str, Selector]) -> float:
         """The mean over images of `Detector.divergence`."""
-        changes = [
-            np.asarray(output_divergence(self._model, dense, _outputs(self._model, batch.tokens, dict(selectors))))[
-                batch.valid
-            ]
-            for batch, dense in zip(self._embedded, self._dense, strict=True)
-        ]
+        changes = []
+        for batch, dense in zip(self._embedded, self._dense, strict=True):
+            sparse = _outputs(self._model, batch.tokens, dict(selectors))
+            changes.append(np.asarray(output_divergence(self._model, dense, sparse))[batch.valid])
         return float(np.concatenate(changes).mean())
 
 
@@ -74,26 +68,17 @@ class SensitivityTable:
 def layer_sensitivity(
     change: OutputDivergence, densities: Sequence[float], settings: Mapping[str, Sequence[Selector]]
 ) -> SensitivityTable:
-    """Measures what each density costs in each FFN.
+    """Measures what each density costs in each FFN; raises a ValueError if the densities do not fall from 1.
 
-    Args:
-        change: measures the detector.
-        densities: targets, falling from 1.
-        settings: of each FFN by name its selector at each density, alike but for their numbers: dense FFNs run with the
-            selectors of density 1, so that one program serves all settings.
-
-    Raises:
-        ValueError: if the densities do not fall from 1.
+    `settings` are, of each FFN by name, its selector at each density, alike but for their numbers: dense FFNs run with
+    the selectors of density 1, so that one program serves all settings.
     """
     grid = np.array(densities)
     if not len(grid) or grid[0] != 1 or (np.diff(grid) >= 0).any() or grid[-1] < 0:
         raise ValueError(f"densities must fall from 1 to at least 0, not {list(densities)}")
-    sensitivity = SensitivityTable(
-        tuple(settings), grid, tuple(settings.values()), np.zeros((len(settings), len(grid)))
-    )
-    for i in range(len(settings)):
-        for setting in range(1, len(grid)):
-            choice = [0] * len(settings)
-            choice[i] = setting
-            sensitivity.losses[i, setting] = change(sensitivity.selectors(choice))
-    return sensitivity
+    table = SensitivityTable(tuple(settings), grid, tuple(settings.values()), np.zeros((len(settings), len(grid))))
+    for i, setting in itertools.product(range(len(settings)), range(1, len(grid))):
+        choice = [0] * len(settings)
+        choice[i] = setting
+        table.losses[i, setting] = change(table.selectors(choice))
+    return table

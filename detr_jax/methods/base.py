@@ -119,10 +119,7 @@ class SharedScore(Score, Protocol):
 
 @storable
 class Thresholded(Wrapper):
-    """The selector "score >= threshold", () float32; minus infinity keeps everything.
-
-    Thresholds are set by `detr_jax.calibration`.
-    """
+    """The selector "score >= threshold", () float32; minus infinity keeps everything."""
 
     score: Score
     threshold: jax.Array
@@ -137,11 +134,7 @@ class Thresholded(Wrapper):
         return dataclasses.replace(self, threshold=jnp.float32(threshold))
 
     def at_probability(self, probability: float) -> "Thresholded":
-        """The same with a probability as threshold.
-
-        Raises:
-            InputError: if it is none, or the score is no probability.
-        """
+        """The same with a probability as threshold; an InputError if it is none, or the score is no probability."""
         unit = getattr(self.score, "unit", None)
         if unit is None:
             raise InputError(

@@ -12,22 +12,13 @@ from detr_jax.models import FFNWeights, Selection, Selector, Selectors
 
 @storable
 class Executed(Wrapper):
-    """Another selector, and how the FFN computes what it selects.
-
-    Attributes:
-        selector: decides about groups or neurons.
-        execution: tiles, blocks and implementation.
-    """
+    """Another selector, which decides about groups or neurons, and how the FFN computes what it selects."""
 
     selector: Selector
     execution: Execution = dataclasses.field(metadata={"static": True})
 
     def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> Selection:
-        """Selects.
-
-        Raises:
-            ValueError: if the selector leaves out channels or compensates, which only the masked reference can.
-        """
+        """Raises an InputError if the selector leaves out channels or compensates: only the masked reference can."""
         selection = self.selector(ffn, x, tokens)
         fixed = selection.sections is not None and not selection.sections.gated
         groups = selection.active is not None or fixed

@@ -57,12 +57,9 @@ def obs_ranking(weights: FFNWeights, moments: "Moments") -> np.ndarray:
 
 
 def reconstruct_output(weights: FFNWeights, moments: "Moments", kept: np.ndarray) -> OutputLayer:
-    """The output layer of an FFN of which some neurons are left; `w_out` (F, d) is 0 for the others.
+    """The output layer of an FFN of which the neurons `kept` (F,) bool are left; `w_out` (F, d) is 0 for the others.
 
-    Args:
-        weights: of the FFN.
-        moments: of its hidden activations.
-        kept: (F,) bool.
+    `moments` are those of its hidden activations.
     """
     _check(weights, moments)
     if kept.shape != (len(weights.w_in),) or kept.dtype != bool:
@@ -77,9 +74,7 @@ def reconstruct_output(weights: FFNWeights, moments: "Moments", kept: np.ndarray
 def reconstruct_from_kept(weights: FFNWeights, moments: "CrossMoments") -> OutputLayer:
     """The output layer of an FFN that computes other neurons for other tokens; 0 for those that it never computes.
 
-    Args:
-        weights: of the FFN.
-        moments: of the hidden activations (F,), 0 where they are left out, as inputs, and h W_out (d,) as outputs.
+    `moments` are those of the hidden activations (F,), 0 where they are left out, and of h W_out (d,) as outputs.
     """
     _check(weights, moments.inputs)
     own = np.asarray(weights.w_out, np.float64)

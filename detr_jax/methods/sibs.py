@@ -71,14 +71,9 @@ class SIBS(Method):
 def find_indicators(
     statistics: "ActivationStatistics", *, tau: float, indicators: int, confidence: float = 1.96, name: str = "the FFN"
 ) -> IndicatorSelector:
-    """SIBS for one FFN.
+    """SIBS for one FFN, with fewer indicators where no other one would silence anything.
 
-    Args:
-        statistics: of the FFN.
-        tau: see `SIBS`.
-        indicators: K at most; fewer where no other one would silence anything.
-        confidence: of the lower bound, in standard deviations (Wilson's interval for a share).
-        name: of the FFN, for errors.
+    The `confidence` of the lower bound is in standard deviations (Wilson's interval for a share), `name` for errors.
 
     Raises:
         InputError: if `tau` is no share, or no neuron is active.

@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from detr_jax.errors import InputError
 from detr_jax.methods.base import FitMaterial, Traits, group_sums, register, storable
 from detr_jax.methods.grouping import group_count
 from detr_jax.methods.topk import ByRank
-from detr_jax.methods.wrappers import Pooled
+from detr_jax.methods.wrappers import Pooled, truncated_svd
 from detr_jax.models import FFNWeights
 
 
@@ -54,15 +53,9 @@ def sketch(ffn: FFNWeights, mean: np.ndarray, covariance: np.ndarray, rank: int,
     The matrix A of rank r that minimises E ||(W_in - A)(x - E x)||^2 is the truncated singular value decomposition of
     W_in C^(1/2), times C^(-1/2).
 
-    Args:
-        ffn: the FFN.
-        mean, covariance: (d,) and (d, d) of its inputs, C.
-        rank: r, from 1 to the number of channels; others raise an InputError.
-        group_size: neurons per group.
+    `mean` (d,) and `covariance` C (d, d) are those of the FFN's inputs; raises as `truncated_svd`.
     """
-    features, d_model = ffn.w_in.shape
-    if not 1 <= rank <= min(features, d_model):
-        raise InputError(f"the rank must be from 1 to {min(features, d_model)}, not {rank}")
+    d_model = ffn.w_in.shape[1]
     if mean.shape != (d_model,) or covariance.shape != (d_model, d_model):
         raise ValueError(f"an FFN of {d_model} channels does not fit a covariance of shape {covariance.shape}")
     w_in = np.asarray(ffn.w_in, np.float64)
@@ -70,9 +63,8 @@ def sketch(ffn: FFNWeights, mean: np.ndarray, covariance: np.ndarray, rank: int,
     ridge = 1e-4 * max(np.trace(covariance) / d_model, np.finfo(np.float32).tiny)
     variances, axes = np.linalg.eigh(covariance + ridge * np.eye(d_model))
     deviations = np.sqrt(np.maximum(variances, ridge))
-    left, values, right = np.linalg.svd(w_in @ (axes * deviations), full_matrices=False)
-    up = (left[:, :rank] * values[:rank]).T
-    down = (axes / deviations) @ right[:rank].T
+    neurons, channels = truncated_svd(w_in @ (axes * deviations), rank)
+    up, down = neurons.T, (axes / deviations) @ channels.T
     bias = np.asarray(ffn.b_in, np.float64) + (w_in - (down @ up).T) @ mean
     norms = np.linalg.norm(np.asarray(ffn.w_out, np.float64), axis=1)
     array = partial(jnp.asarray, dtype=jnp.float32)

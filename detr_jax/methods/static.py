@@ -30,17 +30,14 @@ class Importance(Free):
 
 @storable
 class Fixed(Free):
-    """Groups that are chosen once for all; `PartitionedSelector` does so for neurons that a permutation collected.
-
-    Attributes:
-        kept: (G,) bool.
-        second: a second layer, of all neurons, that makes up for the other groups; None for the FFN's own.
-    """
+    """Groups that are chosen once for all; `PartitionedSelector` does so for neurons that a permutation collected."""
 
     traits = Traits("statistics", "group", "both", dynamic=False, tile_size=None)
 
     kept: jax.Array
+    """(G,) bool."""
     second: OutputLayer | None = None
+    """An output layer, of all neurons, that makes up for the other groups; None for the FFN's own."""
 
     def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> Selection:
         kept = jnp.broadcast_to(self.kept, (*x.shape[:-2], 1, *self.kept.shape))

@@ -12,15 +12,11 @@ from detr_jax.models import FFNWeights, Selection
 
 @storable
 class TopK(Wrapper):
-    """Keeps the k largest scores of every token; where ties would make them more, the ones that tie are left out.
-
-    Attributes:
-        score: of the method.
-        k: () int32.
-    """
+    """Keeps the k largest scores of every token; where ties would make them more, the ones that tie are left out."""
 
     score: Score
     k: jax.Array
+    """() int32."""
 
     def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> Selection:
         # A sort is slow; the k-th largest is found bit by bit.

@@ -30,17 +30,13 @@ def shared_gates(cls: type[TrainedMethod], method: TrainedMethod) -> TrainedMeth
 
 @storable
 class Pooled(Wrapper):
-    """The mean of a score over all tokens of an image, or of each window of consecutive tokens.
-
-    Attributes:
-        of: the score that is averaged.
-        odds: it is in log-odds; average the probabilities.
-        window: tokens per window; None for whole images.
-    """
+    """The mean of a score over all tokens of an image, or of each window of consecutive tokens."""
 
     of: Score
     odds: bool = field(metadata={"static": True})
+    """The score is in log-odds; average the probabilities."""
     window: int | None = field(default=None, metadata={"static": True})
+    """Tokens per window; None for whole images."""
 
     @property
     def unit(self) -> str | None:
@@ -77,7 +73,7 @@ class PartitionedSelector:
 
     def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> Selection:
         sections = Partition(self.always, self.gated)
-        if sections.always + sections.gated > len(ffn.w_in):
+        if self.always + self.gated > len(ffn.w_in):
             raise ValueError(f"sections of {self.always} and {self.gated} neurons do not fit an FFN of {len(ffn.w_in)}")
         _, gated = sections.parts(ffn)
         selection = Selection() if self.gate is None else self.gate(gated, x, tokens)
@@ -97,10 +93,6 @@ class LowRankCompensation(Wrapper):
 
     Over a score of input channels it is R-Sparse; over a selector of hidden neurons the same idea for both matrices
     (our reading).
-
-    Attributes:
-        of: the selector.
-        factors: of the FFN's matrices.
     """
 
     of: Thresholded
@@ -116,15 +108,17 @@ class LowRankCompensation(Wrapper):
 
 
 def low_rank_factors(ffn: FFNWeights, rank: int) -> LowRankFactors:
-    """The best factors of rank r of both matrices, by singular value decomposition.
+    """The best factors of rank r of both matrices, see `truncated_svd`."""
+    factors = (factor for matrix in (ffn.w_in, ffn.w_out) for factor in truncated_svd(matrix, rank))
+    return LowRankFactors(*(jnp.asarray(factor, jnp.float32) for factor in factors))
+
+
+def truncated_svd(matrix: jax.Array | np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """(F, r) and (r, d) whose product is the best approximation of a matrix (F, d) by one of rank r.
 
     Raises an InputError if the rank is not from 1 to the number of channels.
     """
-    features, d_model = ffn.w_in.shape
-    if not 1 <= rank <= min(features, d_model):
-        raise InputError(f"the rank must be from 1 to {min(features, d_model)}, not {rank}")
-    factors = []
-    for matrix in (ffn.w_in, ffn.w_out):
-        left, values, right = np.linalg.svd(np.asarray(matrix, np.float64), full_matrices=False)
-        factors += [left[:, :rank] * values[:rank], right[:rank]]
-    return LowRankFactors(*(jnp.asarray(factor, jnp.float32) for factor in factors))
+    if not 1 <= rank <= min(matrix.shape):
+        raise InputError(f"the rank must be from 1 to {min(matrix.shape)}, not {rank}")
+    left, values, right = np.linalg.svd(np.asarray(matrix, np.float64), full_matrices=False)
+    return left[:, :rank] * values[:rank], right[:rank]

@@ -5,11 +5,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
+from studies.allocation_tables import cost_table
 from studies.common import Rows, Splits, cached, describe, embed, train
 from tqdm import tqdm
 
 from detr_jax.calibration.activations import ActivationStatistics, profile_activations
-from detr_jax.calibration.allocation import cost_table
 from detr_jax.calibration.moments import measure_moments
 from detr_jax.calibration.permutation import coactivation_permutation, kmeans_permutation
 from detr_jax.calibration.sensitivity import OutputDivergence, SensitivityTable, layer_sensitivity
