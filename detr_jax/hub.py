@@ -37,13 +37,12 @@ def download(repository: str, revision: str | None = None, *, filename: str, rem
         return Path(hf_hub_download(repository.removeprefix(PREFIX), filename, revision=revision))
 
 
-def download_folder(repository: str, revision: str | None = None, *, patterns: list[str], remedy: str) -> Path:
+def download_folder(repository: str, *, patterns: list[str], remedy: str) -> Path:
     """A folder with the files of a repository that match one of the patterns; see `download`."""
     from huggingface_hub import snapshot_download
 
-    with _reachable(f"one of {', '.join(patterns)}", repository, revision, remedy):
-        folder = snapshot_download(repository.removeprefix(PREFIX), revision=revision, allow_patterns=patterns)
-        return Path(folder)
+    with _reachable(f"one of {', '.join(patterns)}", repository, None, remedy):
+        return Path(snapshot_download(repository.removeprefix(PREFIX), allow_patterns=patterns))
 
 
 def upload(path: Path, repository: str, filename: str, *, private: bool, message: str) -> str:

@@ -43,18 +43,13 @@ def join_cluster() -> None:
                 raise InputError(f"{name} is {given[name]!r}, not a number")
         count, index = int(given[names[1]]), int(given[names[2]])
         jax.distributed.initialize(given[names[0]], count, index, cluster_detection_method="deactivate")
-    elif _in_slurm_step() or _on_tpu_vm():
-        jax.distributed.initialize()
-
-
-def _in_slurm_step() -> bool:
-    return "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
-
-
-def _on_tpu_vm() -> bool:
+        return
+    in_slurm_step = "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
     # JAX sets the variable as it is imported where it finds libtpu and TPU chips.
     platforms = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
-    return os.environ.get("TPU_ML_PLATFORM") == "JAX" and "tpu" in platforms
+    on_tpu_vm = os.environ.get("TPU_ML_PLATFORM") == "JAX" and "tpu" in platforms
+    if in_slurm_step or on_tpu_vm:
+        jax.distributed.initialize()
 
 
 def is_first_process() -> bool:
@@ -140,7 +135,7 @@ def to_host(tree: Tree) -> Tree:
 
 @partial(jax.jit, static_argnames="mesh")
 def _gather(tree, *, mesh):
-    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))
+    return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 
 def to_host_local(tree: Tree) -> Tree:

@@ -42,11 +42,7 @@ class SparseDETR:
 
     @classmethod
     def of(cls, model: Detector, plan: Plan) -> "SparseDETR":
-        """A detector in its own order, with a plan that was made for it.
-
-        Raises:
-            ValueError: if the plan was made for another detector, or its selectors do not fit.
-        """
+        """A detector in its own order, with a plan; an InputError if the plan is for another one or does not fit."""
         check_plan(plan, model, fingerprint(model), "the plan")
         return cls(model.with_permutations(plan.permutations), plan)
 
@@ -142,9 +138,7 @@ class SparseDETR:
     def execution_report(self, image_size: tuple[int, int], batch_size: int = 1) -> dict[str, FFNExecution]:
         """How each FFN is computed on this device, without computing it: what runs, and why nothing faster does.
 
-        Args:
-            image_size: height and width of the images in pixels.
-            batch_size: images per batch.
+        `image_size` is (height, width) in pixels.
 
         >>> import detr_jax
         >>> model = detr_jax.load_sparse("detr-tiny").with_implementation("xla")
@@ -221,9 +215,8 @@ class SparseDETR:
         >>> model.plan.selectors["encoder.0"].execution
         Execution(tile_size=None, block_size=None, exact=False, ordered=False, implementation=None)
         """
-        ways = {"masked": None, "auto": Execution()} | {
-            name: Execution(implementation=name) for name in IMPLEMENTATIONS
-        }
+        named = {name: Execution(implementation=name) for name in IMPLEMENTATIONS}
+        ways = {"masked": None, "auto": Execution()} | named
         if isinstance(implementation, str) and implementation not in ways:
             known = ", ".join(ways)
             raise InputError(f"there is no implementation {implementation!r} of the sparse FFN; there are {known}")

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from detr_jax.training.budgets import Budget
     from detr_jax.training.fit import Fit, FitOptions
 
-CALIBRATION_IMAGES = 128
-
 
 def sparsify(
     detector: Detector,
@@ -29,7 +27,7 @@ def sparsify(
     method: str | Method = "mgs",
     budget: Budget | None = None,
     *,
-    calibration: Dataset | int = CALIBRATION_IMAGES,
+    calibration: Dataset | int = 128,
     options: FitOptions | None = None,
     folder: Path | str | None = None,
     resume: bool = False,
@@ -108,12 +106,7 @@ def fit(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Fit:
-    """Checks everything, claims the folder and fits a method, which can be given several budgets then.
-
-    Args:
-        budgets: that it will be asked for.
-        detector, data, method, calibration, options, folder, resume, overwrite, progress: as of `sparsify`.
-    """
+    """Checks everything, claims the folder and fits a method, which can be given the `budgets` then; see `sparsify`."""
     from detr_jax.run_folder import open_run
     from detr_jax.training.fit import OUTPUTS, Fit, FitOptions, check_budget, hold_out
 

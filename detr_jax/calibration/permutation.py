@@ -9,6 +9,9 @@ import numpy as np
 
 from detr_jax.methods.grouping import group_count
 
+_ITERATIONS = 20
+"""Of k-means at most."""
+
 
 def coactivation_permutation(coactive: np.ndarray, group_size: int) -> np.ndarray:
     """Groups of neurons that fire for the same tokens, the most active groups first.
@@ -35,21 +38,20 @@ def coactivation_permutation(coactive: np.ndarray, group_size: int) -> np.ndarra
     return np.array(order)
 
 
-def kmeans_permutation(w_in: np.ndarray, group_size: int, *, seed: int = 0, iterations: int = 20) -> np.ndarray:
+def kmeans_permutation(w_in: np.ndarray, group_size: int) -> np.ndarray:
     """Groups of neurons with similar input weights, by balanced k-means.
 
     The expert construction of Zhang et al. 2022, "MoEfication" (section 3.1), which needs no data.
 
-    `w_in` is (F, d), neurons on rows, which are compared by direction; the seed is that of the first centres.
-    `iterations` are fewer where nothing moves any more.
+    `w_in` is (F, d), neurons on rows, which are compared by direction.
     """
     from scipy.optimize import linear_sum_assignment  # slow to import
 
     groups = group_count(len(w_in), group_size)
     rows = w_in / np.maximum(np.linalg.norm(w_in, axis=1, keepdims=True), np.finfo(np.float32).tiny)
-    centres = rows[np.random.default_rng(seed).permutation(len(rows))[:groups]]
+    centres = rows[np.random.default_rng(0).permutation(len(rows))[:groups]]
     assigned = np.full(len(rows), -1)
-    for _ in range(iterations):
+    for _ in range(_ITERATIONS):
         # Every centre has as many places as a group has members; the assignment is the best there is.
         _, places = linear_sum_assignment(np.repeat(-rows @ centres.T, group_size, axis=1))
         if np.array_equal(places // group_size, assigned):
