@@ -273,8 +273,9 @@ class TrainedMethod(Method):
 
     @property
     def gates(self) -> "TrainedMethod":
-        """The method that trains the same gates, itself or one that it shares them with."""
-        return self
+        """The method that trains the same gates, with the same options: that whose `init` and `loss` this one has."""
+        cls = next(cls for cls in type(self).__mro__ if vars(cls).keys() & {"init", "loss"})
+        return cls(**{option.name: getattr(self, option.name) for option in dataclasses.fields(cls)})
 
     def init(self, shape: tuple[int, int], key: jax.Array) -> Score:
         """A gate that gives every group even odds, for an FFN of `shape` (hidden neurons, d)."""

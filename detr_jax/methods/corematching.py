@@ -1,8 +1,8 @@
 """CoreMatching: one set of groups for all tokens of an image."""
 
-from detr_jax.methods.base import FitMaterial, TrainedMethod, register
+from detr_jax.methods.base import FitMaterial, register
 from detr_jax.methods.mgs import MGS
-from detr_jax.methods.wrappers import Pooled, shared_gates
+from detr_jax.methods.wrappers import Pooled
 
 
 @register
@@ -13,10 +13,6 @@ class CoreMatching(MGS):
     paper = 'Wang et al. 2025, "CoreMatching", arXiv 2505.19235'
     decides = "image"
     unit = "probability"
-
-    @property
-    def gates(self) -> TrainedMethod:
-        return shared_gates(MGS, self)
 
     def fit(self, material: FitMaterial) -> Pooled:
         return Pooled(material.gate, odds=True)

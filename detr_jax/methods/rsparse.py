@@ -1,9 +1,9 @@
 """R-Sparse: large input channels exactly, the rest through factors of low rank."""
 
-from detr_jax.methods.base import FitMaterial, Method, Thresholded, TrainedMethod, register
+from detr_jax.methods.base import FitMaterial, Method, Thresholded, register
 from detr_jax.methods.mgs import MGS
 from detr_jax.methods.teal import InputMagnitude
-from detr_jax.methods.wrappers import LowRankCompensation, low_rank_factors, shared_gates
+from detr_jax.methods.wrappers import LowRankCompensation, low_rank_factors
 from detr_jax.models import FFNWeights
 
 
@@ -42,7 +42,3 @@ class MGSRSparse(_Compensated, MGS):
 
     rank: int = 4
     """Of the factors."""
-
-    @property
-    def gates(self) -> TrainedMethod:
-        return shared_gates(MGS, self)

@@ -2,9 +2,8 @@
 
 import jax
 
-from detr_jax.methods.base import FitMaterial, Score, TrainedMethod, Wrapper, register, storable
+from detr_jax.methods.base import FitMaterial, Score, Wrapper, register, storable
 from detr_jax.methods.mgs import MGS
-from detr_jax.methods.wrappers import shared_gates
 from detr_jax.models import FFNWeights
 
 
@@ -28,10 +27,6 @@ class Spark(MGS):
     name = "stat-topk"
     paper = 'You et al. 2025, "Spark Transformer", arXiv 2506.06644'
     unit = None
-
-    @property
-    def gates(self) -> TrainedMethod:
-        return shared_gates(MGS, self)
 
     def fit(self, material: FitMaterial) -> Standardised:
         return Standardised(material.gate)

@@ -9,23 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from detr_jax.errors import InputError
-from detr_jax.methods.base import (
-    MethodSelector,
-    Score,
-    SharedScore,
-    Thresholded,
-    TrainedMethod,
-    Traits,
-    Wrapper,
-    storable,
-)
+from detr_jax.methods.base import MethodSelector, Score, SharedScore, Thresholded, Traits, Wrapper, storable
 from detr_jax.methods.tiles import mean_of_tokens
 from detr_jax.models import FFNWeights, LowRankFactors, OutputLayer, Partition, Selection
-
-
-def shared_gates(cls: type[TrainedMethod], method: TrainedMethod) -> TrainedMethod:
-    """The method of class `cls` with the options of `method` that both have: it trains the gates of both."""
-    return cls(**{option.name: getattr(method, option.name) for option in dataclasses.fields(cls)})
 
 
 @storable
