@@ -21,21 +21,18 @@ Migration = Callable[[Header, Arrays], tuple[Header, Arrays]]
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of file.
-
-    Attributes:
-        name: stands in the file's header.
-        version: of the layout; files of newer ones are refused, and older ones that cannot be migrated.
-        holds: what the file holds, for errors: "a plan".
-        remedy: what to do where there is no file, for errors.
-        migrations: from an earlier version to the next, by the earlier one.
-    """
+    """A kind of file."""
 
     name: str
+    """Stands in the file's header."""
     version: int
+    """Of the layout; files of newer ones are refused, and older ones that cannot be migrated."""
     holds: str
+    """What the file holds, for errors: "a plan"."""
     remedy: str
+    """What to do where there is no file, for errors."""
     migrations: Mapping[int, Migration] = field(default_factory=dict)
+    """From an earlier version to the next, by the earlier one."""
 
 
 def write(path: Path, format: Format, description: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:

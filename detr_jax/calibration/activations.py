@@ -48,23 +48,20 @@ FORMAT = Format(
 
 @pytree
 class ActivationStatistics(Sums):
-    """Sums over the tokens of an FFN, in K kinds of tokens; of one batch as int32 and float32, of many as 64 bits.
-
-    Attributes:
-        images: () number of images.
-        tokens: (K,) number of tokens.
-        fired: (K, F) tokens for which the neuron fires, that is has an activation above 0.
-        coactive: (F, F) tokens of any kind for which both neurons fire; its diagonal is the sum of `fired`.
-        images_fired: (F,) images with a token for which the neuron fires.
-        hidden: (K, F) sum of the activations h.
-    """
+    """Sums over the tokens of an FFN, in K kinds of tokens; of one batch as int32 and float32, of many as 64 bits."""
 
     images: Array
+    """() number of images."""
     tokens: Array
+    """(K,) number of tokens."""
     fired: Array
+    """(K, F) tokens for which the neuron fires, that is has an activation above 0."""
     coactive: Array
+    """(F, F) tokens of any kind for which both neurons fire; its diagonal is the sum of `fired`."""
     images_fired: Array
+    """(F,) images with a token for which the neuron fires."""
     hidden: Array
+    """(K, F) sum of the activations h."""
 
     def of_neurons(self, order: np.ndarray) -> "ActivationStatistics":
         """The same neurons in another order, (F,) as in `detr_jax.calibration.permutation`."""
@@ -133,21 +130,18 @@ def _measure_batch(model, batch):
 
 @dataclass(frozen=True)
 class ActivationProfile:
-    """Activation statistics of a detector's FFNs, and what they were made from.
-
-    Attributes:
-        fingerprint: of the detector, see `detr_jax.fingerprint`.
-        data: name of the data set.
-        kinds: names of the kinds of tokens of each FFN.
-        batches: number of batches that were measured, from which a pass resumes.
-        statistics: of each FFN by name.
-    """
+    """Activation statistics of a detector's FFNs, and what they were made from."""
 
     fingerprint: str
+    """Of the detector, see `detr_jax.fingerprint`."""
     data: str
+    """Name of the data set."""
     kinds: dict[str, tuple[str, ...]]
+    """Names of the kinds of tokens of each FFN."""
     batches: int
+    """Number of batches that were measured, from which a pass resumes."""
     statistics: dict[str, ActivationStatistics]
+    """Of each FFN by name."""
 
 
 _ARRAYS = tuple(field.name for field in dataclasses.fields(ActivationStatistics))

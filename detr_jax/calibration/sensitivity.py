@@ -41,19 +41,16 @@ class OutputDivergence:
 
 @dataclass(frozen=True)
 class SensitivityTable:
-    """One method at several densities in each FFN, the others dense.
-
-    Attributes:
-        names: of the FFNs.
-        densities: (settings,) targets, from 1, which is dense, to the sparsest.
-        settings: of each FFN its selector at each density.
-        losses: (FFNs, settings) change of the outputs.
-    """
+    """One method at several densities in each FFN, the others dense."""
 
     names: tuple[str, ...]
+    """Of the FFNs."""
     densities: np.ndarray
+    """(settings,) targets, from 1, which is dense, to the sparsest."""
     settings: tuple[Sequence[Selector], ...]
+    """Of each FFN its selector at each density."""
     losses: np.ndarray
+    """(FFNs, settings) change of the outputs."""
 
     @property
     def density_costs(self) -> np.ndarray:

@@ -28,15 +28,12 @@ _BINS = 2 ** (32 - _DROPPED_BITS)
 
 @pytree
 class ScoreHistogram(Sums):
-    """Scores of one FFN; of a batch as int32, of many as int64.
-
-    Attributes:
-        all: (bins,) scores of all tokens (or tiles of them) and groups, neurons or channels.
-        firing: (bins,) of them, those of groups or neurons that fire; zeros for channels.
-    """
+    """Scores of one FFN; of a batch as int32, of many as int64."""
 
     all: Array
+    """(bins,) scores of all tokens (or tiles of them) and groups, neurons or channels."""
     firing: Array
+    """(bins,) of them, those of groups or neurons that fire; zeros for channels."""
 
 
 def score_histogram(score: Score, weights: FFNWeights, trace: FFNTrace, tile_size: int = 1) -> ScoreHistogram:

@@ -46,22 +46,18 @@ def storable(cls: Class) -> Class:
 
 
 class Traits(NamedTuple):
-    """Facts about a score or selector.
-
-    Attributes:
-        needs: what it is made from.
-        granularity: of its decisions: hidden neurons, groups of them, channels of the FFN's input, or groups for all
-            tokens of an image or window at once.
-        saves: matrix products that become smaller.
-        dynamic: whether it depends on the input.
-        tile_size: consecutive tokens per decision; None for all tokens of an image.
-    """
+    """Facts about a score or selector."""
 
     needs: Literal["nothing", "statistics", "training"]
+    """What it is made from."""
     granularity: Literal["neuron", "group", "channel", "image"]
+    """Hidden neurons, groups of them, channels of the FFN's input, or groups for all tokens of a tile at once."""
     saves: Literal["both", "first", "second"]
+    """Matrix products that become smaller."""
     dynamic: bool = True
+    """Whether it depends on the input."""
     tile_size: int | None = 1
+    """Consecutive tokens per decision; None for all tokens of an image."""
 
 
 class Free:

@@ -24,19 +24,16 @@ if TYPE_CHECKING:
 
 @storable
 class IndicatorSelector:
-    """Indicators and what they silence.
-
-    Attributes:
-        indicators: (K,) int32, neurons.
-        silenced: (K, F) bool, the neurons that each indicator tells to be silent.
-        alive: (F,) bool, neurons that have ever fired.
-    """
+    """Indicators and what they silence."""
 
     traits = Traits("statistics", "neuron", "both")
 
     indicators: jax.Array
+    """(K,) int32, neurons."""
     silenced: jax.Array
+    """(K, F) bool, the neurons that each indicator tells to be silent."""
     alive: jax.Array
+    """(F,) bool, neurons that have ever fired."""
 
     def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> Selection:
         fires = hidden_activations(x, ffn.w_in[self.indicators], ffn.b_in[self.indicators]) > 0

@@ -10,34 +10,28 @@ from detr_jax.pytrees import pytree
 
 @pytree
 class Detections:
-    """Scored boxes of a batch, one for each object query or as many as a detector returns.
-
-    Attributes:
-        scores: (batch, queries) float32, probability of the class.
-        labels: (batch, queries) int32, classes.
-        boxes: (batch, queries, 4) float32, (x0, y0, x1, y1) in pixels of the original image.
-    """
+    """Scored boxes of a batch, one for each object query or as many as a detector returns."""
 
     scores: jax.Array
+    """(batch, queries) float32, probability of the class."""
     labels: jax.Array
+    """(batch, queries) int32, classes."""
     boxes: jax.Array
+    """(batch, queries, 4) float32, (x0, y0, x1, y1) in pixels of the original image."""
 
 
 @dataclass(frozen=True)
 class ImageDetections:
-    """What was found in one image, the best first.
-
-    Attributes:
-        boxes: (objects, 4) float32, (x0, y0, x1, y1) in pixels.
-        labels: (objects,) int32 classes.
-        names: of the classes, empty for one without a name.
-        scores: (objects,) float32 from 0 to 1.
-    """
+    """What was found in one image, the best first."""
 
     boxes: np.ndarray
+    """(objects, 4) float32, (x0, y0, x1, y1) in pixels."""
     labels: np.ndarray
+    """(objects,) int32 classes."""
     names: tuple[str, ...]
+    """Of the classes, empty for one without a name."""
     scores: np.ndarray
+    """(objects,) float32 from 0 to 1."""
 
     def __len__(self) -> int:
         return len(self.scores)

@@ -15,19 +15,16 @@ from detr_jax.pytrees import pytree
 
 @pytree
 class FFNTrace:
-    """Inputs and activations of one FFN.
-
-    Attributes:
-        inputs: (batch, tokens, d).
-        hidden: (batch, tokens, F) after the ReLU, as the dense FFN has them for these inputs.
-        tokens: (batch, tokens) bool, false for tokens that do not count: padding, and images that only fill the batch.
-        selection: what was computed.
-    """
+    """Inputs and activations of one FFN."""
 
     inputs: jax.Array
+    """(batch, tokens, d)."""
     hidden: jax.Array
+    """(batch, tokens, F) after the ReLU, as the dense FFN has them for these inputs."""
     tokens: jax.Array
+    """(batch, tokens) bool, false for tokens that do not count: padding, and images that only fill the batch."""
     selection: Selection
+    """What was computed."""
 
 
 def trace(weights: FFNWeights, x: jax.Array, tokens: jax.Array, selector: Selector | None = None) -> FFNTrace:

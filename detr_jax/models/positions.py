@@ -8,14 +8,10 @@ EPSILON = 1e-6
 
 
 def sine_positions(mask: jax.Array, features: int) -> jax.Array:
-    """Carion et al. 2020, supplementary A.4: rows in the first half of the features, columns in the second.
+    """(batch, height, width) bool, true where the image is -> (batch, height, width, features) float32.
 
-    Args:
-        mask: (batch, height, width) bool, true where the image is.
-        features: number of features, a multiple of 4.
-
-    Returns:
-        (batch, height, width, features) float32; positions run from 0 to 2 pi over the unpadded image.
+    Carion et al. 2020, supplementary A.4: rows in the first half of the features, whose number must be a multiple of 4,
+    columns in the second. Positions run from 0 to 2 pi over the unpadded image.
     """
     if features % 4:
         raise ValueError(f"positions need a multiple of 4 features, got {features}")

@@ -22,27 +22,21 @@ class LowRankFactors(NamedTuple):
 
 
 class OutputLayer(NamedTuple):
-    """A second layer in place of an FFN's own, fitted to what is left of the hidden neurons.
-
-    Attributes:
-        w_out: (n, d) rows of the neurons that may be computed, all F of them or those of the first two sections.
-        b_out: (d,).
-    """
+    """A second layer in place of an FFN's own, fitted to what is left of the hidden neurons."""
 
     w_out: jax.Array
+    """(n, d) rows of the neurons that may be computed, all F of them or those of the first two sections."""
     b_out: jax.Array
+    """(d,)."""
 
 
 class Partition(NamedTuple):
-    """The hidden neurons of an FFN in three parts, in this order; the rest is never computed.
-
-    Attributes:
-        always: neurons that are computed for every token.
-        gated: neurons that a selector decides about.
-    """
+    """The hidden neurons of an FFN in three parts, in this order; the rest is never computed."""
 
     always: int
+    """Neurons that are computed for every token."""
     gated: int
+    """Neurons that a selector decides about."""
 
     def parts(self, weights: FFNWeights) -> tuple[FFNWeights, FFNWeights]:
         """The FFN of the neurons that are always computed, and that of the gated ones, which has no bias."""
@@ -54,29 +48,24 @@ class Partition(NamedTuple):
 
 @pytree
 class Selection:
-    """The part of an FFN that is computed exactly.
-
-    Attributes:
-        active: (..., decisions, G) bool, the groups of consecutive hidden neurons, all of them or the gated section's;
-            None for all of them.
-        tile_size: consecutive tokens that a decision is about; None for all tokens of an image.
-        sections: of the neurons, if not all of them are gated.
-        second: a second layer that makes up for what is left out; None for the FFN's own.
-        channels: (..., tokens, d) bool, the channels of x that enter the first product; None for all of them.
-        factors: what stands in for the rest; None leaves it out.
-        mask: (..., tokens, G) float of the values of `active`, through which gates get a gradient while they are
-            trained; None otherwise.
-        execution: how the FFN is computed without the rest; None for the masked reference.
-    """
+    """The part of an FFN that is computed exactly."""
 
     active: jax.Array | None = None
+    """(..., decisions, G) bool, the groups of consecutive hidden neurons, all or the gated section's; None for all."""
     channels: jax.Array | None = None
+    """(..., tokens, d) bool, the channels of x that enter the first product; None for all of them."""
     factors: LowRankFactors | None = None
+    """What stands in for the rest; None leaves it out."""
     second: OutputLayer | None = None
+    """A second layer that makes up for what is left out; None for the FFN's own."""
     mask: jax.Array | None = None
+    """(..., tokens, G) float, the values of `active`, through which gates get a gradient while they are trained."""
     tile_size: int | None = field(default=1, metadata={"static": True})
+    """Consecutive tokens that a decision is about; None for all tokens of an image."""
     sections: Partition | None = field(default=None, metadata={"static": True})
+    """Of the neurons, if not all of them are gated."""
     execution: Execution | None = field(default=None, metadata={"static": True})
+    """How the FFN is computed without the rest; None for the masked reference."""
 
     def per_token(self, shape: tuple[int, ...], features: int) -> jax.Array | None:
         """(*shape, G) bool, or (*shape, F) with sections: what each token gets; None for everything.
@@ -91,12 +80,8 @@ class Selection:
         always, gated = self.sections
         if active is None:
             active = jnp.ones((*shape, 1), bool)
-        parts = (
-            jnp.ones((*shape, always), bool),
-            expand_groups(active, gated),
-            jnp.zeros((*shape, features - always - gated), bool),
-        )
-        return jnp.concatenate(parts, axis=-1)
+        computed, never = jnp.ones((*shape, always), bool), jnp.zeros((*shape, features - always - gated), bool)
+        return jnp.concatenate([computed, expand_groups(active, gated), never], axis=-1)
 
 
 class Selector(Protocol):

@@ -17,18 +17,14 @@ class StraightThrough:
     """A selector whose decisions have the gradient of probabilities (Bengio et al. 2013, arXiv 1308.3432).
 
     Where decisions are drawn by their probabilities, an open gate feels what closing it would cost; one that is open
-    for certain has a gradient as if its neurons were worth nothing by themselves.
-
-    Attributes:
-        of: decides; its scores are in log-odds.
-        key: to draw decisions with; None decides as `of` does.
-        tile_size: consecutive tokens that are computed together: each gets what one of them needs, with the gradient
-            of its own decision.
-    """
+    for certain has a gradient as if its neurons were worth nothing by themselves."""
 
     of: Thresholded
+    """Decides; its scores are in log-odds."""
     key: jax.Array | None = None
+    """To draw decisions with; None decides as `of` does."""
     tile_size: int = field(default=1, metadata={"static": True})
+    """Consecutive tokens that are computed together: each gets what one of them needs, with its own gradient."""
 
     def logits(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> jax.Array:
         """(images, tokens, G) by how much the scores exceed the threshold; arguments as of a call."""

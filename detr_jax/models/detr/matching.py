@@ -16,17 +16,14 @@ GIOU_COST = 2.0
 
 @pytree
 class Targets:
-    """Objects of a batch of images, padded to the same number.
-
-    Attributes:
-        labels: (batch, objects) int32 class indices.
-        boxes: (batch, objects, 4) float32, (cx, cy, w, h) as fractions of the image.
-        valid: (batch, objects) bool, false for padding.
-    """
+    """Objects of a batch of images, padded to the same number."""
 
     labels: Any
+    """(batch, objects) int32 class indices."""
     boxes: Any
+    """(batch, objects, 4) float32, (cx, cy, w, h) as fractions of the image."""
     valid: Any
+    """(batch, objects) bool, false for padding."""
 
 
 def match(probabilities: jax.Array, boxes: jax.Array, targets: Targets) -> jax.Array:

@@ -21,19 +21,16 @@ from detr_jax.pytrees import pytree
 
 @pytree
 class ImageTokens:
-    """Features of a batch of images after the backbone, with their positions.
-
-    Attributes:
-        x: (batch, tokens, d) projected features of the backbone.
-        positions: (batch, tokens, d) position encoding.
-        mask: (batch, tokens) bool, false for padding.
-        valid: (batch,) bool, false for images that only fill the batch.
-    """
+    """Features of a batch of images after the backbone, with their positions."""
 
     x: jax.Array
+    """(batch, tokens, d) projected features of the backbone."""
     positions: jax.Array
+    """(batch, tokens, d) position encoding."""
     mask: jax.Array
+    """(batch, tokens) bool, false for padding."""
     valid: jax.Array
+    """(batch,) bool, false for images that only fill the batch."""
 
 
 class BoxHead(nnx.Module):

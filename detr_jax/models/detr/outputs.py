@@ -15,21 +15,18 @@ BOX_WEIGHT = 5.0
 
 @pytree
 class DetrOutputs:
-    """Outputs of a DETR for a batch of images, in float32.
-
-    Attributes:
-        logits: (batch, queries, classes + 1), "no object" last.
-        boxes: (batch, queries, 4) as (cx, cy, w, h), fractions of the unpadded image.
-        auxiliary: (logits, boxes) after each decoder layer but the last, if asked for.
-        encoder: (batch, tokens, d) input and output of the encoder, if auxiliary outputs were asked for.
-        traces: of the FFNs by name, if asked for.
-    """
+    """Outputs of a DETR for a batch of images, in float32."""
 
     logits: jax.Array
+    """(batch, queries, classes + 1), "no object" last."""
     boxes: jax.Array
+    """(batch, queries, 4) as (cx, cy, w, h), fractions of the unpadded image."""
     auxiliary: tuple[tuple[jax.Array, jax.Array], ...] = ()
+    """(logits, boxes) after each decoder layer but the last, if asked for."""
     encoder: tuple[jax.Array, ...] = ()
+    """(batch, tokens, d) input and output of the encoder, if auxiliary outputs were asked for."""
     traces: dict[str, FFNTrace] | None = None
+    """Of the FFNs by name, if asked for."""
 
 
 def class_probabilities(logits: Float[Array, "*queries logits"]) -> Float[Array, "*queries classes"]:
