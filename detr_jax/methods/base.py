@@ -51,7 +51,7 @@ class Traits(NamedTuple):
     needs: Literal["nothing", "statistics", "training"]
     """What it is made from."""
     granularity: Literal["neuron", "group", "channel", "image"]
-    """Hidden neurons, groups of them, channels of the FFN's input, or groups for all tokens of a tile at once."""
+    """Neurons, groups of them, channels of the input, or groups for all tokens of an image or window at once."""
     saves: Literal["both", "first", "second"]
     """Matrix products that become smaller."""
     dynamic: bool = True
