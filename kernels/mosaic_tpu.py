@@ -1,9 +1,9 @@
 """The block-sparse FFN for TPUs, in Pallas.
 
-The weights stay in vector memory for all tiles. A tile goes through its list in chunks of up to 128 neurons: the rows
-of the listed blocks are copied together, so that the matrix unit sees full operands whatever the size of a block, and
-both products follow at once; hidden activations never leave the core. They are kept transposed, neurons on rows,
-because rows can be picked at run time and lanes cannot.
+The weights stay in vector memory for all tiles, of which each grid step takes several. A tile goes through its list in
+chunks of up to 128 neurons: the rows of the listed blocks are copied together, so that the matrix unit sees full
+operands whatever the size of a block, and both products follow at once; hidden activations never leave the core. Blocks
+that are a chunk by themselves are not copied.
 """
 
 from functools import partial
@@ -21,8 +21,10 @@ CHUNK = 128
 """Neurons whose activations are computed at once: the width of the matrix unit."""
 TOKENS = 256
 """Tokens computed at once; larger tiles are divided."""
-SCALARS = 1 << 16
-"""Entries of the lists that fit into scalar memory beside everything else; more tiles than that take several calls."""
+STEP = 2 << 20
+"""Bytes of inputs and outputs of a grid step, unless one tile has more: what hides the latency of a copy."""
+SCALARS = 1 << 15
+"""Entries of the lists of a grid step in scalar memory, which has 1 MiB and holds those of the next step, too."""
 VECTOR_MEMORY = 12 << 20
 """Bytes of weights that may stay in vector memory, of the 16 MiB that the smallest supported TPU gives a kernel."""
 LANES = 128
@@ -44,7 +46,8 @@ def unsupported(shape: FFNShape) -> str | None:
         return f"blocks of {shape.block_size} neurons are not whole registers of {rows} rows, as {shape.dtype} needs"
     if shape.d_model % LANES:
         return f"{shape.d_model} features are not a multiple of {LANES}"
-    size = shape.hidden * (2 * shape.d_model * shape.dtype.itemsize + LANES * 4)
+    biases = shape.hidden // shape.block_size * max(CHUNK, shape.block_size)
+    size = 2 * shape.hidden * shape.d_model * shape.dtype.itemsize + 4 * biases
     if size > VECTOR_MEMORY:
         return f"its weights take {size / 2**20:.0f} MiB of vector memory, more than {VECTOR_MEMORY >> 20}"
     return None
@@ -64,82 +67,100 @@ def block_sparse_ffn(
         return pad_tokens(array, parts * tokens).reshape(tiles * parts, tokens, array.shape[-1])
 
     operands = [divide(x)]
-    if active is not None:  # neurons on rows, as the activations are
+    if active is not None:  # neurons on rows, which can be picked at run time; columns cannot
         operands.append(divide(expand_groups(active, features)).swapaxes(1, 2).astype(x.dtype))
-    indices, counts = (jnp.repeat(array, parts, axis=0) for array in lists)
-    resident = (weights.w_in, weights.b_in[:, None].astype(jnp.float32), weights.w_out, weights.b_out[None])
-    run = partial(_call, features // blocks, active is not None, interpret)
-    step = max(SCALARS // blocks, 1)
-    outputs = [
-        run(indices[i : i + step].reshape(-1), counts[i : i + step], *(o[i : i + step] for o in operands), *resident)
-        for i in range(0, tiles * parts, step)
-    ]
-    return jnp.concatenate(outputs).reshape(tiles, parts * tokens, d)[:, :tile_size]
+    # The biases of a block at every place that it may have in a chunk.
+    b_in = jnp.tile(weights.b_in.astype(jnp.float32).reshape(blocks, -1), _per_chunk(features // blocks))
+    resident = (weights.w_in, b_in, weights.w_out, weights.b_out[None].astype(jnp.float32))
+    mask = 0 if active is None else features * -(-tokens // LANES) * LANES
+    size = 2 * x.dtype.itemsize * (2 * tokens * d + mask)  # twice: the next step's inputs, the last one's outputs
+    step = max(min(STEP // size, SCALARS // blocks, tiles * parts), 1)
+    indices, counts = (_by_step(jnp.repeat(array, parts, axis=0), step) for array in lists)
+    outputs = _call(indices, counts, operands, resident, interpret)
+    return outputs.reshape(tiles, parts * tokens, d)[:, :tile_size]
 
 
-def _call(block_size, exact, interpret, indices, counts, x, *operands):
-    """One launch: indices (tiles * B,), counts (tiles,), x (tiles, tokens, d), [active (tiles, F, tokens)], weights."""
+def _per_chunk(block_size: int) -> int:
+    return max(CHUNK // block_size, 1)
+
+
+def _by_step(array: jax.Array, step: int) -> jax.Array:
+    """(tiles, ...) -> (steps, 1, n), with zeros for tiles that are not there."""
+    padding = [(0, -len(array) % step), *[(0, 0)] * (array.ndim - 1)]
+    return jnp.pad(array, padding).reshape(-(-len(array) // step), 1, -1)
+
+
+def _call(indices, counts, operands, resident, interpret):
+    """Launch on [x (tiles, tokens, d), active (tiles, F, tokens) if exact], and lists (steps, 1, entries of a step)."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu  # 0.2 seconds: not where it does not run
 
-    tiles, tokens, d = x.shape
-    split = int(exact)
-    per_tile = [pl.BlockSpec((1, *array.shape[1:]), lambda i, *_: (i, 0, 0)) for array in (x, *operands[:split])]
-    once = pl.Buffered(1)
-    resident = [pl.BlockSpec(array.shape, lambda *_: (0, 0), pipeline_mode=once) for array in operands[split:]]
-    chunk = max(CHUNK // block_size, 1) * block_size
-    rows = [pltpu.VMEM((chunk, d), x.dtype), pltpu.VMEM((chunk, 1), jnp.float32), pltpu.VMEM((chunk, d), x.dtype)]
-    mask = [pltpu.VMEM((chunk, tokens), x.dtype)] if exact else []
+    x, exact = operands[0], len(operands) == 2
+    (_, tokens, d), (blocks, chunk), step = x.shape, resident[1].shape, counts.shape[2]
+    lists = [pl.BlockSpec((1, 1, a.shape[2]), lambda i: (i, 0, 0), memory_space=pltpu.SMEM) for a in (indices, counts)]
+    several = [pl.BlockSpec((step, *array.shape[1:]), lambda i: (i, 0, 0)) for array in operands]
+    once = [pl.BlockSpec(array.shape, lambda i: (0, 0), pipeline_mode=pl.Buffered(1)) for array in resident]
+    copied = len(resident[0]) // blocks < chunk
+    scratch = [
+        pltpu.VMEM((tokens, d), jnp.float32),
+        *([pltpu.VMEM((chunk, d), x.dtype)] * 2 if copied else []),
+        *([pltpu.VMEM((chunk, tokens), x.dtype)] if exact else []),
+    ]
     return pl.pallas_call(
-        partial(_kernel, block_size, exact),
+        partial(_kernel, exact, copied),
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
-            grid=(tiles,),
-            in_specs=[*per_tile, *resident],
-            out_specs=pl.BlockSpec((1, tokens, d), lambda i, *_: (i, 0, 0)),
-            scratch_shapes=[*rows, *mask, pltpu.VMEM((tokens, d), jnp.float32)],
-        ),
+        grid=(len(counts),),
+        in_specs=[*lists, *several, *once],
+        out_specs=several[0],
+        scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         interpret=interpret,
         name="block_sparse_ffn",
-    )(indices, counts, x, *operands)
+    )(indices, counts, *operands, *resident)
 
 
-def _kernel(block_size, exact, indices, counts, x, *refs):
+def _kernel(exact, copied, indices, counts, x, *refs):
     from jax.experimental import pallas as pl
 
     active, refs = (refs[0], refs[1:]) if exact else (None, refs)
-    w_in, b_in, w_out, b_out, out, chunk_in, chunk_bias, chunk_out, *chunk_active, total = refs
-    tile, blocks = pl.program_id(0), w_in.shape[0] // block_size
-    count = counts[tile]
-    per_chunk = chunk_in.shape[0] // block_size
+    w_in, b_in, w_out, b_out, out, total, *refs = refs
+    chunk_in, chunk_out, *chunk_active = refs if copied else (None, None, *refs)
+    blocks, chunk = b_in.shape
+    block_size = w_in.shape[0] // blocks
+    per_chunk = _per_chunk(block_size)
     # float32 means float32: the matrix unit would round to bfloat16 otherwise.
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     product = partial(jax.lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
+    neuron = jax.lax.broadcasted_iota(jnp.int32, (1, chunk), 1)
 
-    def add_chunk(step, _):
-        first = step * per_chunk
-        for i in range(per_chunk):
-            # Behind the end of the list any block will do: it is masked.
-            block = indices[tile * blocks + jnp.minimum(first + i, blocks - 1)]
-            rows = pl.ds(pl.multiple_of(block * block_size, block_size), block_size)
-            place = pl.ds(i * block_size, block_size)
-            chunk_in[place], chunk_bias[place], chunk_out[place] = w_in[rows], b_in[rows], w_out[rows]
+    @pl.loop(0, x.shape[0])
+    def _(tile):
+        count = counts[0, 0, tile]
+        total[...] = jnp.broadcast_to(b_out[...], total.shape)
+
+        @pl.loop(0, pl.cdiv(count, per_chunk))
+        def _(step):
+            first = step * per_chunk
+            bias = jnp.zeros((1, chunk), jnp.float32)
+            for i in range(per_chunk):
+                # Behind the end of the list any block will do: it is masked.
+                block = indices[0, 0, tile * blocks + jnp.minimum(first + i, blocks - 1)]
+                rows = pl.ds(pl.multiple_of(block * block_size, block_size), block_size)
+                place = pl.ds(i * block_size, block_size)
+                bias = jnp.where(neuron >= i * block_size, b_in[pl.ds(block, 1)], bias)
+                if copied:
+                    chunk_in[place], chunk_out[place] = w_in[rows], w_out[rows]
+                if exact:
+                    chunk_active[0][place] = active[tile, rows]
+            rows_in, rows_out = (chunk_in[...], chunk_out[...]) if copied else (w_in[rows], w_out[rows])
+            hidden = product(x[tile], rows_in, (((1,), (1,)), ((), ()))) + bias
+            kept = neuron < (count - first) * block_size
             if exact:
-                chunk_active[0][place] = active[0, rows]
-        hidden = product(chunk_in[...], x[0], (((1,), (1,)), ((), ()))) + chunk_bias[...]
-        neuron = jax.lax.broadcasted_iota(jnp.int32, hidden.shape, 0)
-        kept = neuron < (count - first) * block_size
-        if exact:
-            kept &= chunk_active[0][...].astype(jnp.float32) > 0
-        hidden = jnp.where(kept, jnp.maximum(hidden, 0), 0).astype(x.dtype)
-        total[...] += product(hidden, chunk_out[...], (((0,), (0,)), ((), ())))
-        return 0
+                kept &= chunk_active[0][...].astype(jnp.float32).T > 0
+            hidden = jnp.where(kept, jnp.maximum(hidden, 0), 0).astype(x.dtype)
+            total[...] += product(hidden, rows_out, (((1,), (0,)), ((), ())))
 
-    total[...] = jnp.broadcast_to(b_out[...].astype(jnp.float32), total.shape)
-    jax.lax.fori_loop(0, pl.cdiv(count, per_chunk), add_chunk, 0)
-    out[0] = total[...].astype(out.dtype)
+        out[tile] = total[...].astype(out.dtype)
 
 
 BACKEND = Backend(

@@ -77,8 +77,8 @@ def test_lists_in_any_order_with_repetitions(monkeypatch):
     close(ours, expected)
 
 
-def test_more_tiles_than_scalar_memory_holds(monkeypatch):
-    monkeypatch.setattr("detr_jax.kernels.mosaic_tpu.SCALARS", 40)
+def test_several_grid_steps(monkeypatch):
+    monkeypatch.setattr("detr_jax.kernels.mosaic_tpu.SCALARS", 40)  # two tiles, and one in the last step
     x, weights, needed = random_case(22, tokens=56, tile=8, d=128, features=128, blocks=16)
     ours = block_sparse_ffn(tiles_of(x, 8), weights, mask_to_indices(needed), interpret=INTERPRET)
     close(ours.reshape(-1, 128), definition(x, weights, needed, 8))
