@@ -30,15 +30,12 @@ class SparseDETR:
 
     It is called like the dense detector and is a pytree like it. To differentiate by parameters and not by the plan's
     numbers, take the gradient of `lambda detector: loss(dataclasses.replace(model, detector=detector))`. Methods whose
-    names begin with `with` give another one that shares the detector's parameters.
-
-    Attributes:
-        detector: the frozen detector, its hidden neurons in the plan's orders.
-        plan: what makes it sparse.
-    """
+    names begin with `with` give another one that shares the detector's parameters."""
 
     detector: Detector
+    """The frozen detector, its hidden neurons in the plan's orders."""
     plan: Plan
+    """What makes it sparse."""
 
     @classmethod
     def of(cls, model: Detector, plan: Plan) -> "SparseDETR":

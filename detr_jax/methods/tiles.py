@@ -25,12 +25,8 @@ class TileCounts(Sums):
 def count_tiles(active: jax.Array, tokens: jax.Array, tile_size: int) -> TileCounts:
     """Counts of tiles of consecutive tokens; jittable.
 
-    A tile needs a group when one of its tokens does. Tiles of padding alone do not count.
-
-    Args:
-        active: (images, tokens, G) bool, the groups that each token needs.
-        tokens: (images, tokens) bool, false for padding.
-        tile_size: tokens per tile; the last one of an image may be shorter.
+    A tile needs a group when one of its tokens does, by `active` (images, tokens, G) bool. The last tile of an image
+    may be shorter. Tiles of padding alone, where `tokens` (images, tokens) is false, do not count.
     """
     needed = existing_tokens(active, tokens, tile_size, False).any(2)
     return TileCounts(pairs=existing_tiles(tokens, tile_size).sum() * active.shape[-1], active=needed.sum())

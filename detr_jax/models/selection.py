@@ -98,8 +98,7 @@ Selectors = Mapping[str, Selector]
 class Permutations:
     """Permutations of hidden neurons by name of the FFN, identities left out; compared by value, so static for a jit.
 
-    Attributes:
-        arrays: (F,) of each FFN, the neuron that comes to each place.
+    Each of the `arrays` (F,) has the neuron that comes to each place.
     """
 
     def __init__(self, arrays: Mapping[str, np.ndarray]):

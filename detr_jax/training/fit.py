@@ -73,12 +73,7 @@ class FitOptions:
 
 
 def hold_out(data: Dataset, calibration: Dataset | int) -> tuple[Dataset, Dataset]:
-    """Disjoint images to fit on and to meet budgets on.
-
-    Args:
-        data: images to fit on.
-        calibration: other images, or how many from the end of `data` are held out.
-    """
+    """Disjoint images to fit on and to meet budgets on: other images, or how many from the end of `data`."""
     if not isinstance(calibration, int):
         return data, calibration
     if calibration < 1:

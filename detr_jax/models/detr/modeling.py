@@ -52,10 +52,8 @@ class BoxHead(nnx.Module):
 class DETR(Detector):
     """DEtection TRansformer (Carion et al. 2020), the official architecture in inference form (no dropout).
 
-    Args:
-        config: architecture; `preset_config("detr-r50")` and its siblings give the published ones.
-        dtype: of the computation; parameters and heads are float32 throughout.
-        rngs: source of the random initial parameters.
+    `preset_config("detr-r50")` and its siblings are the published configurations. Parameters and heads are float32
+    whatever the `dtype` of the computation is.
     """
 
     config: DetrConfig

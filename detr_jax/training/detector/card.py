@@ -17,11 +17,7 @@ def _aligned(header: list[str], rows: list[list[str]]) -> str:
 
 
 def model_card(report: dict) -> str:
-    """The card in Markdown.
-
-    Args:
-        report: what `scripts/train_detector.py` writes to `detr-tiny.json`.
-    """
+    """The card in Markdown, from what `scripts/train_detector.py` writes to `detr-tiny.json`."""
     recipe, log, numbers = report["recipe"], report["log"], report["numbers"]
     low, high = report["AP_interval"]
     architecture = report["config"]

@@ -51,10 +51,8 @@ def _set_loss(logits: jax.Array, boxes: jax.Array, targets: Targets) -> jax.Arra
 def dense_loss(logits: jax.Array, boxes: jax.Array, targets: Targets) -> jax.Array:
     """Asks every encoder token for the class and box of the smallest object over its centre.
 
-    Args:
-        logits: (batch, rows, columns, classes + 1) what a `DenseHead` says.
-        boxes: (batch, rows, columns, 4) likewise.
-        targets: the objects; images without padding are assumed.
+    `logits` (batch, rows, columns, classes + 1) and `boxes` (batch, rows, columns, 4) are what a `DenseHead` says about
+    images without padding.
     """
     _, rows, columns, classes = logits.shape
     centre = token_centres(rows, columns)[None, :, :, None]

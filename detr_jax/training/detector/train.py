@@ -156,14 +156,8 @@ def train_detector(
 ) -> DETR:
     """Trains from random parameters, or from the latest checkpoint in `folder`.
 
-    Args:
-        config: a detector whose images are the scenes' 128x128 pixels.
-        training: the recipe.
-        folder: for checkpoints.
-        report: called with the step and its losses after every step that was taken.
-
-    Returns:
-        the trained detector.
+    The detector's images are the scenes' 128x128 pixels. `report` is called with the step and its losses after every
+    step that was taken.
     """
     model = DETR(config, rngs=nnx.Rngs(training.seed))
     fit_batch_norm(model, next(training_batches(training, 0))[0])
