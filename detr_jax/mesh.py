@@ -134,7 +134,7 @@ def to_host(tree: Tree) -> Tree:
 
 
 @partial(jax.jit, static_argnames="mesh")
-def _gather(tree, *, mesh):
+def _gather(tree: Tree, *, mesh: Mesh) -> Tree:
     return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 

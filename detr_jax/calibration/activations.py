@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from detr_jax.data.prefetch import dispatch_ahead
 from detr_jax.errors import InputError
 from detr_jax.mesh import is_first_process, mesh_of, shard_batch, to_host
 from detr_jax.models import Detector, FFNTrace, HasFFNs
+from detr_jax.models.detr.matching import Targets
 from detr_jax.models.parameters import fingerprint
 from detr_jax.pytrees import Array, Sums, pytree
 from detr_jax.safetensors_io import Arrays, Format, Header
@@ -121,7 +123,7 @@ def measure_activations(model: HasFFNs, batches: BatchSource) -> dict[str, Activ
 
 
 @jax.jit
-def _measure_batch(model, batch):
+def _measure_batch(model: HasFFNs, batch: Any) -> dict[str, ActivationStatistics]:
     return {
         name: measure(trace, jnp.zeros_like(trace.tokens, int), kinds_count=1)
         for name, trace in model.traces(batch, {}).items()
@@ -231,7 +233,9 @@ def profile_activations(
 
 
 @jax.jit
-def _measure_images(model, pixel_values, pixel_mask, on_object, targets):
+def _measure_images(
+    model: Detector, pixel_values: jax.Array, pixel_mask: jax.Array, on_object: tuple[jax.Array, ...], targets: Targets
+) -> dict[str, ActivationStatistics]:
     outputs = model(pixel_values, pixel_mask, trace=True)
     probabilities, boxes = model.query_predictions(outputs)
     matched = kinds_of_queries(probabilities, boxes, targets)

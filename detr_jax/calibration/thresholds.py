@@ -6,6 +6,7 @@ batches, and its quantiles are exact to 0.2 %.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +123,9 @@ def measure_scores(
 
 
 @partial(jax.jit, static_argnames="tile_size")
-def _histograms(model, batch, scores, running, *, tile_size):
+def _histograms(
+    model: HasFFNs, batch: Any, scores: Mapping[str, Score], running: Selectors, *, tile_size: int
+) -> dict[str, ScoreHistogram]:
     weights, traces = model.ffn_weights(), model.traces(batch, running)
     return {name: score_histogram(score, weights[name], traces[name], tile_size) for name, score in scores.items()}
 
@@ -143,11 +146,11 @@ def collect_scores(model: HasFFNs, batches: BatchSource, scores: Mapping[str, Sh
 
 
 @jax.jit
-def _scores(model, batch, scores):
+def _scores(model: HasFFNs, batch: Any, scores: Mapping[str, SharedScore]) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Scores (images, decisions, G), and which decisions are about any token."""
     weights, traces = model.ffn_weights(), model.traces(batch, {})
 
-    def of_ffn(score, weights, trace):
+    def of_ffn(score: SharedScore, weights: FFNWeights, trace: FFNTrace) -> tuple[jax.Array, jax.Array]:
         exists = existing_tiles(trace.tokens, score.traits.tile_size or trace.tokens.shape[-1])
         return score(weights, trace.inputs, trace.tokens), exists
 

@@ -264,7 +264,7 @@ class TrainedMethod(Method):
     seed: int = 0
     """Of the order of the images, and of the first values of gates with two layers."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_counts(self, "group_size", "epochs")
 
     @property

@@ -40,7 +40,7 @@ class DejaVu(TrainedMethod):
     rank: int = 16
     """Of the gate."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.rank < 1:
             raise InputError(f"the rank of a gate must be at least 1, not {self.rank}")

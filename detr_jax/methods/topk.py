@@ -22,7 +22,7 @@ class TopK(Wrapper):
         # A sort is slow; the k-th largest is found bit by bit.
         bits = ordered_bits(self.score(ffn, x, tokens))
 
-        def with_one_more_bit(i, least):
+        def with_one_more_bit(i: jax.Array, least: jax.Array) -> jax.Array:
             candidate = least | (jnp.uint32(1) << (31 - i))
             return jnp.where((bits >= candidate).sum(-1, keepdims=True) >= self.k, candidate, least)
 

@@ -1,6 +1,6 @@
 """The part of an FFN that is computed, and what decides it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import field
 from typing import NamedTuple, Protocol
 
@@ -126,13 +126,13 @@ class PlanSelectors(dict[str, Selector]):
         self.permutations = permutations
 
 
-def _flatten(selectors: PlanSelectors):
+def _flatten(selectors: PlanSelectors) -> tuple[tuple, tuple[tuple[str, ...], Permutations]]:
     names = tuple(sorted(selectors))
     children = tuple((jax.tree_util.DictKey(name), selectors[name]) for name in names)
     return children, (names, selectors.permutations)
 
 
-def _unflatten(static, children):
+def _unflatten(static: tuple[tuple[str, ...], Permutations], children: Iterable[Selector]) -> PlanSelectors:
     names, permutations = static
     return PlanSelectors(dict(zip(names, children, strict=True)), permutations)
 

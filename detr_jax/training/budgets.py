@@ -17,7 +17,7 @@ from detr_jax.data.batches import BatchSource
 from detr_jax.errors import InputError, require_counts
 from detr_jax.mesh import mesh_of, replicate_like, replicated, to_host
 from detr_jax.methods import MGS, MGSContribution, Thresholded
-from detr_jax.methods.tiles import count_kept
+from detr_jax.methods.tiles import TileCounts, count_kept
 from detr_jax.models import Detector, FFNTrace
 from detr_jax.training.checkpoints import train_resumably
 from detr_jax.training.gates import adam_with_cosine, batches_from
@@ -38,7 +38,7 @@ class Recall:
 
     share: float = 0.99
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
             raise InputError(f"a recall must be between 0 and 1, not {self.share}")
 
@@ -64,7 +64,7 @@ class DensityPerFFN:
 
     densities: Mapping[str, float]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for density in self.densities.values():
             _check_density(density)
 
@@ -78,7 +78,7 @@ class Density:
 
     density: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_density(self.density)
 
     @property
@@ -92,7 +92,7 @@ class MaxDivergence:
 
     divergence: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.divergence > 0:
             raise InputError(f"a bound on the divergence of the outputs must be above 0, not {self.divergence}")
 
@@ -132,7 +132,7 @@ class GateTuning:
     checkpoint_steps: int = 200
     """Steps between checkpoints."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_counts(self, "epochs", "checkpoint_steps")
 
 
@@ -211,7 +211,7 @@ def _take_step(
 ) -> tuple[Any, Progress]:
     selectors, memory, multipliers, unit = state
 
-    def value(selectors):
+    def value(selectors: Mapping[str, Thresholded]) -> tuple[jax.Array, tuple]:
         loss, densities = _loss_and_densities(tuning, model, batch, selectors, step)
         objective, bounded = _objective(budget, loss, densities)
         excess = bounded / bounds - 1
@@ -284,11 +284,13 @@ def measure(
 
 
 @partial(jax.jit, static_argnames="tile_size")
-def _measure(model, batch, selectors, *, tile_size):
+def _measure(
+    model: Detector, batch: Any, selectors: Mapping[str, Thresholded], *, tile_size: int
+) -> tuple[jax.Array, jax.Array, dict[str, TileCounts]]:
     running = {name: StraightThrough(selector, tile_size=tile_size) for name, selector in selectors.items()}
     outputs = model.transform(batch, selectors=running, trace=True)
     changes = model.divergence(model.transform(batch), outputs)
-    counts = {name: count_kept(outputs.traces[name], tile_size) for name in selectors}
+    counts = {name: count_kept(trace, tile_size) for name, trace in (outputs.traces or {}).items() if name in selectors}
     return jnp.where(batch.valid, changes, 0).sum(), batch.valid.sum(), counts
 
 

@@ -68,7 +68,7 @@ class FitOptions:
     tuning: GateTuning = field(default_factory=GateTuning)
     """Training of gates to a density or a divergence."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_counts(self, "statistics_images", "batch_size", "checkpoint_steps", "allocation_images")
 
 

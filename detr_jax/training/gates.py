@@ -40,7 +40,7 @@ class GateTraining:
     checkpoint_steps: int = 200
     """Steps between checkpoints."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_counts(self, "group_size", "epochs", "batch_size", "checkpoint_steps")
 
     def method(self, cls: type[Method]) -> Method:

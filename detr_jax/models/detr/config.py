@@ -31,7 +31,7 @@ class DetrConfig:
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     """Its stride is always the backbone's."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "preprocessing", replace(self.preprocessing, stride=self.backbone.stride))
 
     @property

@@ -14,7 +14,7 @@ LAYER_NORM_EPSILON = 1e-5
 
 
 def softmax_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, *, mask: jax.Array | None = None, **unused
+    query: jax.Array, key: jax.Array, value: jax.Array, *, mask: jax.Array | None = None, **unused: Any
 ) -> jax.Array:
     """Attention as `nnx.MultiHeadAttention` calls it, which normalises its results rather than its weights.
 

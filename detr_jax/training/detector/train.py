@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from detr_jax.data.dataset import Example
@@ -24,6 +24,10 @@ from detr_jax.models.detr.matching import Targets
 from detr_jax.training.checkpoints import train_resumably
 from detr_jax.training.detector.dense_head import DenseHead
 from detr_jax.training.detector.losses import dense_loss, detection_loss, hoyer_penalty
+
+ScenesBatch = tuple[Any, Targets]
+"""Images (batch, 128, 128, 3) uint8, and their objects."""
+Losses = dict[str, jax.Array]
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class DetectorTraining:
     checkpoint_steps: int = 500
     """Steps between checkpoints."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require_counts(self, "steps", "batch_size", "checkpoint_steps")
         if not 0 <= self.warmup_steps < self.steps:
             raise InputError(f"warmup_steps must be from 0 to below steps {self.steps}, not {self.warmup_steps}")
@@ -75,11 +79,11 @@ def targets_of(examples: list[Example]) -> Targets:
     return Targets(labels, boxes, valid)
 
 
-def training_batches(training: DetectorTraining, start: int) -> Iterator[tuple[np.ndarray, Targets]]:
-    """(images, targets) from step `start` on; images (batch, 128, 128, 3) uint8."""
+def training_batches(training: DetectorTraining, start: int) -> Iterator[ScenesBatch]:
+    """Batches from step `start` on."""
     dataset = ScenesDataset("train", images=training.steps * training.batch_size)
 
-    def load(step: int) -> tuple[np.ndarray, Targets]:
+    def load(step: int) -> ScenesBatch:
         first = step * training.batch_size
         examples = [dataset[i] for i in range(first, first + training.batch_size)]
         return np.stack([e.image for e in examples]), targets_of(examples)
@@ -121,34 +125,46 @@ def fit_batch_norm(model: DETR, images: np.ndarray) -> None:
     model.backbone.set_attributes(fit=False)
 
 
-def _losses(parameters, graph, statistics, training, images, targets, step):
+def _losses(
+    parameters: Any, graph: Any, statistics: Any, training: DetectorTraining, batch: ScenesBatch, step: jax.Array
+) -> tuple[jax.Array, Losses]:
     """The weighted sum of the losses, and each by name."""
+    images, targets = batch
     model, dense_head = nnx.merge(graph, parameters, statistics)
     outputs = model(normalise(images, model.preprocessing), auxiliary=True, trace=True)
     grid = (len(images), *model.token_grids(images.shape[1:3])[0])
     before, after = (tokens.reshape(*grid, -1) for tokens in outputs.encoder)
     # The encoder finds out where its tokens are: what the decoder reads must say so in the heads' own terms.
-    dense = sum(dense_loss(logits, boxes, targets) for logits, boxes in (dense_head(before), model.heads(after)))
+    predictions = (dense_head(before), model.heads(after))
+    loss_before, loss_after = (dense_loss(logits, boxes, targets) for logits, boxes in predictions)
+    dense = loss_before + loss_after
     parts = {"detection": detection_loss(outputs, targets), "dense": dense, "hoyer": hoyer_penalty(outputs.traces)}
     total = parts["detection"] + training.dense_weight * dense + hoyer_weight(training, step) * parts["hoyer"]
     return total, parts
 
 
 @partial(jax.jit, static_argnames=("graph", "training", "mesh"))
-def take_step(state, statistics, images, targets, step, *, graph, training, mesh):
+def take_step(
+    state: Any,
+    statistics: Any,
+    batch: ScenesBatch,
+    step: jax.Array,
+    *,
+    graph: Any,
+    training: DetectorTraining,
+    mesh: Mesh,
+) -> tuple[Any, Losses]:
     """Parameters and the optimiser's memory after a step on a batch that devices share, and the losses by name."""
 
-    @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("batch"), P("batch"), P()), out_specs=P(), check_vma=False)
-    def step_of_shard(state, images, targets, step):
+    @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("batch"), P()), out_specs=P(), check_vma=False)
+    def step_of_shard(state: Any, batch: ScenesBatch, step: jax.Array) -> tuple[Any, Losses]:
         parameters, memory = state
-        gradients, parts = jax.grad(_losses, has_aux=True)(
-            parameters, graph, statistics, training, images, targets, step
-        )
+        gradients, parts = jax.grad(_losses, has_aux=True)(parameters, graph, statistics, training, batch, step)
         gradients, parts = jax.lax.pmean((gradients, parts), "batch")
         updates, memory = optimiser(training).update(gradients, memory, parameters)
         return (optax.apply_updates(parameters, updates), memory), parts
 
-    return step_of_shard(state, images, targets, step)
+    return step_of_shard(state, batch, step)
 
 
 def train_detector(
@@ -168,16 +184,15 @@ def train_detector(
     # Placed as the step returns it, so that the step is compiled once.
     state = jax.device_put((parameters, optimiser(training).init(parameters)), NamedSharding(mesh, P()))
 
-    def step_of(state: Any, batch: tuple[np.ndarray, Targets], taken: int) -> tuple[Any, dict[str, jax.Array]]:
-        images, targets = batch
-        return take_step(state, statistics, images, targets, taken - 1, graph=graph, training=training, mesh=mesh)
+    static = {"graph": graph, "training": training, "mesh": mesh}
 
     def report_step(taken: int, losses: dict[str, float] | None) -> None:
         if losses is not None:
             report(taken - 1, losses)
 
     parameters, _ = train_resumably(
-        *(step_of, state, partial(training_batches, training), training.steps, folder, report_step),
+        lambda state, batch, taken: take_step(state, statistics, batch, taken - 1, **static),
+        *(state, partial(training_batches, training), training.steps, folder, report_step),
         checkpoint_steps=training.checkpoint_steps,
     )
     return nnx.merge(graph, parameters, statistics)[0]
