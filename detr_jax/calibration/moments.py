@@ -1,7 +1,7 @@
 """Means and covariances of activations: what closed-form fits need to know about the data."""
 
-from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,24 +12,20 @@ from detr_jax.data.batches import BatchSource
 from detr_jax.kernels import expand_groups
 from detr_jax.methods.pooled_statistics import pooled_statistics
 from detr_jax.methods.tiles import existing_tiles, mean_of_tokens
-from detr_jax.models import HasFFNs, Selectors
-from detr_jax.pytrees import Sums
+from detr_jax.models import FFNTrace, FFNWeights, HasFFNs, Selector, Selectors
+from detr_jax.pytrees import Sums, pytree
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class Moments(Sums):
-    """Sums over tokens; of one batch in float32, of many in 64 bits.
-
-    Attributes:
-        tokens: () number of tokens.
-        sums: (n,) of the activations.
-        products: (n, n) of the activations' outer products.
-    """
+    """Sums over tokens; of one batch in float32, of many in 64 bits."""
 
     tokens: jax.Array
+    """() number of tokens."""
     sums: jax.Array
+    """(n,) of the activations."""
     products: jax.Array
+    """(n, n) of the activations' outer products."""
 
     @property
     def mean(self) -> np.ndarray:
@@ -43,30 +39,21 @@ class Moments(Sums):
 
 
 def moments_of(activations: jax.Array, tokens: jax.Array) -> Moments:
-    """The moments of one batch; jittable.
-
-    Args:
-        activations: (batch, tokens, n).
-        tokens: (batch, tokens) bool, false for padding.
-    """
+    """The moments of (batch, tokens, n); `tokens` (batch, tokens) bool is false for padding. Jittable."""
     kept = jnp.where(tokens[..., None], activations, 0).astype(jnp.float32).reshape(-1, activations.shape[-1])
     return Moments(tokens.sum(), kept.sum(0), jnp.matmul(kept.T, kept, precision="highest"))
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@pytree
 class CrossMoments(Sums):
-    """Sums over observations of inputs and outputs; of one batch in float32, of many in 64 bits.
-
-    Attributes:
-        inputs: (n,) moments; their tokens are observations.
-        output_sums: (m,) of the outputs.
-        cross: (n, m) of the outer products of inputs and outputs.
-    """
+    """Sums over observations of inputs and outputs; of one batch in float32, of many in 64 bits."""
 
     inputs: Moments
+    """(n,) moments; their tokens are observations."""
     output_sums: jax.Array
+    """(m,) of the outputs."""
     cross: jax.Array
+    """(n, m) of the outer products of inputs and outputs."""
 
     @property
     def output_mean(self) -> np.ndarray:
@@ -81,12 +68,9 @@ class CrossMoments(Sums):
 
 
 def cross_moments_of(inputs: jax.Array, outputs: jax.Array, counted: jax.Array) -> CrossMoments:
-    """The moments of one batch; jittable.
+    """The moments of (batch, observations, n) and (batch, observations, m); jittable.
 
-    Args:
-        inputs: (batch, observations, n).
-        outputs: (batch, observations, m).
-        counted: (batch, observations) bool, false for observations that do not count.
+    `counted` (batch, observations) bool is false for observations that do not count.
     """
     x, y = (
         jnp.where(counted[..., None], values, 0).astype(jnp.float32).reshape(-1, values.shape[-1])
@@ -96,22 +80,14 @@ def cross_moments_of(inputs: jax.Array, outputs: jax.Array, counted: jax.Array) 
 
 
 def measure_moments(model: HasFFNs, batches: BatchSource) -> tuple[dict[str, Moments], dict[str, Moments]]:
-    """Means and covariances of every FFN's inputs and hidden activations while all run dense.
-
-    Args:
-        model: the FFNs.
-        batches: data; one pass is made.
-
-    Raises:
-        ValueError: if there are no images.
-    """
+    """Moments of every FFN's inputs and hidden activations while all run dense; raises as `accumulate`."""
     measured = accumulate(_measure_moments, model, batches, "measure moments")
     names = dict.fromkeys(name for _, name in measured)
-    return tuple({name: measured[what, name] for name in names} for what in ("inputs", "hidden"))
+    return {name: measured["inputs", name] for name in names}, {name: measured["hidden", name] for name in names}
 
 
 @jax.jit
-def _measure_moments(model, batch):
+def _measure_moments(model: HasFFNs, batch: Any) -> dict[tuple[str, str], Moments]:
     traces = model.traces(batch, {}).items()
     return {
         (what, name): moments_of(getattr(trace, what), trace.tokens)
@@ -121,27 +97,18 @@ def _measure_moments(model, batch):
 
 
 def measure_pooled(model: HasFFNs, batches: BatchSource, window: int | None) -> dict[str, CrossMoments]:
-    """Cross moments of every FFN's pooled inputs and the mean contributions of its neurons while all run dense.
+    """Cross moments of every FFN's `pooled_statistics`, (3 d,), and the means over the same tokens of h_j ||W_out[j]||.
 
-    Args:
-        model: the FFNs.
-        batches: data; one pass is made.
-        window: consecutive tokens that are pooled; None for all of an image.
-
-    Returns:
-        by name the moments of `pooled_statistics`, (3 d,), and of the means over the same tokens of h_j ||W_out[j]||.
-
-    Raises:
-        InputError: if there are no images.
+    All FFNs run dense; `window` consecutive tokens are pooled, None for all of an image. Raises as `accumulate`.
     """
     return accumulate(partial(_measure_pooled, window=window), model, batches, "measure pooled inputs")
 
 
 @partial(jax.jit, static_argnames="window")
-def _measure_pooled(model, batch, *, window):
+def _measure_pooled(model: HasFFNs, batch: Any, *, window: int | None) -> dict[str, CrossMoments]:
     weights = model.ffn_weights()
 
-    def of_ffn(weights, trace):
+    def of_ffn(weights: FFNWeights, trace: FFNTrace) -> CrossMoments:
         norms = jnp.linalg.norm(weights.w_out.astype(jnp.float32), axis=1)
         contributed = mean_of_tokens(trace.hidden.astype(jnp.float32) * norms, trace.tokens, window)
         counted = existing_tiles(trace.tokens, window or trace.tokens.shape[-1])
@@ -151,30 +118,22 @@ def _measure_pooled(model, batch, *, window):
 
 
 def measure_kept(model: HasFFNs, batches: BatchSource, selectors: Selectors) -> dict[str, CrossMoments]:
-    """Cross moments of each FFN's kept hidden activations and its whole output, for the inputs of dense FFNs.
+    """Cross moments of each FFN's hidden activations, 0 where its selector leaves them out, and of h W_out.
 
-    Args:
-        model: the FFNs, which run dense.
-        batches: data; one pass is made.
-        selectors: by name of the FFN.
-
-    Returns:
-        by name the moments of the hidden activations, 0 where they are left out, and of h W_out.
-
-    Raises:
-        ValueError: if there are no images.
+    All FFNs run dense. Raises as `accumulate`.
     """
     return accumulate(_measure_kept, model, batches, "measure kept neurons", dict(selectors))
 
 
 @jax.jit
-def _measure_kept(model, batch, selectors):
+def _measure_kept(model: HasFFNs, batch: Any, selectors: Selectors) -> dict[str, CrossMoments]:
     weights, traces = model.ffn_weights(), model.traces(batch, {})
 
-    def of_ffn(selector, weights, trace):
+    def of_ffn(selector: Selector, weights: FFNWeights, trace: FFNTrace) -> CrossMoments:
         features = trace.hidden.shape[-1]
         kept = selector(weights, trace.inputs, trace.tokens).per_token(trace.tokens.shape, features)
         outputs = jnp.matmul(trace.hidden, weights.w_out, precision="highest")
-        return cross_moments_of(jnp.where(expand_groups(kept, features), trace.hidden, 0), outputs, trace.tokens)
+        hidden = trace.hidden if kept is None else jnp.where(expand_groups(kept, features), trace.hidden, 0)
+        return cross_moments_of(hidden, outputs, trace.tokens)
 
     return {name: of_ffn(selector, weights[name], traces[name]) for name, selector in selectors.items()}

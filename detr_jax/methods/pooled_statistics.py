@@ -1,6 +1,6 @@
 """Contributions of groups to many tokens at once, by regression on pooled inputs; hardly any work per token."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING
 
 import jax
@@ -20,7 +20,6 @@ RIDGE = 0.3
 
 
 @storable
-@dataclass(frozen=True)
 class PooledStatistics:
     """About the mean over tokens of h_j ||W_out[j]||, summed over a group, from the mean, deviation and maximum of x.
 
@@ -65,13 +64,9 @@ def pooled_statistics(x: jax.Array, tokens: jax.Array, window: int | None) -> ja
 
 
 def fit_pooled_statistics(moments: "CrossMoments", group_size: int, window: int | None) -> PooledStatistics:
-    """The regression, by ridge in closed form.
+    """The regression, by ridge in closed form, from what `calibration.moments.measure_pooled` returns for a window.
 
-    Args:
-        moments: of pooled statistics (inputs) and mean contributions of the neurons (outputs), see
-            `calibration.moments.measure_pooled`.
-        group_size: neurons per group; an InputError if it does not divide the neurons.
-        window: of the moments.
+    Raises an InputError if the group size does not divide the neurons.
     """
     groups = group_count(len(moments.output_sums), group_size)
     mean, covariance = moments.inputs.mean, moments.inputs.covariance
