@@ -147,14 +147,14 @@ class ActivationProfile:
 
 
 _ARRAYS = tuple(field.name for field in dataclasses.fields(ActivationStatistics))
-_DESCRIBED = ("fingerprint", "data", "kinds", "batches")
 
 
 def save_profile(profile: ActivationProfile, path: Path) -> None:
     """Writes statistics; the file appears under its name only once it is whole."""
-    statistics = profile.statistics.items()
-    arrays = {f"{name}.{array}": getattr(of_ffn, array) for name, of_ffn in statistics for array in _ARRAYS}
-    safetensors_io.write(path, FORMAT, {key: getattr(profile, key) for key in _DESCRIBED}, arrays)
+    described = dict(vars(profile))
+    statistics = described.pop("statistics").items()
+    arrays = {f"{name}.{array}": value for name, of_ffn in statistics for array, value in vars(of_ffn).items()}
+    safetensors_io.write(path, FORMAT, described, arrays)
 
 
 def load_profile(path: Path, fingerprint: str) -> ActivationProfile:
