@@ -15,7 +15,8 @@ from detr_jax.models import DetrConfig, preset_config
 class Entry(Protocol):
     """An array that may still lie in its file."""
 
-    shape: Shape
+    @property
+    def shape(self) -> Shape: ...
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray: ...
 
@@ -39,10 +40,7 @@ class Checkpoint:
     places: tuple[Place, ...] | None = None
 
     def arrays(self, shapes: Mapping[str, Shape]) -> Iterator[tuple[str, np.ndarray]]:
-        """Our arrays by name, float32, each read when it is asked for.
-
-        Args:
-            shapes: shape of every array of the detector.
+        """Our arrays by name, float32, each read when it is asked for; `shapes` are those of all of the detector's.
 
         Raises:
             InputError: if entries are missing, left over or misshapen, or hold NaN or infinite values.
@@ -66,11 +64,8 @@ class Checkpoint:
         found = {name: tuple(entry.shape) for name, entry in self.entries.items()}
         problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in found]
         problems += [f"left over: {name} {shape}" for name, shape in found.items() if name not in expected]
-        problems += [
-            f"misshapen: {name} is {found[name]}, should be {shape}"
-            for name, shape in expected.items()
-            if found.get(name, shape) != shape
-        ]
+        misshapen = [name for name, shape in expected.items() if found.get(name, shape) != shape]
+        problems += [f"misshapen: {name} is {found[name]}, should be {expected[name]}" for name in misshapen]
         if problems:
             listing = "\n  ".join(problems)
             raise InputError(f"{self.source} ({self.layout}) does not fit its configuration:\n  {listing}")

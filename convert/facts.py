@@ -41,8 +41,8 @@ _WITHOUT_EFFECT = {
     *("do_convert_annotations", "return_segmentation_masks", "masks_path", "return_tensors", "default_to_square"),
     *("data_format", "input_data_format", "disable_grouping", "_valid_processor_keys", "image_seq_length"),
 }
-_SIZES = {key: key for key in ("d_model", "encoder_layers", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim")}
-_SIZES["num_queries"] = "queries"
+_SAME_NAMES = ("d_model", "encoder_layers", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim")
+_SIZES = {key: key for key in _SAME_NAMES} | {"num_queries": "queries"}
 """Keys that the weights tell too -> fields of our configuration."""
 _RESNET_DEPTHS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "resnet152": (3, 8, 36, 3)}
 

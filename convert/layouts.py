@@ -4,7 +4,7 @@ Three layouts: the official one, and the two of Hugging Face, whose backbone is 
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -79,7 +79,7 @@ class Layout:
     decoder_norms: tuple[str, ...] = ("norm1", "norm2", "norm3")
     ffn: tuple[str, str] = ("linear1", "linear2")
     cross_attention: str = "multihead_attn"
-    fused_attention: bool = True  # query, key and value share one entry
+    attention: tuple[str, str] = ("in_proj_weight", "in_proj_bias")  # braces: query, key and value have their own entry
     decoder_norm: str = "transformer.decoder.norm"
     queries: str = "query_embed"
     class_head: str = "class_embed"
@@ -101,21 +101,32 @@ class Layout:
         """Where a detector of a given configuration has each of its arrays."""
         yield from self._backbone(config.backbone)
         yield from _linear(self.input_projection, "input_projection", POINTWISE)
-        attention = _fused_attention if self.fused_attention else _attention
-        for index in range(config.encoder_layers):
-            theirs, ours = f"{self.transformer}.encoder.layers.{index}", f"transformer.encoder.{index}"
-            yield from attention(f"{theirs}.self_attn", f"{ours}.self_attention")
-            yield from _layer(theirs, ours, self.encoder_norms, self.ffn)
-        for index in range(config.decoder_layers):
-            theirs, ours = f"{self.transformer}.decoder.layers.{index}", f"transformer.decoder.{index}"
-            yield from attention(f"{theirs}.self_attn", f"{ours}.self_attention")
-            yield from attention(f"{theirs}.{self.cross_attention}", f"{ours}.cross_attention")
-            yield from _layer(theirs, ours, self.decoder_norms, self.ffn)
-        yield from _layer_norm(self.decoder_norm, "transformer.decoder_norm")
+        own, cross = ("self_attn", "self_attention"), (self.cross_attention, "cross_attention")
+        for i in range(config.encoder_layers):
+            yield from self._layer(f"encoder.layers.{i}", f"transformer.encoder.{i}", [own], self.encoder_norms)
+        for i in range(config.decoder_layers):
+            yield from self._layer(f"decoder.layers.{i}", f"transformer.decoder.{i}", [own, cross], self.decoder_norms)
+        yield from _linear(self.decoder_norm, "transformer.decoder_norm", SAME, "scale")
         yield Place(f"{self.queries}.weight", "transformer.queries", SAME)
         yield from _linear(self.class_head, "class_head")
         for index in range(3):
             yield from _linear(f"{self.box_head}.layers.{index}", f"box_head.layers.{index}")
+
+    def _layer(
+        self, theirs: str, ours: str, attentions: Sequence[tuple[str, str]], norms: Sequence[str]
+    ) -> Iterator[Place]:
+        theirs = f"{self.transformer}.{theirs}"
+        for name, our_name in attentions:
+            weight, bias = (f"{theirs}.{name}.{entry}" for entry in self.attention)
+            for part in ("query", "key", "value"):
+                yield Place(weight.format(part[0]), f"{ours}.{our_name}.{part}.kernel", TO_HEADS)
+                yield Place(bias.format(part[0]), f"{ours}.{our_name}.{part}.bias", TO_HEADS_BIAS)
+            yield from _linear(f"{theirs}.{name}.out_proj", f"{ours}.{our_name}.out", FROM_HEADS)
+        for index, norm in enumerate(norms, 1):
+            yield from _linear(f"{theirs}.{norm}", f"{ours}.norm{index}", SAME, "scale")
+        for linear, suffix, form in zip(self.ffn, ("in", "out"), (SAME, MATRIX), strict=True):
+            yield Place(f"{theirs}.{linear}.weight", f"{ours}.ffn.w_{suffix}", form)
+            yield Place(f"{theirs}.{linear}.bias", f"{ours}.ffn.b_{suffix}", SAME)
 
     def _backbone(self, config: BackboneConfig) -> Iterator[Place]:
         names, first = self.resnet, self.resnet.first
@@ -139,7 +150,7 @@ _HUGGING_FACE: dict[str, Any] = {
     "decoder_norms": ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
     "ffn": ("fc1", "fc2"),
     "cross_attention": "encoder_attn",
-    "fused_attention": False,
+    "attention": ("{}_proj.weight", "{}_proj.bias"),
     "decoder_norm": "model.decoder.layernorm",
     "queries": "model.query_position_embeddings",
     "class_head": "class_labels_classifier",
@@ -152,13 +163,8 @@ LAYOUTS = (
 )
 
 
-def _linear(theirs: str, ours: str, form: Form = MATRIX) -> Iterator[Place]:
-    yield Place(f"{theirs}.weight", f"{ours}.kernel", form)
-    yield Place(f"{theirs}.bias", f"{ours}.bias", SAME)
-
-
-def _layer_norm(theirs: str, ours: str) -> Iterator[Place]:
-    yield Place(f"{theirs}.weight", f"{ours}.scale", SAME)
+def _linear(theirs: str, ours: str, form: Form = MATRIX, weight: str = "kernel") -> Iterator[Place]:
+    yield Place(f"{theirs}.weight", f"{ours}.{weight}", form)
     yield Place(f"{theirs}.bias", f"{ours}.bias", SAME)
 
 
@@ -167,23 +173,3 @@ def _conv_norm(theirs: str, pair: tuple[str, str], ours: str) -> Iterator[Place]
     yield Place(f"{theirs}.{conv}.weight", f"{ours}.conv.kernel", FILTER)
     for entry, name in (("weight", "scale"), ("bias", "bias"), ("running_mean", "mean"), ("running_var", "var")):
         yield Place(f"{theirs}.{norm}.{entry}", f"{ours}.norm.{name}", SAME)
-
-
-def _layer(theirs: str, ours: str, norms: tuple[str, ...], ffn: tuple[str, str]) -> Iterator[Place]:
-    """FFN and norms of a layer."""
-    for index, norm in enumerate(norms, 1):
-        yield from _layer_norm(f"{theirs}.{norm}", f"{ours}.norm{index}")
-    for linear, suffix, form in zip(ffn, ("in", "out"), (SAME, MATRIX), strict=True):
-        yield Place(f"{theirs}.{linear}.weight", f"{ours}.ffn.w_{suffix}", form)
-        yield Place(f"{theirs}.{linear}.bias", f"{ours}.ffn.b_{suffix}", SAME)
-
-
-def _attention(theirs: str, ours: str, weight: str = "{}_proj.weight", bias: str = "{}_proj.bias") -> Iterator[Place]:
-    for name in ("query", "key", "value"):
-        yield Place(f"{theirs}.{weight.format(name[0])}", f"{ours}.{name}.kernel", TO_HEADS)
-        yield Place(f"{theirs}.{bias.format(name[0])}", f"{ours}.{name}.bias", TO_HEADS_BIAS)
-    yield from _linear(f"{theirs}.out_proj", f"{ours}.out", FROM_HEADS)
-
-
-def _fused_attention(theirs: str, ours: str) -> Iterator[Place]:
-    return _attention(theirs, ours, "in_proj_weight", "in_proj_bias")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import safetensors
+from numpy._core import multiarray
 
 from detr_jax.convert.checkpoint import Checkpoint, Entry
 from detr_jax.convert.facts import Facts, official_facts, read_facts
@@ -27,26 +28,20 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 def open_checkpoint(path: Path, preset: str | None = None, labels: tuple[str, ...] | None = None) -> Checkpoint:
     """A checkpoint in a recognised layout, whose arrays are read later; arguments and errors as for `detr_jax.load`.
 
-    Args:
-        path: file or folder.
-        preset: name of the preset whose architecture it has; needed where nothing tells DC5.
-        labels: class names, where nothing in the files tells them.
+    `labels` are class names for where nothing in the files tells them.
     """
     if not path.exists():
         raise MissingFileError(f"there is no checkpoint {path}")
-    header: dict[str, str] = {}
     entries: Mapping[str, Entry]
-    if path.is_dir():
-        entries, header = _read_folder(path)
-    elif path.suffix == ".safetensors":
-        entries, header = _read_safetensors(path)
-    elif path.suffix not in (".pth", ".pt"):
+    if path.is_dir() or path.suffix == ".safetensors":
+        entries, header = _read_folder(path) if path.is_dir() else _read_safetensors(path)
+        if header.get("format") == FORMAT:
+            return own_checkpoint(str(path), entries, header, preset)
+        facts = read_facts(path if path.is_dir() else path.parent)
+    elif path.suffix in (".pth", ".pt"):
+        entries, facts = _read_official(path, read_facts(path.parent))
+    else:
         raise InputError(f"{path} is neither a folder nor a .safetensors, .pth or .pt file")
-    if header.get("format") == FORMAT:
-        return own_checkpoint(str(path), entries, header, preset)
-    facts = read_facts(path if path.is_dir() else path.parent)
-    if path.suffix in (".pth", ".pt") and path.is_file():
-        entries, facts = _read_official(path, facts)
     if facts.labels is None:
         facts = replace(facts, labels=labels)
     return published_checkpoint(str(path), entries, preset, facts)
@@ -118,11 +113,11 @@ def _read_official(path: Path, beside: Facts) -> tuple[Mapping[str, Entry], Fact
 def _harmless() -> list[Any]:
     """Types beside the tensors that are made without running code of a file."""
     scalars = {type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"}
-    arrays = [np.dtype, np.ndarray, np._core.multiarray.scalar, np._core.multiarray._reconstruct]
+    made = [multiarray.scalar, multiarray._reconstruct]
     # Files of NumPy 1 name the modules as they were.
-    renamed = [(thing, f"numpy.core.multiarray.{thing.__name__}") for thing in arrays[2:]]
+    renamed = [(make, f"numpy.core.multiarray.{make.__name__}") for make in made]
     paths = [pathlib.PosixPath, pathlib.PurePosixPath, pathlib.PureWindowsPath, pathlib.WindowsPath]
-    return [argparse.Namespace, codecs.encode, *arrays, *renamed, *scalars, *paths]
+    return [argparse.Namespace, codecs.encode, np.dtype, np.ndarray, *made, *renamed, *scalars, *paths]
 
 
 def _torch_problem(path: Path, message: str) -> str:

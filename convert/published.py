@@ -19,11 +19,7 @@ def published_checkpoint(
 ) -> Checkpoint:
     """A checkpoint in a recognised layout, its configuration inferred from the names and shapes of its entries.
 
-    Args:
-        source: origin of the entries, for messages.
-        entries: arrays by name.
-        preset: name of the preset whose architecture the detector has; tells what `facts` does not.
-        facts: what is known beyond the entries.
+    `source` is the origin of the entries, for messages; the preset whose architecture it has tells what `facts` do not.
 
     Raises:
         InputError: if the layout is unknown or of an unsupported detector, or preset or facts contradict the entries.

@@ -23,7 +23,7 @@ import detr_jax
 from detr_jax.calibration.allocation import greedy
 from detr_jax.calibration.thresholds import calibrate, density_threshold, measure_scores, recall_threshold
 from detr_jax.commands import cli
-from detr_jax.commands.data_options import DataOptions
+from detr_jax.commands.options import DataOptions
 from detr_jax.errors import InputError
 from detr_jax.files import replacing, write_json
 from detr_jax.methods import (
@@ -265,7 +265,7 @@ def main(arguments: Arguments) -> None:
         "data": splits.names,
         "images": len(bench.comparison.image_ids),
         "implementation": "masked reference",
-        "flops": dataclasses.asdict(bench.flops),
+        "flops": dataclasses.asdict(bench.comparison.flops),
         "statistics": describe_statistics(bench.profile),
         "tile_density": tile_density,
         "rows": list(bench.rows.by_key.values()),

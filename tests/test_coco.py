@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from tiny import annotation, write_coco
 
-from detr_jax.commands.data_options import DataOptions
+from detr_jax.commands.options import DataOptions
 from detr_jax.data.coco import CocoDataset
 from detr_jax.data.registry import open_dataset, register_dataset
 from detr_jax.data.scenes import ScenesDataset

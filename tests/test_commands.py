@@ -15,7 +15,7 @@ from tiny import annotation, tiny_detector, write_coco
 import detr_jax_command
 from detr_jax import errors
 from detr_jax.commands import cli
-from detr_jax.commands.data_options import DataOptions
+from detr_jax.commands.options import DataOptions
 
 ROOT = Path(__file__).parent.parent
 

@@ -100,11 +100,11 @@ def test_an_interrupted_comparison_resumes(inputs, finished, tmp_path, monkeypat
 
     row, seen = Comparison.row, []
 
-    def interrupted(self, config, selectors, measured):
+    def interrupted(self, selectors, measured):
         seen.append(selectors)
         if len(seen) == 12:
             raise OSError("interrupted")
-        return row(self, config, selectors, measured)
+        return row(self, selectors, measured)
 
     monkeypatch.setattr(Comparison, "row", interrupted)
     with pytest.raises(OSError, match="interrupted"):

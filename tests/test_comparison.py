@@ -75,10 +75,10 @@ def test_the_work_that_is_left(model):
 
 
 def test_rows_are_compared_with_the_dense_detector(model, dataset, embedded):
-    comparison = Comparison(embedded, dataset.ground_truth(), dense_flops(model, 32, 40), 4, model)
+    comparison = Comparison(model, dataset, embedded, 4)
 
     def measure(selectors):
-        return comparison.row(model.ffn_specs(), selectors, comparison.detect(model, selectors))
+        return comparison.row(selectors, comparison.detect(model, selectors))
 
     dense = measure({})
     assert dense["AP_minus_dense"] == 0 and dense["AP_minus_dense_interval"] == (0, 0)
@@ -101,18 +101,18 @@ def test_one_at_a_time_then_one_more_at_a_time():
 
 
 def test_one_program_serves_every_subset_of_the_ffns_and_counts_the_others_as_dense(model, dataset, embedded):
-    comparison = Comparison(embedded, dataset.ground_truth(), dense_flops(model, 32, 40), 4, model)
+    comparison = Comparison(model, dataset, embedded, 4)
     gates = dict.fromkeys(TINY_CONFIG.ffn_names, Thresholded(Random(4), jnp.float32(-0.5)))
     subsets = one_at_a_time(gates)
     comparison.detect(model, gates)
     programs = detect._cache_size()
     rows = {
-        title: comparison.row(model.ffn_specs(), some, comparison.detect(model, restricted_to(gates, some)))
+        title: comparison.row(some, comparison.detect(model, restricted_to(gates, some)))
         for title, some in subsets.items()
     }
     assert detect._cache_size() == programs
     some = subsets["decoder.0 alone"]
-    expected = comparison.row(model.ffn_specs(), some, comparison.detect(model, some))
+    expected = comparison.row(some, comparison.detect(model, some))
     np.testing.assert_equal(rows["decoder.0 alone"], expected)
     assert rows["decoder.0 alone"]["ffns"]["encoder.0"]["flops_share"] == 1
     assert rows["up to decoder.0"]["density"] < rows["decoder.0 alone"]["density"] < 1

@@ -8,7 +8,7 @@ from kernel_cases import change_backend
 from tiny import TINY_CONFIG, every_selector, outputs, tiny_detector, tiny_ffn
 
 from detr_jax import fingerprint, load_sparse
-from detr_jax.commands.execution_options import ExecutionOptions
+from detr_jax.commands.options import ExecutionOptions
 from detr_jax.kernels import Execution
 from detr_jax.methods import Executed, InputMagnitude, Oracle, PartitionedSelector, PooledStatistics, Thresholded
 from detr_jax.models.ffn import forward

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 import detr_jax
 from detr_jax.evaluation.counts import ActivityCounts
-from detr_jax.viz.figures import GatedRun, plot_gates, plot_search, save_figure
+from detr_jax.evaluation.evaluate import Scores
+from detr_jax.viz.figures import plot_gates, plot_search, save_figure
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -47,12 +48,17 @@ def counts(computed: int) -> ActivityCounts:
     )
 
 
-def run_of(title: str, computed: int) -> GatedRun:
-    return GatedRun(title, 0.7, (0.6, 0.75), 0.01, {"encoder.0": counts(computed), "decoder.0": counts(computed)})
+def run_of(computed: int) -> Scores:
+    return Scores(
+        *("some data", 10, {"AP": 0.7}, (0.6, 0.75), {}, 0.72, (-0.03, 0.01), 0.01),
+        counts={"encoder.0": counts(computed), "decoder.0": counts(computed)},
+        executed={},
+        coco=None,
+    )
 
 
 def test_gates(tmp_path):
-    figure = plot_gates("some data", run_of("dense", 1000), [run_of("recall 0.9", 400), run_of("half", 500)])
+    figure = plot_gates("some data", run_of(1000), {"recall 0.9": run_of(400), "half": run_of(500)})
     assert isinstance(figure, Figure)
     sparsity, recall, _ = figure.axes
     assert [bar.get_height() for bar in sparsity.patches] == pytest.approx([0.6, 0.6, 0.5, 0.5])

@@ -33,13 +33,10 @@ def run_command(name: str) -> None:
 def run(command: Callable[[Arguments], None], arguments: type[Arguments], *, many_processes: bool = False) -> None:
     """Parses the command line and runs a command.
 
-    An error that the user can mend becomes one line on stderr and exit status 2; any other keeps its traceback.
-
-    Args:
-        command: does the work.
-        arguments: a dataclass whose docstring describes the command and whose fields are its options.
-        many_processes: the command runs on the hosts of a cluster together, see `detr_jax.mesh.join_cluster`. Only the
-            first process shows what it does; errors are shown by all.
+    An error that the user can mend becomes one line on stderr and exit status 2; any other keeps its traceback. The
+    docstring of `arguments`, a dataclass, describes the command, and its fields are the options. With `many_processes`
+    the command runs on the hosts of a cluster together, see `detr_jax.mesh.join_cluster`: only the first process shows
+    what it does; errors are shown by all.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # names of files and classes may be beyond the console's encoding
@@ -80,9 +77,7 @@ def provenance(arguments: Any) -> dict:
 def settings(arguments: Any, **inputs: str) -> dict:
     """Settings on which the results of a run depend, for `detr_jax.run_folder.open_run`.
 
-    Args:
-        arguments: of the command; those in `PLACES` are left out.
-        inputs: fingerprints of the detector and the data, which are the same wherever they are.
+    Of the arguments, those in `PLACES` are left out; `inputs` are fingerprints of the detector and the data instead.
     """
     kept = {name: value for name, value in _as_json(arguments).items() if name not in PLACES}
     return kept | {f"fingerprint of the {name}": value for name, value in inputs.items()}

@@ -4,12 +4,11 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-import jax.numpy as jnp
 import tyro
 
-import detr_jax
+from detr_jax.commands.options import ModelOptions
 from detr_jax.data.image_list import GivenImages
 from detr_jax.data.scenes import ScenesDataset
 from detr_jax.detection import check_threshold, detect_each
@@ -20,7 +19,7 @@ from detr_jax.weights import EMBEDDED
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(ModelOptions):
     """Detects objects in images; for every image writes a picture with labelled boxes and a JSON file.
 
     For example `detr-jax detect street.jpg --model detr-r50 --out detections`. The default detr-tiny comes with the
@@ -31,14 +30,8 @@ class Arguments:
     """Image files."""
     scenes: int = 0
     """Instead of files, take the first so many generated validation scenes, which detr-tiny was made for."""
-    model: str = "detr-tiny"
-    """Name of a detector or path of a checkpoint."""
-    preset: str | None = None
-    """Architecture of a checkpoint that does not say which it is, e.g. detr-r50."""
     plan: str | None = None
     """Plan of the detector, which computes sparse with it: a file, a folder, a hub id, or detr-tiny."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the computation."""
     threshold: float = 0.7
     """Least score of a detection."""
     out: Path = Path("runs/detect")
@@ -62,13 +55,7 @@ def main(arguments: Arguments) -> None:
                 raise InputError(f"{result} is one of the images and would be replaced; choose another folder by --out")
             refuse_existing(result, arguments.overwrite)
     dataset = GivenImages(arguments.images) if arguments.images else ScenesDataset("val", arguments.scenes)
-    model: detr_jax.Detector | detr_jax.SparseDETR
-    if arguments.plan is None:
-        model = detr_jax.load(arguments.model, arguments.preset, jnp.dtype(arguments.dtype))
-    else:
-        model = detr_jax.load_sparse(
-            arguments.model, arguments.plan, preset=arguments.preset, dtype=jnp.dtype(arguments.dtype)
-        )
+    model = arguments.load() if arguments.plan is None else arguments.load_sparse(arguments.plan)
     if arguments.images and arguments.model == EMBEDDED:
         print(
             f"note: {EMBEDDED} knows only the shapes of generated scenes; choose e.g. --model detr-r50 for photographs",
@@ -76,21 +63,14 @@ def main(arguments: Arguments) -> None:
         )
 
     for index, found in detect_each(model, dataset, arguments.threshold):
-        path = paths[index]
-        with replacing(arguments.out / f"{path.stem}.png") as temporary:
+        path, target = paths[index], arguments.out / paths[index].stem
+        with replacing(Path(f"{target}.png")) as temporary:
             draw_detections(dataset[index].image, found).save(temporary)
         objects = [
             {"label": name, "score": score, "box": box}
             for name, score, box in zip(found.names, found.scores.tolist(), found.boxes.tolist(), strict=True)
         ]
-        report = {
-            "image": str(path),
-            "model": arguments.model,
-            "plan": arguments.plan,
-            "threshold": arguments.threshold,
-            "box_format": "x0, y0, x1, y1 in pixels",
-            "detections": objects,
-        }
-        write_json(arguments.out / f"{path.stem}.json", report)
-        objects_found = "1 object" if len(objects) == 1 else f"{len(objects)} objects"
-        print(f"{path}: {objects_found} -> {arguments.out / path.stem}.png")
+        report: dict[str, Any] = {"image": str(path), "model": arguments.model, "plan": arguments.plan}
+        report |= {"threshold": arguments.threshold, "box_format": "x0, y0, x1, y1 in pixels", "detections": objects}
+        write_json(Path(f"{target}.json"), report)
+        print(f"{path}: {len(objects)} object{'' if len(objects) == 1 else 's'} -> {target}.png")

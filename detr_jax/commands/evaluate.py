@@ -4,16 +4,14 @@ import dataclasses
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
 import detr_jax
 from detr_jax.commands import cli
-from detr_jax.commands.data_options import DataOptions
-from detr_jax.commands.execution_options import ExecutionOptions
+from detr_jax.commands.options import DataOptions, ExecutionOptions, ModelOptions
 from detr_jax.data.classes import match_classes
 from detr_jax.data.transforms import resized_size
 from detr_jax.errors import InputError
@@ -28,22 +26,16 @@ MANY_PROCESSES = True
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(ModelOptions):
     """Measures a detector: COCO's twelve numbers, and the 95 % confidence interval of AP.
 
     With a plan also the densities, and the differences to the dense detector on the same images. For example
     `detr-jax evaluate --model detr-r50 --coco coco --out runs/detr-r50.json`.
     """
 
-    model: str = "detr-tiny"
-    """Name of a detector, hub id, or path of a checkpoint."""
-    preset: str | None = None
-    """Architecture of a checkpoint that does not say which it is, e.g. detr-r50."""
     plan: str | None = None
     """Plan of the detector, to evaluate it sparse instead of dense: a file, a folder, a hub id, or detr-tiny."""
     computation: Annotated[ExecutionOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=ExecutionOptions)
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the computation."""
     data: Annotated[DataOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=DataOptions)
     split: str = "val"
     """val or train, or the full name of another split of a COCO folder."""
@@ -81,12 +73,8 @@ def main(arguments: Arguments) -> None:
     data = arguments.data.open(arguments.split, arguments.images)
     padded = arguments.padding_report
     sample = None if padded is None else arguments.data.open(arguments.split, padded)
-    given: dict[str, Any] = {"preset": arguments.preset, "dtype": jnp.dtype(arguments.dtype)}
-    detector: detr_jax.Detector | detr_jax.SparseDETR
-    if arguments.plan is None:
-        detector = detr_jax.load(arguments.model, **given)
-    else:
-        detector = detr_jax.load_sparse(arguments.model, arguments.plan, **given)
+    detector = arguments.load() if arguments.plan is None else arguments.load_sparse(arguments.plan)
+    if isinstance(detector, detr_jax.SparseDETR):
         selectors = arguments.computation.of(detector.plan.selectors)
         detector = detector.with_plan(dataclasses.replace(detector.plan, selectors=selectors))
     if data.has_annotations:

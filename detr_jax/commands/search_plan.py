@@ -15,16 +15,15 @@ from tqdm import tqdm
 
 import detr_jax
 from detr_jax.commands import cli
-from detr_jax.commands.data_options import DataOptions
+from detr_jax.commands.options import DataOptions
 from detr_jax.data.classes import with_classes
 from detr_jax.data.dataset import Dataset, Subset
 from detr_jax.data.features import backbone_features
 from detr_jax.errors import InputError
 from detr_jax.evaluation.coco_ap import require_usable_ap
 from detr_jax.evaluation.comparison import Comparison, Row
-from detr_jax.evaluation.flops import mean_dense_flops
 from detr_jax.files import write_json
-from detr_jax.models import DETR
+from detr_jax.models import Detector
 from detr_jax.plan import Plan, save_plan
 from detr_jax.run_folder import RESULTS, open_run
 from detr_jax.search.candidates import CANDIDATE_KINDS
@@ -90,7 +89,7 @@ def read_budget(text: str) -> tuple[str, float]:
     return kind, value
 
 
-def open_data(arguments: Arguments, model: DETR) -> dict[str, Dataset]:
+def open_data(arguments: Arguments, model: Detector) -> dict[str, Dataset]:
     """Training images for statistics, others for thresholds, others for AP, and validation images."""
     settings = arguments.search
     held_out = settings.calibration_images + arguments.accuracy_images
@@ -103,34 +102,26 @@ def open_data(arguments: Arguments, model: DETR) -> dict[str, Dataset]:
     return dict(zip(("statistics", "calibration", "accuracy"), parts, strict=True)) | {"validation": validation}
 
 
-class Judge:
-    """Measures plans on images, in the masked reference; the dense detector at once.
-
-    Raises:
-        InputError: if a loss of AP is the budget and the dense detector's AP is undefined or next to zero.
-    """
-
-    def __init__(self, model: DETR, dataset: Dataset, settings: SearchSettings, title: str, needs_ap: bool = False):
-        features = list(backbone_features(model, dataset, settings.batch_size, title))
-        flops = mean_dense_flops(model, dataset.image_sizes())
-        self._comparison = Comparison(features, dataset.ground_truth(), flops, settings.group_size, model)
-        if needs_ap:
-            require_usable_ap(self._comparison.dense)
-
-    def __call__(self, search: PlanSearch, choice: dict[str, int]) -> Row:
-        """AP and its difference to dense with their intervals, densities and work; see `Comparison.row`."""
-        trials = {name: candidate.trial for name, candidate in search.chosen(choice).items()}
-        return self._comparison.row(search.model.ffn_specs(), trials, self._comparison.detect(search.model, trials))
+def comparison_on(dataset: Dataset, model: Detector, settings: SearchSettings, title: str) -> Comparison:
+    """Measures the dense detector on images, and is ready for plans."""
+    features = list(backbone_features(model, dataset, settings.batch_size, title))
+    return Comparison(model, dataset, features, settings.group_size)
 
 
-def within_loss(search: PlanSearch, judge: Judge, points: float, kinds: Sequence[str]) -> dict[str, int]:
-    """The fastest choice that loses at most so many points of AP on the judge's images, by bisection."""
+def measure(comparison: Comparison, search: PlanSearch, choice: dict[str, int]) -> Row:
+    """AP of a choice in the masked reference and its difference to dense, densities and work; see `Comparison.row`."""
+    trials = {name: candidate.trial for name, candidate in search.chosen(choice).items()}
+    return comparison.row(trials, comparison.detect(search.model, trials))
+
+
+def within_loss(search: PlanSearch, comparison: Comparison, points: float, kinds: Sequence[str]) -> dict[str, int]:
+    """The fastest choice that loses at most so many points of AP on the compared images, by bisection."""
     choices = [dict.fromkeys(search.names, 0), *search.choices(SHARES, kinds)]
     good, bad = 0, len(choices)
     with tqdm(desc=f"AP, {' and '.join(kinds)}", unit="plan") as bar:
         while bad - good > 1:
             middle = (good + bad) // 2
-            lost = -100 * judge(search, choices[middle])["AP_minus_dense"]
+            lost = -100 * measure(comparison, search, choices[middle])["AP_minus_dense"]
             bar.set_postfix(points=f"{-lost:+.2f}")
             bar.update()
             good, bad = (middle, bad) if lost <= points else (good, middle)
@@ -138,15 +129,16 @@ def within_loss(search: PlanSearch, judge: Judge, points: float, kinds: Sequence
 
 
 def plan_of(
-    search: PlanSearch, model: DETR, choice: dict[str, int], measured: Row, arguments: Arguments, data: dict[str, str]
+    search: PlanSearch, fingerprint: str, choice: dict[str, int], measured: Row, arguments: Arguments, data: dict
 ) -> Plan:
     """The plan of a choice, in the detector's own numbering of its neurons."""
-    sparse = {name: c for name, c in search.chosen(choice).items() if c.selector is not None}
+    chosen = search.chosen(choice)
+    selectors = {name: c.selector for name, c in chosen.items() if c.selector is not None}
     return Plan(
         method="search",
-        fingerprint=detr_jax.fingerprint(model),
-        selectors={name: c.selector for name, c in sparse.items()},
-        permutations={name: search.permutations[name][c.order] for name, c in sparse.items()},
+        fingerprint=fingerprint,
+        selectors=selectors,
+        permutations={name: search.permutations[name][chosen[name].order] for name in selectors},
         training={"budget": arguments.budget, "data": data} | cli.settings(arguments),
         measured=measured,
         versions=cli.provenance(arguments)["versions"],
@@ -163,9 +155,9 @@ CURVE = (0.6, 0.5, 0.4, 0.33, 0.27, 0.22, 0.18, 0.14)
 """Shares of the dense FFNs' time and density at which the figure shows the accuracy."""
 
 
-def point(judge: Judge, search: PlanSearch, choice: dict[str, int], time_share: float) -> Row:
+def point(comparison: Comparison, search: PlanSearch, choice: dict[str, int], time_share: float) -> Row:
     """A point of the figure."""
-    row = judge(search, choice)
+    row = measure(comparison, search, choice)
     keys = ("AP_minus_dense", "AP_minus_dense_interval", "AP_interval", "numbers", "density")
     return {key: row[key] for key in keys} | {"time": time_share, "ffn_work": row["flops_share"]["ffns"]}
 
@@ -179,13 +171,15 @@ def main(arguments: Arguments) -> None:
     data = open_data(arguments, model)
     names = {use: dataset.name for use, dataset in data.items()}
     fingerprints = {use: dataset.fingerprint for use, dataset in data.items()}
-    run = cli.settings(arguments, detector=detr_jax.fingerprint(model), **fingerprints)
+    fingerprint = detr_jax.fingerprint(model)
+    run = cli.settings(arguments, detector=fingerprint, **fingerprints)
     open_run(arguments.out, run, OUTPUTS, overwrite=arguments.overwrite)
     if kind == "ap-loss":
-        judge = Judge(model, data["accuracy"], settings, "embedding images for AP", needs_ap=True)
+        comparison = comparison_on(data["accuracy"], model, settings, "embedding images for AP")
+        require_usable_ap(comparison.dense)
     search = PlanSearch(model, data["statistics"], data["calibration"], settings)
     if kind == "ap-loss":
-        choices = {title: within_loss(search, judge, bound, kinds) for title, kinds in CHOICES.items()}
+        choices = {title: within_loss(search, comparison, bound, kinds) for title, kinds in CHOICES.items()}
     else:
         choices = {title: search.choose(kind, bound, kinds) for title, kinds in CHOICES.items()}
 
@@ -196,22 +190,22 @@ def main(arguments: Arguments) -> None:
         for name in search.names
     }
     seconds = search.times(ways, "timing the plan")
-    dense, *others = sum(seconds.values())
-    shares = dict(zip(choices, (float(other / dense) for other in others), strict=True))
+    dense, *others = np.sum(list(seconds.values()), axis=0).tolist()
+    shares = {title: other / dense for title, other in zip(choices, others, strict=True)}
 
-    judge = Judge(model, data["validation"], settings, "embedding validation images")
-    measured = {title: point(judge, search, choice, shares[title]) for title, choice in choices.items()}
+    comparison = comparison_on(data["validation"], model, settings, "embedding validation images")
+    measured = {title: point(comparison, search, choice, shares[title]) for title, choice in choices.items()}
     curves = {
         unit: {
             title: [
-                point(judge, search, choice, search.cost(choice, "latency"))
+                point(comparison, search, choice, search.cost(choice, "latency"))
                 for choice in tqdm(search.choices(CURVE, kinds, unit), desc=f"{title} by {unit}", unit="plan")
             ]
             for title, kinds in CHOICES.items()
         }
         for unit in ("latency", "density")
     }
-    plan = plan_of(search, model, choices["any"], measured["any"], arguments, names)
+    plan = plan_of(search, fingerprint, choices["any"], measured["any"], arguments, names)
     save_plan(plan, arguments.out / "plan.safetensors", overwrite=True)
     ffns = {
         name: {
@@ -224,8 +218,7 @@ def main(arguments: Arguments) -> None:
         for name, candidate in search.chosen(choices["any"]).items()
     }
     report(measured, ffns)
-    device = jax.devices()[0].device_kind
-    title = f"{arguments.model}, {arguments.budget}, {names['validation']}, {device}"
+    title = f"{arguments.model}, {arguments.budget}, {names['validation']}, {jax.devices()[0].device_kind}"
     save_figure(plot_search(title, curves, measured["any"], ffns), arguments.out / "search.png")
     candidates = {
         name: [
@@ -245,18 +238,13 @@ def main(arguments: Arguments) -> None:
 
 def report(measured: dict[str, Row], ffns: dict[str, dict]) -> None:
     """Prints the selection of each FFN and its run time, and the accuracy of each choice."""
-    header = ("FFN", "computes", "always", "neurons", "dense ms", "plan ms", "faster")
-    lines = [
-        (
-            *(name, of["kind"], of["always"], of["density"]),
-            *(1e3 * of["dense_seconds"], 1e3 * of["seconds"], of["dense_seconds"] / of["seconds"]),
-        )
-        for name, of in ffns.items()
-    ]
-    print(f"\n{table(header, lines)}\n")
-    header = ("", "AP", "points against dense", "neurons", "FFNs faster")
+    lines = []
+    for name, ffn in ffns.items():
+        dense, plan = 1e3 * ffn["dense_seconds"], 1e3 * ffn["seconds"]
+        lines.append((name, ffn["kind"], ffn["always"], ffn["density"], dense, plan, dense / plan))
+    print(f"\n{table(('FFN', 'computes', 'always', 'neurons', 'dense ms', 'plan ms', 'faster'), lines)}\n")
     rows = [
         (title, row["numbers"]["AP"], points_of_ap(row), row["density"], 1 / row["time"])
         for title, row in measured.items()
     ]
-    print(table(header, rows))
+    print(table(("", "AP", "points against dense", "neurons", "FFNs faster"), rows))

@@ -7,14 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jax.numpy as jnp
 import tyro
 from scipy.special import expit
 
-import detr_jax
 from detr_jax.commands import cli
-from detr_jax.commands.data_options import DataOptions
-from detr_jax.commands.execution_options import ExecutionOptions
+from detr_jax.commands.options import DataOptions, ExecutionOptions, ModelOptions
 from detr_jax.errors import InputError
 from detr_jax.evaluation.coco_ap import shown
 from detr_jax.evaluation.evaluate import DENSE, Scores, evaluate_selections
@@ -28,7 +25,7 @@ from detr_jax.sparsify import fit
 from detr_jax.training.budgets import Density, GateTuning, MaxDivergence, Recall, Threshold
 from detr_jax.training.fit import FitOptions, in_log_odds
 from detr_jax.training.gates import GateTraining
-from detr_jax.viz.figures import GatedRun, plot_gates, save_figure
+from detr_jax.viz.figures import plot_gates, save_figure
 from detr_jax.viz.tables import gate_table, table
 
 MANY_PROCESSES = True
@@ -50,7 +47,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Arguments:
+class Arguments(ModelOptions):
     """Fits a method to every FFN of a frozen detector, MGS's gates by default, and measures AP and sparsity.
 
     Without options: detr-tiny on generated scenes. On COCO, for example:
@@ -58,12 +55,6 @@ class Arguments:
     Writes plan.safetensors, results.json and gates.png into the output folder. `detr_jax.sparsify` makes the same plan.
     """
 
-    model: str = "detr-tiny"
-    """Name of a detector or path of a checkpoint."""
-    preset: str | None = None
-    """Architecture of a checkpoint that does not say which it is, e.g. detr-r50."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the detector's computation; gates are float32."""
     data: Annotated[DataOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=DataOptions)
     split: Split = field(default_factory=Split)
     method: str = "mgs"
@@ -131,11 +122,11 @@ def thresholds_of(method: Method, selectors: Mapping[str, Selector]) -> dict[str
 
 def summary(scores: Mapping[str, Scores]) -> str:
     """A row for each way of running the detector."""
-    rows = []
+    rows: list[list[str | float]] = []
     for title, one in scores.items():
         interval = "-" if one.interval is None else "[{:.3f}, {:.3f}]".format(*one.interval)
         difference = ""
-        if one.difference_interval is not None:
+        if one.difference is not None and one.difference_interval is not None:
             difference = "{:+.3f} [{:+.3f}, {:+.3f}]".format(one.difference, *one.difference_interval)
         rows.append([title, shown(one.ap), interval, difference, shown(one.divergence, ".2e"), one.group_sparsity])
     header = ("FFNs", "AP", "interval", "minus dense (paired)", "output divergence", "mean group sparsity")
@@ -144,22 +135,20 @@ def summary(scores: Mapping[str, Scores]) -> str:
 
 def main(arguments: Arguments) -> None:
     started = time.perf_counter()
-    model = detr_jax.load(arguments.model, preset=arguments.preset, dtype=jnp.dtype(arguments.dtype))
-    method = arguments.training.method(type(named(arguments.method)))
+    model = arguments.load()
+    training, split = arguments.training, arguments.split
+    method = training.method(type(named(arguments.method)))
     budgets = budgets_of(method, arguments)
     order = arguments.neuron_order or ("own" if arguments.recipe == "paper" else "coactivation")
     options = FitOptions(
-        *(order, arguments.split.statistics, arguments.training.batch_size, arguments.training.checkpoint_steps),
-        tuning=arguments.tuning,
+        order, split.statistics, training.batch_size, training.checkpoint_steps, tuning=arguments.tuning
     )
-    wanted = arguments.split.train
-    if wanted is None and arguments.data.name == "scenes":
-        wanted = SCENES_TRAINING_IMAGES
-    data = arguments.data.open("train", None if wanted is None else wanted + arguments.split.calib)
-    validation = arguments.data.open("val", arguments.split.val)
+    wanted = SCENES_TRAINING_IMAGES if split.train is None and arguments.data.name == "scenes" else split.train
+    data = arguments.data.open("train", None if wanted is None else wanted + split.calib)
+    validation = arguments.data.open("val", split.val)
 
     fitted = fit(
-        *(model, data, method, arguments.split.calib, options, arguments.out),
+        *(model, data, method, split.calib, options, arguments.out),
         budgets=list(budgets.values()),
         resume=arguments.resume,
         overwrite=arguments.overwrite,
@@ -173,8 +162,7 @@ def main(arguments: Arguments) -> None:
         }
     computed = {title: arguments.computation.of(selectors) for title, selectors in selections.items()}
     scores = evaluate_selections(
-        *(fitted.permuted, validation, {DENSE: {}} | computed, arguments.training.batch_size),
-        group_size=fitted.group_size,
+        fitted.permuted, validation, {DENSE: {}} | computed, training.batch_size, group_size=fitted.group_size
     )
     fitted.check_frozen()
     if not is_first_process():
@@ -182,44 +170,30 @@ def main(arguments: Arguments) -> None:
 
     thresholds = {title: thresholds_of(method, selectors) for title, selectors in selections.items()}
     for title in plans:
-        print(f"\n{title}")
-        print(gate_table(scores[title].counts, thresholds[title]))
-    print(f"\n{len(validation)} images of {validation.name}, 95 % intervals over images")
-    print(summary(scores))
+        print(f"\n{title}\n{gate_table(scores[title].counts, thresholds[title])}")
+    print(f"\n{len(validation)} images of {validation.name}, 95 % intervals over images\n{summary(scores)}")
 
     title, plan = list(plans.items())[-1]
     provenance = cli.provenance(arguments)
     ran = "masked" if arguments.computation.implementation == "plan" else arguments.computation.implementation
     plan = scores[title].record(plan, ran)
     save_plan(plan, arguments.out / "plan.safetensors", overwrite=True)
-    runs = {title: GatedRun(title, one.ap, one.interval, one.divergence, one.counts) for title, one in scores.items()}
-    figure = plot_gates(
-        f"{method.name} on {arguments.model}, {len(validation)} images of {validation.name}, "
-        f"groups of {fitted.group_size}" + (f" by {order}" if fitted.permutations else ""),
-        runs[DENSE],
-        [runs[title] for title in plans],
-    )
+    about = f"{method.name} on {arguments.model}, {len(validation)} images of {validation.name}"
+    groups = f"groups of {fitted.group_size}" + (f" by {order}" if fitted.permutations else "")
+    figure = plot_gates(f"{about}, {groups}", scores[DENSE], {title: scores[title] for title in plans})
     save_figure(figure, arguments.out / "gates.png")
-    results = {
-        title: one.to_json()
-        | {
-            "ffns": {
-                n: ffn | {"threshold": thresholds.get(title, {}).get(n)} for n, ffn in one.to_json()["ffns"].items()
-            }
-        }
-        for title, one in scores.items()
-    }
+    runs = {title: one.to_json() for title, one in scores.items()}
+    for title, run in runs.items():
+        for name, ffn in run["ffns"].items():
+            ffn["threshold"] = thresholds.get(title, {}).get(name)
     seconds = time.perf_counter() - started
-    write_json(
-        arguments.out / RESULTS,
-        {
-            "model": arguments.model,
-            "fingerprint": plan.fingerprint,
-            "training": plan.training | {"images_per_second": fitted.images_per_second},
-            "validation": {"data": validation.name, "images": len(validation)},
-            "runs": results,
-            "seconds": seconds,
-            **provenance,
-        },
-    )
+    results = {
+        "model": arguments.model,
+        "fingerprint": plan.fingerprint,
+        "training": plan.training | {"images_per_second": fitted.images_per_second},
+        "validation": {"data": validation.name, "images": len(validation)},
+        "runs": runs,
+        "seconds": seconds,
+    }
+    write_json(arguments.out / RESULTS, results | provenance)
     print(f"\nplan.safetensors, results.json and gates.png are in {arguments.out} after {math.ceil(seconds)} s")

@@ -26,12 +26,9 @@ class BatchSource(Protocol):
 
 
 class ImageBatches:
-    """Images of a data set, read again in every pass.
+    """Images of a data set through the backbone of a detector, on its devices, read again in every pass.
 
-    Args:
-        model: detector whose backbone they go through, on its devices.
-        batch_size: images per batch, over all devices.
-        shuffle_seed: for another order in every pass; None keeps that of the data set.
+    A batch has `batch_size` images over all devices. A `shuffle_seed` gives every pass another order.
     """
 
     def __init__(self, model: Detector, dataset: Dataset, batch_size: int, shuffle_seed: int | None = None):
@@ -50,10 +47,8 @@ class ImageBatches:
 class CachedBatches:
     """Batches in memory, such as the tokens of an embedded data set.
 
-    Args:
-        stored: the batches; where devices share them, the rows of this process.
-        shuffle_seed: for another order in every pass; None keeps that of `stored`.
-        mesh: devices that share every batch, see `detr_jax.mesh`.
+    A `shuffle_seed` gives every pass another order. Where the devices of a `mesh` share every batch, see
+    `detr_jax.mesh`, `stored` has the rows of this process.
     """
 
     def __init__(self, stored: Sequence[Any], shuffle_seed: int | None = None, mesh: Mesh | None = None):

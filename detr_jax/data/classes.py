@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from detr_jax.data.dataset import Dataset, Example
+from detr_jax.data.dataset import Dataset, Example, Subset
 from detr_jax.errors import InputError
 
 _PLACEHOLDER = re.compile(r"LABEL_\d+")
@@ -119,39 +119,27 @@ def with_classes(dataset: Dataset, labels: Sequence[str]) -> tuple[Dataset, Clas
     return (dataset if mapping.is_identity else _Relabelled(dataset, mapping)), mapping
 
 
-class _Relabelled:
-    """A data set with the classes of a detector as its categories."""
+class _Relabelled(Subset):
+    """A whole data set with the classes of a detector as its categories."""
 
     def __init__(self, dataset: Dataset, mapping: ClassMapping):
-        self._dataset, self.has_annotations = dataset, dataset.has_annotations
+        super().__init__(dataset, 0, len(dataset))
         self.name, self.fingerprint = dataset.name, dataset.fingerprint
         beyond = range(len(mapping.labels), len(mapping.labels) + len(mapping.missing))
         self._classes = mapping.classes
         self._ids = mapping.classes | dict(zip(mapping.missing, beyond, strict=True))
 
-    def __len__(self) -> int:
-        return len(self._dataset)
-
     def __getitem__(self, index: int) -> Example:
-        example = self._dataset[index]
+        example = super().__getitem__(index)
         known = np.array([label in self._classes for label in example.labels.tolist()], bool)
         labels = np.array([self._classes[label] for label in example.labels[known].tolist()], np.int32)
         return Example(example.image_id, example.image, example.boxes[known], labels)
 
-    def image_sizes(self) -> np.ndarray:
-        return self._dataset.image_sizes()
-
-    def image_ids(self) -> list[int]:
-        return self._dataset.image_ids()
-
-    def image_name(self, index: int) -> str:
-        return self._dataset.image_name(index)
-
     def categories(self) -> list[dict]:
-        return [category | {"id": self._ids[category["id"]]} for category in self._dataset.categories()]
+        return [category | {"id": self._ids[category["id"]]} for category in super().categories()]
 
     def ground_truth(self) -> dict:
-        truth = self._dataset.ground_truth()
+        truth = super().ground_truth()
         annotations = [a | {"category_id": self._ids[a["category_id"]]} for a in truth["annotations"]]
         return truth | {"annotations": annotations, "categories": self.categories()}
 

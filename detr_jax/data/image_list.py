@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TypeGuard, cast
 
 import numpy as np
 from PIL import Image
@@ -106,7 +107,7 @@ class ImageFolder(GivenImages):
         super().__init__([root.joinpath(*names[i]) for i in chosen], chosen)
 
     def _identity(self, index: int) -> str:
-        path = Path(self._images[index])
+        path = Path(self.image_name(index))
         return f"{path.relative_to(self._root).as_posix()} {path.stat().st_size}"
 
 
@@ -146,9 +147,9 @@ def preprocess_images(
 
 def as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
     """One or many images as a list."""
-    return list(images) if is_many(images) else [images]
+    return list(images) if is_many(images) else [cast(ImageLike, images)]
 
 
-def is_many(images: ImageLike | Sequence[ImageLike]) -> bool:
+def is_many(images: ImageLike | Sequence[ImageLike]) -> TypeGuard[Sequence[ImageLike]]:
     """Whether these are many images, if only in form: a list, a tuple, or an array with an axis for them."""
     return isinstance(images, list | tuple) or getattr(images, "ndim", 3) == 4

@@ -91,7 +91,6 @@ def layout_batches(
         sizes: (images, 2), height and width of the original images.
         exact: no padding and no copies: every size of image is a shape of its own.
         shuffle_seed: order images and batches by this seed and the epoch; None keeps the order within a shape.
-        epoch: number of the pass over the data.
         image_name: name of an image by its index, for errors.
 
     Raises:
@@ -121,12 +120,7 @@ def layout_batches(
 def load_batch(
     dataset: Dataset, preprocessing: Preprocessing, layout: BatchLayout, sizes: np.ndarray, ids: np.ndarray, rows: slice
 ) -> Batch:
-    """The images of one batch, read and preprocessed.
-
-    Args:
-        sizes, ids: (images, 2) and (images,) of the data set.
-        rows: the rows of the batch that are loaded.
-    """
+    """The images in some rows of a batch, read and preprocessed; `sizes` (images, 2), `ids` are of the data set."""
     filled = np.array(layout.indices + layout.indices[:1] * (layout.shape[0] - len(layout.indices)))
     valid = np.arange(layout.shape[0]) < len(layout.indices)
     own = filled[rows].tolist()
@@ -134,16 +128,8 @@ def load_batch(
     preprocessed = {index: preprocess(example.image, preprocessing) for index, example in examples.items()}
     pixel_values, pixel_mask = pad([preprocessed[index] for index in own], layout.shape[1:])
     no_copies = [examples[index] for index in filled[rows][valid[rows]].tolist()]
-    return Batch(
-        pixel_values,
-        pixel_mask,
-        sizes=sizes[filled],
-        image_ids=ids[filled],
-        valid=valid,
-        boxes=tuple(example.boxes for example in no_copies),
-        labels=tuple(example.labels for example in no_copies),
-        first=rows.start,
-    )
+    boxes, labels = tuple(example.boxes for example in no_copies), tuple(example.labels for example in no_copies)
+    return Batch(pixel_values, pixel_mask, sizes[filled], ids[filled], valid, boxes, labels, rows.start)
 
 
 def batches(

@@ -22,11 +22,7 @@ _WORTH_PROCESSES = 2000  # images from which on processes are started, which tak
 
 
 def prefetch(items: Sequence[Item], load: Callable[[Item], Loaded], processes: int) -> Iterator[Loaded]:
-    """Pytrees of numpy arrays that `load` makes of each item, in their order.
-
-    Args:
-        processes: number that call it; 0 for threads of this one.
-    """
+    """Pytrees of numpy arrays that `load` makes of each item, in their order, in processes or, of 0, in threads."""
     loaded = grain.MapDataset.source(items).map(load).to_iter_dataset(_READ_OPTIONS)
     if processes:
         if not flags.FLAGS.is_parsed():
@@ -50,9 +46,8 @@ def _end_with_parent(*_: int) -> None:
 def processes_for(images: int, batch_bytes: int) -> int:
     """Number of loading processes: none where starting them takes longer than they save, or cores are few.
 
-    Args:
-        images: number loaded altogether.
-        batch_bytes: of the largest batch, which is handed over in shared memory; containers often have little of it.
+    `images` are loaded altogether; batches, the largest of `batch_bytes`, are handed over in shared memory, of which
+    containers often have little.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if cores <= 4 or images < _WORTH_PROCESSES:

@@ -1,6 +1,7 @@
 """Preprocessing of the official DETR: resize to a shorter side under a cap on the longer one, then normalise."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -8,6 +9,8 @@ from PIL import Image
 
 from detr_jax.errors import InputError
 from detr_jax.models import Preprocessing
+
+Pixels = TypeVar("Pixels", np.ndarray, jax.Array)
 
 
 def resized_size(size: tuple[int, int], shortest: int, longest: int) -> tuple[int, int]:
@@ -34,7 +37,7 @@ def resized_size(size: tuple[int, int], shortest: int, longest: int) -> tuple[in
     return shortest, int(shortest * width / height)
 
 
-def normalise(image: np.ndarray | jax.Array, preprocessing: Preprocessing) -> np.ndarray | jax.Array:
+def normalise(image: Pixels, preprocessing: Preprocessing) -> Pixels:
     """(..., 3) uint8 RGB -> float32, rescaled, with mean and standard deviation taken out."""
     mean, std = (np.array(of_channels, np.float32) for of_channels in (preprocessing.mean, preprocessing.std))
     # Divided as the official code divides by 255: multiplied by 1 / 255 the last digit is another.

@@ -52,12 +52,10 @@ class CocoScores:
 
 
 def score(ground_truth: dict, results: list[dict], image_ids: Sequence[int]) -> CocoScores:
-    """Accuracy of detections against the ground truth.
+    """Accuracy of detections in some images, of which those without objects or detections count too.
 
-    Args:
-        ground_truth: in the layout of COCO's `instances_*.json`.
-        results: in COCO's results format, boxes as (x, y, width, height) in pixels; may be empty.
-        image_ids: ids of the images to evaluate; those without objects or detections count too.
+    `ground_truth` is in the layout of COCO's `instances_*.json`, `results` in its results format, with boxes (x, y,
+    width, height) in pixels.
 
     Raises:
         InputError: if there are no images.
@@ -87,7 +85,7 @@ def score(ground_truth: dict, results: list[dict], image_ids: Sequence[int]) -> 
         # pycocotools has -1 where there is nothing to find.
         numbers={name: float(x) if x >= 0 else np.nan for name, x in zip(METRICS, evaluation.stats, strict=True)},
         category_ap={
-            names[c] if times[names[c]] == 1 else f"{names[c]} ({c})": float(category_ap(m, once))
+            names[c] + (f" ({c})" if times[names[c]] > 1 else ""): float(category_ap(m, once))
             for c, m in matches.items()
         },
         image_ids=tuple(int(i) for i in images),
@@ -163,11 +161,11 @@ def bootstrap(scores: CocoScores, replicates: int = 200, seed: int = 0) -> np.nd
     return np.where(defined, samples, 0).sum(1) / np.where(defined.any(1), defined.sum(1), np.nan)
 
 
-def confidence_interval(samples: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """The central `level` of bootstrap replicates of an AP or a difference of two; NaN if all are."""
+def confidence_interval(samples: np.ndarray) -> tuple[float, float]:
+    """The central 95 % of bootstrap replicates of an AP or a difference of two; NaN if all are."""
     if np.isnan(samples).all():
         return np.nan, np.nan
-    low, high = np.nanquantile(samples, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.nanquantile(samples, [(1 - 0.95) / 2, (1 + 0.95) / 2])
     return float(low), float(high)
 
 

@@ -1,16 +1,17 @@
 """Selectors side by side on one frozen detector: every row is measured on the same images in the same way."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from detr_jax.data.dataset import Dataset
 from detr_jax.data.features import BackboneFeatures
 from detr_jax.evaluation.coco_ap import CocoScores, bootstrap, confidence_interval, score
-from detr_jax.evaluation.flops import DenseFlops, remaining_share, sparse_flops
+from detr_jax.evaluation.flops import mean_dense_flops, remaining_share, sparse_flops
 from detr_jax.evaluation.runs import MeasuredDetections, measure_dataset
 from detr_jax.methods import Thresholded, Traits
-from detr_jax.models import Detector, FFNSpec, Selectors
+from detr_jax.models import Detector, Selectors
 
 Row = dict[str, Any]
 """Measurements with one set of selectors, as JSON."""
@@ -23,35 +24,29 @@ class Comparison:
     """Measures selectors against the dense detector.
 
     Args:
-        embedded: features of the images.
-        ground_truth: of the images, in COCO's layout.
-        flops: of the dense detector, for one image.
+        model: the detector.
+        dataset: the images.
+        features: of the images.
         group_size: neurons per group, for the counts.
-        dense: the detector.
 
     Attributes:
         image_ids: of the images.
+        flops: of the dense detector, mean over the images.
         dense: scores of the dense detector.
     """
 
-    def __init__(
-        self,
-        embedded: Sequence[BackboneFeatures],
-        ground_truth: dict,
-        flops: DenseFlops,
-        group_size: int,
-        dense: Detector,
-    ):
-        self._embedded, self._ground_truth, self._flops, self._group_size = embedded, ground_truth, flops, group_size
-        self.image_ids = [int(i) for batch in embedded for i in batch.image_ids[batch.valid]]
-        self.dense = self._score(self.detect(dense, {}))
+    def __init__(self, model: Detector, dataset: Dataset, features: Sequence[BackboneFeatures], group_size: int):
+        self._features, self._ground_truth, self._group_size = features, dataset.ground_truth(), group_size
+        self._specs, self.flops = model.ffn_specs(), mean_dense_flops(model, dataset.image_sizes())
+        self.image_ids = [int(i) for batch in features for i in batch.image_ids[batch.valid]]
+        self.dense = self._score(self.detect(model, {}))
         self._dense_samples = bootstrap(self.dense)
 
     def detect(self, model: Detector, selectors: Selectors) -> MeasuredDetections:
         """Detections and activity with some FFNs sparse; `model` has its hidden neurons in whatever order."""
-        return measure_dataset(model, self._embedded, selectors=selectors, group_size=self._group_size)
+        return measure_dataset(model, self._features, selectors=selectors, group_size=self._group_size)
 
-    def row(self, specs: Mapping[str, FFNSpec], selectors: Selectors, measured: MeasuredDetections) -> Row:
+    def row(self, selectors: Selectors, measured: MeasuredDetections) -> Row:
         """Accuracy, density and work from what `detect` returned for `selectors`, in numpy.
 
         Returns:
@@ -64,7 +59,8 @@ class Comparison:
         samples = bootstrap(scores)
         ffns = {}
         for name, counts in measured.counts.items():
-            selector, (d, features) = selectors.get(name), (specs[name].d_model, specs[name].hidden)
+            selector: Any = selectors.get(name)
+            d, features = self._specs[name].d_model, self._specs[name].hidden
             traits, cost = (_DENSE, 0.0) if selector is None else (selector.traits, selector.cost(d, features))
             finite = isinstance(selector, Thresholded) and np.isfinite(selector.threshold)
             ffns[name] = {
@@ -72,8 +68,8 @@ class Comparison:
                 "flops_share": remaining_share(traits, cost, counts, d, features),
                 **{key: getattr(counts, key) for key in (*MEANS, "precision", "zeros")},
             }
-        flops = sparse_flops(self._flops, {name: ffn["flops_share"] for name, ffn in ffns.items()})
-        whole = sparse_flops(self._flops, {})
+        flops = sparse_flops(self.flops, {name: ffn["flops_share"] for name, ffn in ffns.items()})
+        whole = sparse_flops(self.flops, {})
         return {
             "numbers": scores.numbers,
             "category_AP": scores.category_ap,

@@ -171,19 +171,20 @@ def evaluate(
     (True, True)
     """
     selections: dict[str, Selectors] = {DENSE: {}}
-    if plan := getattr(detector, "plan", None):
+    measured: Mapping[str, Any] = {}
+    if isinstance(detector, Detector):
+        model = detector
+    else:
+        measured = detector.plan.measured
         if implementation is not None:
             detector = detector.with_implementation(implementation)
-        model, sparse = detector.detector, detector.plan.selectors
-        selections = (selections if dense else {}) | {"sparse": sparse}
-    else:
-        model = detector
+        model = detector.detector
+        selections = (selections if dense else {}) | {"sparse": detector.plan.selectors}
     found = evaluate_selections(
         model, data, selections, batch_size, group_size=group_size, exact_shapes=exact_shapes, progress=progress
     )
     scores = list(found.values())[-1]
-    if plan:
-        warn_if_far_from_calibration(plan.measured, scores.density, scores.data)
+    warn_if_far_from_calibration(measured, scores.density, scores.data)
     return scores
 
 
@@ -199,12 +200,8 @@ def evaluate_selections(
 ) -> dict[str, Scores]:
     """Measures several selections of what one detector computes, in one pass over a data set.
 
-    Args:
-        model: the detector, its hidden neurons in the order of the selectors.
-        data: the images.
-        selections: by title, selectors by FFN. The others are compared with the one that has the title "dense", if
-            there is one.
-        batch_size, group_size, exact_shapes, progress: as of `evaluate`.
+    The detector has its hidden neurons in the order of the selectors. All selections are compared with the one that has
+    the title "dense", if there is one. Other arguments as of `evaluate`.
     """
     data, _ = with_classes(data, model.labels)
     placed = model if exact_shapes else replicate(model)  # images of their own size have no batch to share
@@ -213,45 +210,50 @@ def evaluate_selections(
     measured = measure_selections(placed, features, selections, group_size=group_size)
     ground_truth = data.ground_truth() if data.has_annotations else None
     found: dict[str, Scores] = {}
-    dense = None  # its AP, and replicates of it on drawn images
+    dense_samples = None  # AP of the dense detector on drawn images
     for title, one in measured.items():
-        coco = None if ground_truth is None else score(ground_truth, one.results, data.image_ids())
-        numbers = None if coco is None else _or_none(coco.numbers)
-        samples = None if numbers is None or numbers["AP"] is None else bootstrap(coco)
+        coco = numbers = samples = None
+        if ground_truth is not None:
+            coco = score(ground_truth, one.results, data.image_ids())
+            numbers = {name: None if np.isnan(value) else value for name, value in coco.numbers.items()}
+            samples = None if numbers["AP"] is None else bootstrap(coco)
+        difference = None
+        if samples is not None and dense_samples is not None:
+            difference = confidence_interval(samples - dense_samples)
         found[title] = Scores(
             data=data.name,
             images=len(data),
             numbers=numbers,
             interval=None if samples is None else confidence_interval(samples),
             category_ap={} if coco is None else coco.category_ap,
-            dense_ap=None if dense is None else dense[0],
-            difference_interval=None if dense is None or samples is None else confidence_interval(samples - dense[1]),
+            dense_ap=found[DENSE].ap if DENSE in found else None,
+            difference_interval=difference,
             divergence=one.divergence if DENSE in found else None,
             counts=one.counts,
             executed=one.executed,
             coco=coco,
         )
-        if title == DENSE and samples is not None:
-            dense = numbers["AP"], samples
+        if title == DENSE:
+            dense_samples = samples
     return found
-
-
-def _or_none(numbers: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: None if np.isnan(value) else value for name, value in numbers.items()}
 
 
 def warn_if_far_from_calibration(
     measured: Mapping[str, Any], density: float, data: str, tolerance: float = FAR_FROM_CALIBRATION
 ) -> None:
-    """Warns once where a plan keeps much more or less than on the images it was made with.
+    """Warns where a plan keeps much more or less on other images, called `data`, than on those it was made with.
 
-    Args:
-        measured: of the plan.
-        density: of the sparse detector, on other images.
-        data: name of these images.
-        tolerance: ratio of the densities from which on a warning is given.
+    `tolerance` is the ratio of the densities from which on a warning is given. Says nothing where the plan does not
+    know its mean density over the FFNs.
     """
-    expected = calibrated_density(measured)
+    if "calibration" in measured:
+        expected = float(np.mean(list(measured["calibration"]["density"].values())))
+    elif "density" in measured:
+        expected = float(measured["density"])
+    elif "mean_group_sparsity" in measured:
+        expected = 1 - float(measured["mean_group_sparsity"])
+    else:
+        return
     if not expected:
         return
     ratio = max(density, 1e-9) / expected
@@ -262,12 +264,3 @@ def warn_if_far_from_calibration(
             "with images like these",
             stacklevel=3,
         )
-
-
-def calibrated_density(measured: Mapping[str, Any]) -> float | None:
-    """The mean density over the FFNs that a plan says it has; None where it says nothing."""
-    if "calibration" in measured:
-        return float(np.mean(list(measured["calibration"]["density"].values())))
-    if "density" in measured:
-        return float(measured["density"])
-    return 1 - float(measured["mean_group_sparsity"]) if "mean_group_sparsity" in measured else None

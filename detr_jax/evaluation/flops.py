@@ -2,9 +2,10 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,8 +64,9 @@ def mean_dense_flops(model: Detector, sizes: np.ndarray) -> DenseFlops:
     )
 
 
-def _count(function, *arguments) -> float:
-    return float(jax.jit(function).lower(*arguments).cost_analysis()["flops"])
+def _count(function: Callable[..., Any], *arguments: Any) -> float:
+    costs: Any = jax.jit(function).lower(*arguments).cost_analysis()
+    return float(costs["flops"])
 
 
 def remaining_share(traits: Traits, cost: float, counts: ActivityCounts, d_model: int, features: int) -> float:

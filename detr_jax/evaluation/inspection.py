@@ -103,11 +103,11 @@ def activity(trace: FFNTrace, grids: tuple[tuple[int, int], ...]) -> FFNActivity
 
 def _dispatched(trace: FFNTrace) -> tuple[int, int, Dispatch | None]:
     """Numbers of neurons that are always computed and that are decided about, and how the latter are computed."""
-    selection, execution = trace.selection, trace.selection.execution
+    selection = trace.selection
     always, gated = selection.sections or (0, trace.hidden.shape[-1])
-    if execution is None or not gated:
+    if selection.execution is None or selection.active is None or not gated:
         return always, gated, None
-    return always, gated, execution.dispatch(trace.inputs, gated, selection.active.shape[-1])
+    return always, gated, selection.execution.dispatch(trace.inputs, gated, selection.active.shape[-1])
 
 
 def ffn_execution(trace: FFNTrace) -> FFNExecution:
@@ -119,8 +119,7 @@ def ffn_execution(trace: FFNTrace) -> FFNExecution:
     neurons = None if selection.sections is None else always + gated
     if chosen is None:
         return FFNExecution("dense", neurons=neurons)
-    tile_size = selection.execution.tile_size
-    name = chosen.backend.name
+    name, tile_size = chosen.backend.name, selection.execution.tile_size
     return FFNExecution(name, tile_size, chosen.block_size, chosen.break_even, chosen.refused, neurons)
 
 
@@ -156,7 +155,7 @@ def executed_share(trace: FFNTrace) -> jax.Array:
         return jnp.ones(())
     tokens, features = trace.hidden.shape[-2:]
     always, gated, chosen = _dispatched(trace)
-    if chosen is None:
+    if chosen is None or selection.active is None:
         return jnp.float32(always / features)
     active = repeat_per_tile(selection.active, tokens, selection.tile_size)
     if execution.ordered:

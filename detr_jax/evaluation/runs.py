@@ -37,15 +37,10 @@ def detect(
     measure: Measure | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Outputs, Detections, Any]:
-    """One batch, compiled once per shape and kind of detector, not per value of its weights or selectors.
+    """Outputs and detections of one batch, and what `measure` makes of the traces of its FFNs.
 
-    Args:
-        model: the detector.
-        features: from `Detector.embed`.
-        sizes: (batch, 2) original height and width in pixels.
-        selectors: selector of each sparse FFN by name.
-        measure: applied to the traces of the FFNs; None measures nothing.
-        mesh: devices that share the batch, see `detr_jax.mesh`.
+    Compiled once per shape and kind of detector, not per value of its weights or selectors. `features` are from
+    `Detector.embed`, `sizes` (batch, 2) the original heights and widths; the devices of a `mesh` share the batch.
     """
 
     def of_images(held, images):
@@ -68,16 +63,9 @@ def predictions(
     progress: bool = True,
     measure: Measure | None = None,
 ) -> Iterator[tuple[Batch, Outputs, Detections, Any]]:
-    """Outputs and detections for every image of a data set, batch by batch, as numpy arrays.
+    """Outputs and detections for every image of a data set, batch by batch, as numpy arrays, with those of `measure`.
 
-    Args:
-        model: the detector.
-        dataset: the images.
-        batch_size: images per batch.
-        selectors: selector of each sparse FFN by name.
-        exact: without padding; compiles for every size of image.
-        progress: show a bar with images per second.
-        measure: see `detect`; its results come last.
+    `exact` means without padding, which compiles for every size of image; `progress` shows a bar.
 
     Raises:
         InputError: if a score is not finite, or the devices of the detector cannot share a batch.
@@ -150,13 +138,9 @@ def measure_dataset(
 def measure_selections(
     model: Detector, embedded: Iterable[BackboneFeatures], selections: Mapping[str, Selectors], *, group_size: int
 ) -> dict[str, MeasuredDetections]:
-    """Detections and activity counts with each of several selections, in one pass over the images.
+    """Detections and activity counts with each of several selections by title, in one pass over the images.
 
-    Args:
-        model: the detector.
-        embedded: features of the images, see `detr_jax.data.features`.
-        selections: by title, selector of each sparse FFN by name; empty for the dense detector.
-        group_size: neurons per group, for the counts.
+    Counts are of groups of `group_size` neurons.
 
     Raises:
         InputError: if a score is not finite.

@@ -34,27 +34,24 @@ def check_fit(selectors: Selectors, permutations: Mapping[str, np.ndarray], mode
         if unknown := set(names) - set(specs):
             raise InputError(f"{source} has {what} for {sorted(unknown)}; this detector has {tuple(specs)}")
     for name, order in permutations.items():
-        if not np.array_equal(np.sort(order, axis=None), np.arange(specs[name].hidden)):
-            hidden = specs[name].hidden
+        hidden = specs[name].hidden
+        if not np.array_equal(np.sort(order, axis=None), np.arange(hidden)):
             raise InputError(f"{source}: {name}.permutation does not name each of {hidden} hidden neurons once")
     weights = jax.eval_shape(model.ffn_weights)
     for name, selector in selectors.items():
-        _check_numbers(f"{name}.selector", selector, source)
-        _check_shapes(name, selector, weights[name], source)
+        leaves = jax.tree_util.tree_leaves_with_path(selector)
+        arrays = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+        for entry, array in arrays.items():
+            about, is_threshold = f"{source} is damaged: {name}.selector.{entry}", f".{entry}".endswith(".threshold")
+            if (np.isnan(array) if is_threshold else ~np.isfinite(array)).any():
+                raise InputError(f"{about} holds NaN or infinite values")
+            if is_threshold and np.shape(array):
+                raise InputError(f"{about} has the shape {np.shape(array)}; a threshold is one number")
+        shapes = {entry: np.shape(array) for entry, array in arrays.items()}
+        _check_shapes(f"{source}: the selector of {name}", selector, shapes, weights[name])
 
 
-def _check_numbers(name: str, selector: Selector, source: str) -> None:
-    for path, array in jax.tree_util.tree_leaves_with_path(selector):
-        entry = f"{name}.{jax.tree_util.keystr(path, simple=True, separator='.')}"
-        is_threshold = entry.endswith(".threshold")
-        wrong = np.isnan(array) if is_threshold else ~np.isfinite(array)
-        if wrong.any():
-            raise InputError(f"{source} is damaged: {entry} holds NaN or infinite values")
-        if is_threshold and np.shape(array):
-            raise InputError(f"{source} is damaged: {entry} has the shape {np.shape(array)}; a threshold is one number")
-
-
-def _check_shapes(name: str, selector: Selector, weights: FFNWeights, source: str) -> None:
+def _check_shapes(about: str, selector: Selector, shapes: dict[str, tuple[int, ...]], weights: FFNWeights) -> None:
     def run(weights, x, tokens):
         """The groups and channels that are selected for each token, and what the FFN makes of that."""
         selection = selector(weights, x, tokens)
@@ -68,10 +65,6 @@ def _check_shapes(name: str, selector: Selector, weights: FFNWeights, source: st
         if any(which is not None and which.shape[:-1] != tokens.shape for which in kept):
             raise ValueError("it does not decide token by token")
     except UnavailableError as error:
-        raise InputError(f"{source}: the selector of {name} cannot be computed on this device: {error}") from error
+        raise InputError(f"{about} cannot be computed on this device: {error}") from error
     except (AttributeError, TypeError, ValueError) as error:
-        leaves = jax.tree_util.tree_leaves_with_path(selector)
-        shapes = {jax.tree_util.keystr(path, simple=True, separator="."): np.shape(leaf) for path, leaf in leaves}
-        raise InputError(
-            f"{source}: the selector of {name} does not fit its FFN: {error}; shapes of its arrays: {shapes}"
-        ) from error
+        raise InputError(f"{about} does not fit its FFN: {error}; shapes of its arrays: {shapes}") from error

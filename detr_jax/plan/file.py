@@ -72,18 +72,12 @@ def load_plan(name_or_path: Path | str, model: Detector, *, revision: str | None
 def push_plan(plan: Plan, repository: str, *, private: bool = False, message: str = "Plan of detr-jax") -> str:
     """Puts a plan into a repository on the Hugging Face hub, as its `plan.safetensors`, where `load_plan` finds it.
 
-    Args:
-        plan: the plan.
-        repository: "owner/name"; made if it does not exist, for its owner alone if `private`.
-        private: see `repository`.
-        message: of the commit.
-
-    Returns:
-        The address of the commit.
+    The repository, "owner/name", is made if it does not exist, for its owner alone if `private`. Returns the address of
+    the commit.
 
     Raises:
-        ValueError: if that is no id of a repository.
-        OSError: if the hub cannot be reached or refuses; mostly because nobody is logged in.
+        InputError: if that is no id of a repository.
+        OutputError: if the hub cannot be reached or refuses; mostly because nobody is logged in.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / FILENAME

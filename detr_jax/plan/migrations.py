@@ -34,7 +34,7 @@ def _from_2(header: Header, arrays: Arrays) -> tuple[Header, Arrays]:
     for ffn in sorted(gated):
         names = {entry: f"{ffn}.selector.{place}" for entry, place in zip(_GATE, _PLACES, strict=True)}
         entries = {entry: arrays[f"{ffn}.{entry}"] for entry in _GATE}
-        entries["threshold"] = np.float32(log_odds(entries["threshold"].item()))
+        entries["threshold"] = np.array(log_odds(entries["threshold"].item()), np.float32)
         migrated |= {names[entry]: array for entry, array in entries.items()}
         kernel, bias, threshold = ({"array": names[entry]} for entry in _GATE)
         score = {"class": "LinearGate", "kernel": kernel, "bias": bias}

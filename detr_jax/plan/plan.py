@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from detr_jax.models import Permutations, PlanSelectors, Selector
+from detr_jax.models import Permutations, PlanSelectors, Selectors
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -28,7 +28,7 @@ class Plan:
 
     method: str
     fingerprint: str
-    selectors: dict[str, Selector]
+    selectors: Selectors
     permutations: dict[str, np.ndarray]
     training: dict
     measured: dict

@@ -20,12 +20,7 @@ def colour(label: int) -> tuple[int, int, int]:
 
 
 def draw_detections(image: np.ndarray, found: ImageDetections) -> Image.Image:
-    """Boxes with class names and scores on an image.
-
-    Args:
-        image: (height, width, 3) uint8.
-        found: in this image; all are drawn, the best on top.
-    """
+    """Boxes with class names and scores on an image (height, width, 3) uint8, the best on top."""
     picture = Image.fromarray(image)
     enlarged = max(1.0, MIN_SIDE / max(picture.size))
     picture = picture.resize((round(picture.width * enlarged), round(picture.height * enlarged)))

@@ -1,7 +1,6 @@
 """Figures of results, as matplotlib `Figure` objects: pyplot and its global state are not imported."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from detr_jax.evaluation.coco_ap import shown
-from detr_jax.evaluation.counts import ActivityCounts
+from detr_jax.evaluation.evaluate import Scores
 from detr_jax.files import replacing
 from detr_jax.search.candidates import CANDIDATE_KINDS
 
-COLOURS = colormaps["tab10"].colors
-_PAIRS = colormaps["tab20"].colors
-KIND_COLOURS = dict(zip(CANDIDATE_KINDS, ("0.6", *(_PAIRS[i] for i in (3, 2, 1, 0, 5, 4))), strict=True))
+COLOURS = [colormaps["tab10"](i) for i in range(10)]
+_PAIRS = [colormaps["tab20"](i) for i in (3, 2, 1, 0, 5, 4)]
+KIND_COLOURS = dict(zip(CANDIDATE_KINDS, ("0.6", *_PAIRS), strict=True))
 
 
 def new_figure(title: str, size: tuple[float, float], *grid: int, **options: Any) -> tuple[Figure, Any]:
@@ -40,64 +39,41 @@ def label_ffns(axes: Axes, names: Sequence[str]) -> None:
     axes.grid(axis="y", alpha=0.3)
 
 
-@dataclass(frozen=True)
-class GatedRun:
-    """A detector's results with one set of gates, for a figure.
-
-    Attributes:
-        title: a few words.
-        ap: COCO's AP; None where it is undefined, as on images without annotations.
-        ap_interval: its 95 % confidence interval.
-        divergence: of the outputs from the dense detector's, see `Detector.divergence`.
-        counts: of every FFN by name.
-    """
-
-    title: str
-    ap: float | None
-    ap_interval: tuple[float, float] | None
-    divergence: float | None
-    counts: dict[str, ActivityCounts]
-
-
-def plot_gates(title: str, dense: GatedRun, gated: Sequence[GatedRun]) -> Figure:
+def plot_gates(title: str, dense: Scores, gated: Mapping[str, Scores]) -> Figure:
     """Sparsity and recall of every FFN, and AP, or without it the outputs' divergence, against mean group sparsity.
 
-    Args:
-        title: detector, data and number of images.
-        dense: the detector without gates.
-        gated: with all FFNs gated, in several ways.
+    `gated` has by title the detector with all FFNs gated in some way.
     """
     figure, (sparsity, recall, accuracy) = new_figure(title, (15, 4.8), 1, 3, width_ratios=(1.3, 1.3, 1))
     names, width = list(dense.counts), 0.8 / len(gated)
     position = np.arange(len(names))
-    for i, (run, colour) in enumerate(zip(gated, COLOURS, strict=False)):
-        bars = {"x": position + (i - (len(gated) - 1) / 2) * width, "width": width, "color": colour, "label": run.title}
+    for i, ((name, run), colour) in enumerate(zip(gated.items(), COLOURS, strict=False)):
+        bars = {"x": position + (i - (len(gated) - 1) / 2) * width, "width": width, "color": colour, "label": name}
         sparsity.bar(height=[run.counts[n].group_sparsity for n in names], **bars)
         recall.bar(height=[run.counts[n].recall for n in names], **bars)
-        mean = float(np.mean([c.group_sparsity for c in run.counts.values()]))
-        if run.ap is None or run.ap_interval is None:
-            accuracy.plot(mean, run.divergence, "o", color=colour, label=f"{run.title} {shown(run.divergence, '.2e')}")
+        mean = run.group_sparsity
+        if run.ap is None or run.interval is None:
+            accuracy.plot(mean, run.divergence, "o", color=colour, label=f"{name} {shown(run.divergence, '.2e')}")
             continue
-        low, high = run.ap_interval
+        low, high = run.interval
         error = [[max(run.ap - low, 0)], [max(high - run.ap, 0)]]  # of few images, AP can be at or past an end
-        accuracy.errorbar(mean, run.ap, error, fmt="o", capsize=4, color=colour, label=f"{run.title} {run.ap:.3f}")
-    sparsity.plot(
-        position, [dense.counts[n].zeros for n in names], "k_", markersize=24, label="zero activations, dense"
-    )
+        accuracy.errorbar(mean, run.ap, error, fmt="o", capsize=4, color=colour, label=f"{name} {run.ap:.3f}")
+    zeros = [dense.counts[n].zeros for n in names]
+    sparsity.plot(position, zeros, "k_", markersize=24, label="zero activations, dense")
     inactive = [1 - dense.counts[n].groups_fired / dense.counts[n].groups for n in names]
     sparsity.plot(position, inactive, "k.", markersize=8, label="inactive groups, dense")
     sparsity.set_title("groups skipped")
     recall.set_title("recall: active groups that are computed")
-    computed = [run.counts[n] for run in gated for n in names]
+    computed = [run.counts[n] for run in gated.values() for n in names]
     lowest = min(*inactive, *(c.group_sparsity for c in computed)), min(c.recall for c in computed)
     for axes, least in zip((sparsity, recall), lowest, strict=True):
         axes.set_ylim(max(0.0, np.floor(least * 10 - 1) / 10), 1)
         label_ffns(axes, names)
     figure.legend(*sparsity.get_legend_handles_labels(), fontsize=8, loc="outside lower left", ncols=4)
     accuracy.set(xlabel="mean share of groups skipped, all FFNs gated", title="divergence of the outputs from dense")
-    if dense.ap is not None and dense.ap_interval is not None:
+    if dense.ap is not None and dense.interval is not None:
         accuracy.axhline(dense.ap, color="k", linewidth=1, label=f"dense {dense.ap:.3f}")
-        accuracy.axhspan(*dense.ap_interval, color="k", alpha=0.08)
+        accuracy.axhspan(*dense.interval, color="k", alpha=0.08)
         accuracy.set_title("AP, 95 % intervals over images")
     accuracy.grid(alpha=0.3)
     accuracy.legend(fontsize=8)
@@ -109,12 +85,9 @@ def plot_search(
 ) -> Figure:
     """Accuracy of searched plans against time and density, and the selection of each FFN.
 
-    Args:
-        title: model, data and device.
-        curves: by budget ("latency" or "density") and kinds of candidates, points with `time` and `density` relative
-            to the dense FFNs, `AP_minus_dense` and its interval.
-        plan: the point of the plan.
-        ffns: of each FFN its `kind`, `always` and `density` in the plan.
+    `curves` have, by budget ("latency" or "density") and kinds of candidates, points with `time` and `density` relative
+    to the dense FFNs, `AP_minus_dense` and its interval; `plan` is such a point. `ffns` have the `kind`, `always` and
+    `density` of each FFN in the plan.
     """
     figure, (by_time, by_density, layers) = new_figure(title, (15, 4.4), 1, 3)
     for axes, unit, key in ((by_time, "latency", "time"), (by_density, "density", "density")):

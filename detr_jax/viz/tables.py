@@ -16,32 +16,25 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     for row in rows:
         if len(row) != len(header):
             raise ValueError(f"a row has {len(row)} cells under a header of {len(header)}: {row}")
-    text = [
-        [cell if isinstance(cell, str) else f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in r]
-        for r in rows
-    ]
-    widths = [max(len(cell) for cell in column) for column in zip(header, *text, strict=True)]
-    left = [bool(rows) and isinstance(rows[0][i], str) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        aligned = (
-            cell.ljust(width) if is_text else cell.rjust(width)
-            for cell, width, is_text in zip(cells, widths, left, strict=True)
-        )
-        return "  ".join(aligned).rstrip()
-
-    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, text)])
+    text = [[f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(header, *text, strict=True)]
+    aligned = ["<" if rows and isinstance(rows[0][i], str) else ">" for i in range(len(header))]
+    line = "  ".join(f"{{:{side}{width}}}" for side, width in zip(aligned, widths, strict=True))
+    lines = [header, ["-" * width for width in widths], *text]
+    return "\n".join(line.format(*cells).rstrip() for cells in lines)
 
 
-def gate_table(counts: dict[str, ActivityCounts], thresholds: dict[str, float]) -> str:
-    """What the gates of each FFN find and skip, the mean over the FFNs last."""
-    columns = ("threshold", "recall", "precision", "group sparsity", "neuron sparsity", "zeros")
-    values = {
-        name: [thresholds[name], c.recall, c.precision, c.group_sparsity, c.neuron_sparsity, c.zeros]
+def gate_table(counts: Mapping[str, ActivityCounts], thresholds: Mapping[str, float | None]) -> str:
+    """What the gates of each FFN find and skip, the mean over the FFNs last; thresholds where all have one."""
+    found = {name: threshold for name, threshold in thresholds.items() if threshold is not None}
+    columns = ["threshold"] if len(found) == len(counts) else []
+    columns += ["recall", "precision", "group sparsity", "neuron sparsity", "zeros"]
+    values = [
+        [found[name] if column == "threshold" else getattr(c, column.replace(" ", "_")) for column in columns]
         for name, c in counts.items()
-    }
-    means = [sum(column) / len(values) for column in zip(*values.values(), strict=True)]
-    return table(("FFN", *columns), [[name, *row] for name, row in values.items()] + [["mean", *means]])
+    ]
+    values.append([sum(column) / len(values) for column in zip(*values, strict=True)])
+    return table(["FFN", *columns], [[name, *row] for name, row in zip([*counts, "mean"], values, strict=True)])
 
 
 def points_of_ap(row: Mapping) -> str:

@@ -14,8 +14,7 @@ from profile_stages import evaluation_stages, stage_table, training_stages
 
 import detr_jax
 from detr_jax.commands import cli
-from detr_jax.commands.data_options import DataOptions
-from detr_jax.commands.execution_options import ExecutionOptions
+from detr_jax.commands.options import DataOptions, ExecutionOptions
 from detr_jax.errors import InputError
 from detr_jax.files import refuse_existing, write_json
 from detr_jax.methods import MGS

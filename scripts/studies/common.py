@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 import detr_jax
-from detr_jax.commands.data_options import DataOptions
+from detr_jax.commands.options import DataOptions
 from detr_jax.data.batches import CachedBatches
 from detr_jax.data.classes import with_classes
 from detr_jax.data.dataset import Dataset

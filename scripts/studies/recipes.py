@@ -20,7 +20,7 @@ from detr_jax.calibration.allocation import greedy
 from detr_jax.calibration.sensitivity import OutputDivergence, SensitivityTable, layer_sensitivity
 from detr_jax.calibration.thresholds import density_threshold, measure_scores
 from detr_jax.commands import cli
-from detr_jax.commands.data_options import DataOptions
+from detr_jax.commands.options import DataOptions
 from detr_jax.data.dataset import Subset
 from detr_jax.files import replacing, write_json
 from detr_jax.kernels import Execution

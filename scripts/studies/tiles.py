@@ -19,7 +19,7 @@ import detr_jax
 from detr_jax.calibration.activations import measure_activations, require_active
 from detr_jax.calibration.permutation import coactivation_permutation, kmeans_permutation
 from detr_jax.commands import cli
-from detr_jax.commands.data_options import DataOptions
+from detr_jax.commands.options import DataOptions
 from detr_jax.data.batches import CachedBatches
 from detr_jax.errors import InputError
 from detr_jax.files import refuse_existing, replacing, write_json

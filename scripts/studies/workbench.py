@@ -16,7 +16,6 @@ from detr_jax.calibration.sensitivity import OutputDivergence, SensitivityTable,
 from detr_jax.calibration.thresholds import selectors_at_densities
 from detr_jax.data.dataset import Dataset, Subset
 from detr_jax.evaluation.comparison import Comparison, Row
-from detr_jax.evaluation.flops import mean_dense_flops
 from detr_jax.methods import METHODS, FitMaterial, Thresholded, TrainedMethod
 from detr_jax.models import DETR, Selectors
 from detr_jax.training.gates import Gates
@@ -53,8 +52,7 @@ class Workbench:
         self.inputs, self.hidden = measure_moments(self.ordered, sample_passes)
         calibration = embed(model, splits.calibration, arguments.eval_batch_size, "calibration")
         self.validation = embed(model, splits.validation, arguments.eval_batch_size, "validation")
-        self.flops = mean_dense_flops(model, splits.validation.image_sizes())
-        self.comparison = Comparison(self.validation, splits.validation.ground_truth(), self.flops, size, model)
+        self.comparison = Comparison(model, splits.validation, self.validation, size)
         images = -(-arguments.allocation_images // arguments.eval_batch_size)
         self.divergence = OutputDivergence(self.ordered, calibration[:images])
         self.held_out = cached(calibration)
@@ -106,7 +104,7 @@ class Workbench:
         self.finish_rows()
 
         def complete() -> Row:
-            return about | self.comparison.row(model.ffn_specs(), chosen, measured)
+            return about | self.comparison.row(chosen, measured)
 
         self._pending = key, self._scorer.submit(complete)
 
