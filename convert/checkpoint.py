@@ -1,15 +1,29 @@
-"""An opened checkpoint: a configuration, and entries that fill our arrays one by one."""
+"""An opened checkpoint: a configuration, and entries that fill our arrays one by one; and files of our own.
+
+These are safetensors with NNX state paths as names, and a header that says which detector they hold.
+"""
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import safetensors.numpy
 
 from detr_jax.convert.layouts import SAME, Place, Shape
 from detr_jax.errors import InputError
+from detr_jax.files import replacing
 from detr_jax.models import DetrConfig, preset_config
+from detr_jax.models.registry import ARCHITECTURES, architecture_of, config_from_json
+from detr_jax.safetensors_io import Header, checked_version
+
+FORMAT = "detr-jax"
+VERSION = 2
+FINE_TUNED = ("labels", "queries", "preprocessing")
+"""Fields that training on other data may change."""
 
 
 class Entry(Protocol):
@@ -71,19 +85,44 @@ class Checkpoint:
             raise InputError(f"{self.source} ({self.layout}) does not fit its configuration:\n  {listing}")
 
 
-FINE_TUNED = ("labels", "queries", "preprocessing")
-"""Fields that training on other data may change."""
-
-
 def check_preset(source: str, config: Any, preset: str | None) -> None:
     """Raises an InputError if a configuration is not of a preset's architecture, or there is no such preset."""
     if preset is None:
         return
     if not isinstance(config, DetrConfig):
         raise InputError(f"{source} is not a {preset}: it is a {type(config).__name__}")
-    found, wanted = (
-        {**values.pop("backbone"), **values} for values in map(dataclasses.asdict, (config, preset_config(preset)))
-    )
+    found, wanted = (dataclasses.asdict(one) for one in (config, preset_config(preset)))
+    found, wanted = found.pop("backbone") | found, wanted.pop("backbone") | wanted
     names = [name for name in wanted if name not in FINE_TUNED and found[name] != wanted[name]]
     if differing := [f"{name} is {found[name]}, not {wanted[name]}" for name in names]:
         raise InputError(f"{source} is not a {preset}: {'; '.join(differing)}")
+
+
+def write_checkpoint(path: Path, config: Any, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes a detector's arrays by name; the file appears under its name only once it is whole."""
+    header = {
+        "format": FORMAT,
+        "format_version": str(VERSION),
+        "architecture": architecture_of(config),
+        "config": json.dumps(dataclasses.asdict(config)),
+    }
+    with replacing(path) as temporary:
+        safetensors.numpy.save_file(dict(arrays), temporary, metadata=header)
+
+
+def own_checkpoint(source: str, entries: Mapping[str, Entry], header: Header, preset: str | None) -> Checkpoint:
+    """A checkpoint of a file whose header says that it is ours.
+
+    Raises:
+        InputError: if the header is damaged or of a newer version, or the preset contradicts it.
+    """
+    version = checked_version(source, header, VERSION)
+    architecture = header.get("architecture", "detr")  # version 1 knew no other
+    if architecture not in ARCHITECTURES:
+        raise InputError(f"{source} holds a detector of architecture {architecture!r}; known are {[*ARCHITECTURES]}")
+    try:
+        config = config_from_json(architecture, json.loads(header["config"]))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(f"{source} is damaged: its header describes no detector ({error!r})") from error
+    check_preset(source, config, preset)
+    return Checkpoint(source, f"{FORMAT} {version}", config, entries)

@@ -15,10 +15,9 @@ import numpy as np
 import safetensors
 from numpy._core import multiarray
 
-from detr_jax.convert.checkpoint import Checkpoint, Entry
+from detr_jax.convert.checkpoint import FORMAT, Checkpoint, Entry, own_checkpoint
 from detr_jax.convert.facts import Facts, official_facts, read_facts
 from detr_jax.convert.layouts import Shape
-from detr_jax.convert.own import FORMAT, own_checkpoint
 from detr_jax.convert.published import published_checkpoint
 from detr_jax.errors import InputError, MissingDependencyError, MissingFileError
 

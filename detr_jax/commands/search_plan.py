@@ -72,11 +72,7 @@ class Arguments:
 
 
 def read_budget(text: str) -> tuple[str, float]:
-    """The kind of a budget and its number.
-
-    Raises:
-        ValueError: if it is none.
-    """
+    """The kind of a budget and its number; an InputError if it is none."""
     kind, _, number = text.partition("=")
     try:
         value = float(number)
@@ -170,10 +166,9 @@ def main(arguments: Arguments) -> None:
     settings.check(model)
     data = open_data(arguments, model)
     names = {use: dataset.name for use, dataset in data.items()}
-    fingerprints = {use: dataset.fingerprint for use, dataset in data.items()}
     fingerprint = detr_jax.fingerprint(model)
-    run = cli.settings(arguments, detector=fingerprint, **fingerprints)
-    open_run(arguments.out, run, OUTPUTS, overwrite=arguments.overwrite)
+    fingerprints = {"detector": fingerprint} | {use: dataset.fingerprint for use, dataset in data.items()}
+    open_run(arguments.out, cli.settings(arguments, **fingerprints), OUTPUTS, overwrite=arguments.overwrite)
     if kind == "ap-loss":
         comparison = comparison_on(data["accuracy"], model, settings, "embedding images for AP")
         require_usable_ap(comparison.dense)

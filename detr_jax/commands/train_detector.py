@@ -73,14 +73,15 @@ def measure(model: DETR, log: list[dict], training: DetectorTraining) -> dict:
     """Content of the model card: average precision and zeros on the validation scenes, and the training recipe.
 
     Raises:
-        ValueError: if the log does not reach the end of the training.
+        InputError: if the log does not reach the end of the training.
     """
     if not log or log[-1]["step"] != training.steps:
         raise InputError(f"the training's log has no entry for its last step {training.steps}")
     dataset = ScenesDataset("val")
     scores = detr_jax.evaluate(model, dataset, batch_size=EVALUATION_BATCH, group_size=MGS.group_size)
     zeros = {name: counts.zeros for name, counts in scores.counts.items()}
-    minutes = log[-1]["minutes"]
+    first, last = log[0], log[-1]
+    rate = last["step"] * training.batch_size / (60 * last["minutes"])
     return {
         "model": MODEL,
         "fingerprint": detr_jax.fingerprint(model),
@@ -94,12 +95,7 @@ def measure(model: DETR, log: list[dict], training: DetectorTraining) -> dict:
         "zeros_mean": sum(zeros.values()) / len(zeros),
         "training_command": training_command(training),
         "recipe": dataclasses.asdict(training),
-        "log": {
-            "minutes": minutes,
-            "images_per_second": log[-1]["step"] * training.batch_size / (60 * minutes),
-            "first": log[0],
-            "last": log[-1],
-        },
+        "log": {"minutes": last["minutes"], "images_per_second": rate, "first": first, "last": last},
     }
 
 

@@ -115,10 +115,12 @@ def render_scene(split: str, index: int) -> Scene:
         alpha = _stamp(SCENES_LABELS[label], diameter, rng.uniform(0, 2 * np.pi))
         paint = _paint(rng, len(alpha), background)
         area = (alpha > 0.5).sum()
+        overhang = len(alpha) // 6
         for _ in range(PLACEMENTS):
-            overhang = len(alpha) // 6
-            y, x = rng.integers(-overhang, SIDE - len(alpha) + overhang + 1, 2)
-            rows, columns, part = _clip(int(y), int(x), len(alpha))
+            y, x = rng.integers(-overhang, SIDE - len(alpha) + overhang + 1, 2).tolist()
+            # Those of the canvas under the stamp, and the part of the stamp inside the canvas.
+            rows, columns = (slice(max(p, 0), min(p + len(alpha), SIDE)) for p in (y, x))
+            part = slice(rows.start - y, rows.stop - y), slice(columns.start - x, columns.stop - x)
             solid = alpha[part] > 0.5
             below = owner[rows, columns]
             hidden = np.bincount(below[solid & (below >= 0)], minlength=MAX_OBJECTS)
@@ -133,7 +135,8 @@ def render_scene(split: str, index: int) -> Scene:
     noise = rng.standard_normal(canvas.shape, np.float32) * rng.uniform(2, 8)
     image = np.clip(canvas + noise, 0, 255).astype(np.uint8)
     visible = owner == np.arange(len(labels))[:, None, None]
-    return Scene(image, visible, np.array(labels, np.int32), np.array([_extent(v) for v in visible], np.float32))
+    boxes = np.array([Image.fromarray(pixels).getbbox() for pixels in visible], np.float32)
+    return Scene(image, visible, np.array(labels, np.int32), boxes)
 
 
 def _background(rng: np.random.Generator) -> np.ndarray:
@@ -212,15 +215,3 @@ def _stamp(name: str, diameter: float, angle: float) -> np.ndarray:
         corners = (outline @ turn * diameter / 2 + side / 2) * SUPERSAMPLING
         draw.polygon(corners.ravel().tolist(), fill=fill)
     return np.asarray(mask.reduce(SUPERSAMPLING), np.float32) / 255
-
-
-def _clip(y: int, x: int, side: int) -> tuple[slice, slice, tuple[slice, slice]]:
-    """Rows and columns of the canvas under a square at (y, x), and the part of the square inside the canvas."""
-    rows, columns = (slice(max(p, 0), min(p + side, SIDE)) for p in (y, x))
-    return rows, columns, (slice(rows.start - y, rows.stop - y), slice(columns.start - x, columns.stop - x))
-
-
-def _extent(visible: np.ndarray) -> tuple[int, int, int, int]:
-    """(x0, y0, x1, y1) around the true pixels, the far edges exclusive."""
-    (rows,), (columns,) = np.nonzero(visible.any(1)), np.nonzero(visible.any(0))
-    return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1

@@ -11,7 +11,7 @@ from detr_jax.data.classes import with_classes
 from detr_jax.data.dataset import Dataset
 from detr_jax.evaluation.coco_ap import bootstrap_difference, confidence_interval, score
 from detr_jax.evaluation.runs import coco_results, predictions
-from detr_jax.models import Detector, Outputs
+from detr_jax.models import Detector
 
 if TYPE_CHECKING:
     from detr_jax.sparse import SparseDETR
@@ -26,12 +26,14 @@ def padding_effect(model: Detector | SparseDETR, dataset: Dataset, batch_size: i
         `AP_difference_interval`, the 95 % interval of the difference, both None without annotations.
     """
     dataset, _ = with_classes(dataset, model.labels)
-    outputs: dict[str, dict[int, dict]] = {}
-    results: dict[str, list[dict]] = {}
-    for name, exact in (("padded", False), ("exact", True)):
-        outputs[name], results[name] = {}, []
+    outputs: dict[str, dict[int, dict]] = {"padded": {}, "exact": {}}
+    results: dict[str, list[dict]] = {"padded": [], "exact": []}
+    for name in outputs:
+        exact = name == "exact"
         for batch, raw, detections, _ in predictions(cast(Detector, model), dataset, batch_size, exact=exact):
-            arrays = _by_field(raw) | {"scores": detections.scores}
+            leaves = jax.tree_util.tree_leaves_with_path(raw)
+            arrays = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+            arrays |= {"scores": detections.scores}
             results[name] += coco_results(batch, detections)
             for i in np.flatnonzero(batch.valid):
                 outputs[name][int(batch.image_ids[i])] = {field: array[i] for field, array in arrays.items()}
@@ -48,8 +50,3 @@ def padding_effect(model: Detector | SparseDETR, dataset: Dataset, batch_size: i
         report["AP"] = {name: s.numbers["AP"] for name, s in scores.items()}
         report["AP_difference_interval"] = confidence_interval(bootstrap_difference(scores["padded"], scores["exact"]))
     return report
-
-
-def _by_field(outputs: Outputs) -> dict[str, np.ndarray]:
-    leaves = jax.tree_util.tree_leaves_with_path(outputs)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
