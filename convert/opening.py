@@ -54,7 +54,7 @@ class _Stored:
     name: str
     shape: Shape
 
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.file.get_tensor(self.name), dtype)
 
 

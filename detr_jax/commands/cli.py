@@ -63,7 +63,7 @@ def _show(message: Warning | str, category: type[Warning], *place: Any, **_: Any
     sys.stderr.write(text)
 
 
-def provenance(arguments: Any) -> dict:
+def provenance(arguments: Any) -> dict[str, Any]:
     """Provenance of a result: the command's arguments, the versions of the libraries, and the device."""
     return {
         "command": Path(sys.argv[0]).name,
@@ -74,7 +74,7 @@ def provenance(arguments: Any) -> dict:
     }
 
 
-def settings(arguments: Any, **inputs: str) -> dict:
+def settings(arguments: Any, **inputs: str) -> dict[str, Any]:
     """Settings on which the results of a run depend, for `detr_jax.run_folder.open_run`.
 
     Of the arguments, those in `PLACES` are left out; `inputs` are fingerprints of the detector and the data instead.
@@ -83,5 +83,5 @@ def settings(arguments: Any, **inputs: str) -> dict:
     return kept | {f"fingerprint of the {name}": value for name, value in inputs.items()}
 
 
-def _as_json(arguments: Any) -> dict:
+def _as_json(arguments: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(arguments), default=str))

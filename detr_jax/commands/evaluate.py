@@ -4,7 +4,7 @@ import dataclasses
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -53,7 +53,7 @@ class Arguments(ModelOptions):
     """Replace the output file if it exists."""
 
 
-def padding_table(report: dict) -> str:
+def padding_table(report: dict[str, Any]) -> str:
     """A padding report for people."""
     rows = [[name, f"{c['max']:.2e}", f"{c['median']:.2e}"] for name, c in report["change"].items()]
     text = f"padding, first {report['images']} images: absolute change\n{table(('', 'max', 'median'), rows)}"

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ from detr_jax.evaluation.comparison import Comparison, Row
 from detr_jax.files import write_json
 from detr_jax.models import Detector
 from detr_jax.plan import Plan, save_plan
-from detr_jax.run_folder import RESULTS, open_run
+from detr_jax.run_folder import RESULTS, open_run, versions
 from detr_jax.search.candidates import CANDIDATE_KINDS
 from detr_jax.search.search import PlanSearch, SearchSettings
 from detr_jax.viz.figures import plot_search, save_figure
@@ -125,20 +125,19 @@ def within_loss(search: PlanSearch, comparison: Comparison, points: float, kinds
 
 
 def plan_of(
-    search: PlanSearch, fingerprint: str, choice: dict[str, int], measured: Row, arguments: Arguments, data: dict
+    search: PlanSearch,
+    fingerprint: str,
+    choice: dict[str, int],
+    measured: Row,
+    arguments: Arguments,
+    data: dict[str, Any],
 ) -> Plan:
     """The plan of a choice, in the detector's own numbering of its neurons."""
     chosen = search.chosen(choice)
     selectors = {name: c.selector for name, c in chosen.items() if c.selector is not None}
-    return Plan(
-        method="search",
-        fingerprint=fingerprint,
-        selectors=selectors,
-        permutations={name: search.permutations[name][chosen[name].order] for name in selectors},
-        training={"budget": arguments.budget, "data": data} | cli.settings(arguments),
-        measured=measured,
-        versions=cli.provenance(arguments)["versions"],
-    )
+    permutations = {name: search.permutations[name][chosen[name].order] for name in selectors}
+    training = {"budget": arguments.budget, "data": data} | cli.settings(arguments)
+    return Plan("search", fingerprint, selectors, permutations, training, measured, versions())
 
 
 CHOICES = {
@@ -210,7 +209,7 @@ def main(arguments: Arguments) -> None:
             "dense_seconds": float(seconds[name][0]),
             "seconds": float(seconds[name][1]),
         }
-        for name, candidate in search.chosen(choices["any"]).items()
+        for name, candidate in chosen["any"].items()
     }
     report(measured, ffns)
     title = f"{arguments.model}, {arguments.budget}, {names['validation']}, {jax.devices()[0].device_kind}"
@@ -231,7 +230,7 @@ def main(arguments: Arguments) -> None:
     print(f"after {taken:.0f} s, with at most {peak / 1e9:.1f} GB of memory")
 
 
-def report(measured: dict[str, Row], ffns: dict[str, dict]) -> None:
+def report(measured: dict[str, Row], ffns: dict[str, dict[str, Any]]) -> None:
     """Prints the selection of each FFN and its run time, and the accuracy of each choice."""
     lines = []
     for name, ffn in ffns.items():

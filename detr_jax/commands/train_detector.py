@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from tqdm import tqdm
@@ -69,7 +69,7 @@ def training_command(training: DetectorTraining) -> str:
     return "python scripts/train_detector.py" + "".join(options)
 
 
-def measure(model: DETR, log: list[dict], training: DetectorTraining) -> dict:
+def measure(model: DETR, log: list[dict[str, Any]], training: DetectorTraining) -> dict[str, Any]:
     """Content of the model card: average precision and zeros on the validation scenes, and the training recipe.
 
     Raises:

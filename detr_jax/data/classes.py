@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from detr_jax.data.dataset import Dataset, Example, Subset
+from detr_jax.data.dataset import Dataset, Example, Json, Subset
 from detr_jax.errors import InputError
 
 _PLACEHOLDER = re.compile(r"LABEL_\d+")
@@ -60,7 +60,7 @@ class ClassMapping:
         return "\n".join(f"{a:>{w[0]}}  {b:<{w[1]}}  {c:>{w[2]}}  {d}".rstrip() for a, b, c, d in rows)
 
 
-def match_classes(labels: Sequence[str], categories: Sequence[dict]) -> ClassMapping:
+def match_classes(labels: Sequence[str], categories: Sequence[Json]) -> ClassMapping:
     """Categories of a data set matched with a detector's classes by name, whatever its case.
 
     Names that several categories or several classes share, and placeholders such as LABEL_3, are ambiguous: there, and
@@ -135,10 +135,10 @@ class _Relabelled(Subset):
         labels = np.array([self._classes[label] for label in example.labels[known].tolist()], np.int32)
         return Example(example.image_id, example.image, example.boxes[known], labels)
 
-    def categories(self) -> list[dict]:
+    def categories(self) -> list[Json]:
         return [category | {"id": self._ids[category["id"]]} for category in super().categories()]
 
-    def ground_truth(self) -> dict:
+    def ground_truth(self) -> Json:
         truth = super().ground_truth()
         annotations = [a | {"category_id": self._ids[a["category_id"]]} for a in truth["annotations"]]
         return truth | {"annotations": annotations, "categories": self.categories()}

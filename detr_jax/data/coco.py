@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from detr_jax.data.dataset import Example, digest
+from detr_jax.data.dataset import Example, Json, digest
 from detr_jax.data.images import is_sideways, read_image
 from detr_jax.errors import InputError, MissingFileError
 
@@ -135,14 +135,14 @@ class CocoDataset:
     def image_name(self, index: int) -> str:
         return str(self._folder / self._images[index]["file_name"])
 
-    def categories(self) -> list[dict]:
+    def categories(self) -> list[Json]:
         return self._ground_truth["categories"]
 
-    def ground_truth(self) -> dict:
+    def ground_truth(self) -> Json:
         return self._ground_truth
 
 
-def _is_outside(annotation: dict, image: dict) -> bool:
+def _is_outside(annotation: Json, image: Json) -> bool:
     x, y, width, height = annotation["bbox"]
     return min(width, height) > 0 and not (-width < x < image["width"] and -height < y < image["height"])
 

@@ -2,11 +2,14 @@
 
 import hashlib
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from detr_jax.errors import InputError
+
+Json = dict[str, Any]
+"""An entry of a file in COCO's layout, or such a file."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,10 @@ class Dataset(Protocol):
     def image_name(self, index: int) -> str:
         """Name of an image, for messages."""
 
-    def categories(self) -> list[dict]:
+    def categories(self) -> list[Json]:
         """`id` and `name` of every category of the ground truth, which need not be made for that."""
 
-    def ground_truth(self) -> dict:
+    def ground_truth(self) -> Json:
         """Annotations in the layout of COCO's `instances_*.json`; empty lists without any."""
 
 
@@ -86,10 +89,10 @@ class Subset:
     def image_name(self, index: int) -> str:
         return self._dataset.image_name(self._indices[index])
 
-    def categories(self) -> list[dict]:
+    def categories(self) -> list[Json]:
         return self._dataset.categories()
 
-    def ground_truth(self) -> dict:
+    def ground_truth(self) -> Json:
         chosen, whole = set(self.image_ids()), self._dataset.ground_truth()
         images = [image for image in whole["images"] if image["id"] in chosen]
         annotations = [a for a in whole["annotations"] if a["image_id"] in chosen]

@@ -8,7 +8,7 @@ from typing import TypeGuard, cast
 import numpy as np
 from PIL import Image
 
-from detr_jax.data.dataset import Example, digest
+from detr_jax.data.dataset import Example, Json, digest
 from detr_jax.data.images import pixels, pixels_size
 from detr_jax.data.transforms import pad, preprocess
 from detr_jax.errors import InputError, MissingFileError
@@ -62,10 +62,10 @@ class GivenImages:
         image = self._images[index]
         return str(image) if isinstance(image, str | Path) else f"image {index}"
 
-    def categories(self) -> list[dict]:
+    def categories(self) -> list[Json]:
         return []
 
-    def ground_truth(self) -> dict:
+    def ground_truth(self) -> Json:
         sizes = zip(self._ids, self._sizes.tolist(), strict=True)
         images = [{"id": id, "height": height, "width": width} for id, (height, width) in sizes]
         return {"images": images, "annotations": [], "categories": []}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from detr_jax.data.dataset import Example
+from detr_jax.data.dataset import Example, Json
 from detr_jax.errors import InputError
 from detr_jax.models.labels import SCENES_LABELS
 
@@ -85,11 +85,11 @@ class ScenesDataset:
     def image_name(self, index: int) -> str:
         return f"image {index} of {self.name}"
 
-    def categories(self) -> list[dict]:
+    def categories(self) -> list[Json]:
         return [{"id": i, "name": name} for i, name in enumerate(SCENES_LABELS) if name]
 
-    def ground_truth(self) -> dict:
-        annotations: list[dict] = []
+    def ground_truth(self) -> Json:
+        annotations: list[Json] = []
         for image_id in self.image_ids():
             scene = render_scene(self.split, image_id)
             for label, box, visible in zip(scene.labels, scene.boxes, scene.visible, strict=True):

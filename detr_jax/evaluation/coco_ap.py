@@ -10,6 +10,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from detr_jax.data.dataset import Json
 from detr_jax.errors import InputError
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -51,7 +52,7 @@ class CocoScores:
     matches: tuple[CategoryMatches, ...]
 
 
-def score(ground_truth: dict, results: list[dict], image_ids: Sequence[int]) -> CocoScores:
+def score(ground_truth: Json, results: list[Json], image_ids: Sequence[int]) -> CocoScores:
     """Accuracy of detections in some images, of which those without objects or detections count too.
 
     `ground_truth` is in the layout of COCO's `instances_*.json`, `results` in its results format, with boxes (x, y,
@@ -186,7 +187,7 @@ def bootstrap_difference(a: CocoScores, b: CocoScores, replicates: int = 200, se
 _RECALLS = np.linspace(0, 1, 101)  # pycocotools' recThrs
 
 
-def _index(ground_truth: dict, objects: list[dict]) -> COCO:
+def _index(ground_truth: Json, objects: list[Json]) -> COCO:
     """Ground truth or results for pycocotools, without touching the originals."""
     # pycocotools takes a match with id 0 for no match.
     annotations = [

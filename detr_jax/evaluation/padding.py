@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from detr_jax.data.classes import with_classes
-from detr_jax.data.dataset import Dataset
+from detr_jax.data.dataset import Dataset, Json
 from detr_jax.evaluation.coco_ap import bootstrap_difference, confidence_interval, score
 from detr_jax.evaluation.runs import coco_results, predictions
 from detr_jax.models import Detector
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from detr_jax.sparse import SparseDETR
 
 
-def padding_effect(model: Detector | SparseDETR, dataset: Dataset, batch_size: int) -> dict:
+def padding_effect(model: Detector | SparseDETR, dataset: Dataset, batch_size: int) -> Json:
     """Compares padded batches with images at their exact size, for a detector as it runs.
 
     Returns:
@@ -26,8 +26,8 @@ def padding_effect(model: Detector | SparseDETR, dataset: Dataset, batch_size: i
         `AP_difference_interval`, the 95 % interval of the difference, both None without annotations.
     """
     dataset, _ = with_classes(dataset, model.labels)
-    outputs: dict[str, dict[int, dict]] = {"padded": {}, "exact": {}}
-    results: dict[str, list[dict]] = {"padded": [], "exact": []}
+    outputs: dict[str, dict[int, Json]] = {"padded": {}, "exact": {}}
+    results: dict[str, list[Json]] = {"padded": [], "exact": []}
     for name in outputs:
         exact = name == "exact"
         for batch, raw, detections, _ in predictions(cast(Detector, model), dataset, batch_size, exact=exact):

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from detr_jax.calibration.sensitivity import output_divergence
-from detr_jax.data.dataset import Dataset
+from detr_jax.data.dataset import Dataset, Json
 from detr_jax.data.features import BackboneFeatures, embed_batch
 from detr_jax.data.loading import Batch, batches
 from detr_jax.data.prefetch import dispatch_ahead
@@ -43,7 +43,7 @@ def detect(
     `Detector.embed`, `sizes` (batch, 2) the original heights and widths; the devices of a `mesh` share the batch.
     """
 
-    def of_images(held, images):
+    def of_images(held: Any, images: Any) -> tuple[Outputs, Detections, Any]:
         (model, selectors), (features, sizes) = held, images
         outputs = model.transform(features, selectors=selectors, trace=measure is not None)
         measured = None if measure is None else measure(outputs.traces)
@@ -73,7 +73,7 @@ def predictions(
     mesh = mesh_of(model)
     selectors = replicate_like(model, selectors)
 
-    def compute(batch: Batch) -> tuple[Batch, tuple]:
+    def compute(batch: Batch) -> tuple[Batch, tuple[Outputs, Detections, Any]]:
         sizes = shard_batch(mesh, batch.sizes[batch.own])
         return batch, detect(model, embed_batch(model, batch, mesh), sizes, selectors, measure=measure, mesh=mesh)
 
@@ -86,7 +86,7 @@ def predictions(
             bar.update(int(batch.valid.sum()))
 
 
-def coco_results(batch: Batch | BackboneFeatures, detections: Detections) -> list[dict]:
+def coco_results(batch: Batch | BackboneFeatures, detections: Detections) -> list[Json]:
     """Detections in COCO's results format, one for every object query of every valid image."""
     corners = np.asarray(detections.boxes, np.float64)
     boxes = np.concatenate([corners[..., :2], corners[..., 2:] - corners[..., :2]], axis=-1)
@@ -122,7 +122,7 @@ class MeasuredDetections:
         divergence: mean over the images of the divergence of the outputs from those of the first selection; 0 for it.
     """
 
-    results: list[dict]
+    results: list[Json]
     counts: dict[str, ActivityCounts]
     executed: dict[str, float]
     divergence: float
@@ -148,7 +148,7 @@ def measure_selections(
     mesh, measure = mesh_of(model), _CountActivity(group_size)
     selections = {title: replicate_like(model, dict(selectors)) for title, selectors in selections.items()}
 
-    def compute(batch: BackboneFeatures) -> tuple[BackboneFeatures, dict[str, tuple]]:
+    def compute(batch: BackboneFeatures) -> tuple[BackboneFeatures, dict[str, tuple[Any, ...]]]:
         images = shard_batch(mesh, (batch.tokens, batch.sizes[local_slice(mesh, len(batch.sizes))]))
         computed, reference = {}, None
         for title, selectors in selections.items():
@@ -160,18 +160,19 @@ def measure_selections(
             computed[title] = *found, divergence
         return batch, computed
 
-    found: dict[str, list[tuple]] = {title: [] for title in selections}
+    found: dict[str, list[tuple[Any, ...]]] = {title: [] for title in selections}
     images = []
     for batch, computed in dispatch_ahead(map(compute, embedded)):
         images.append(int(batch.valid.sum()))
         for title, (detections, activity, divergence) in to_host(computed).items():
             _check_finite(batch, detections)
             found[title].append((coco_results(batch, detections), *activity, divergence[batch.valid]))
-    return {title: _total(list(model.ffn_specs()), images, *zip(*of, strict=True)) for title, of in found.items()}
+    return {title: _total(list(model.ffn_specs()), images, of) for title, of in found.items()}
 
 
-def _total(names: list[str], images: list[int], results, counts, executed, divergence) -> MeasuredDetections:
+def _total(names: list[str], images: list[int], found: Iterable[tuple[Any, ...]]) -> MeasuredDetections:
     """The sums and means over batches."""
+    results, counts, executed, divergence = zip(*found, strict=True)
     totals = total_counts(counts)
     return MeasuredDetections(
         [result for of_batch in results for result in of_batch],

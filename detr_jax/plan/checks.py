@@ -1,6 +1,7 @@
 """Whether what a plan holds is usable, and fits a detector."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -52,7 +53,7 @@ def check_fit(selectors: Selectors, permutations: Mapping[str, np.ndarray], mode
 
 
 def _check_shapes(about: str, selector: Selector, shapes: dict[str, tuple[int, ...]], weights: FFNWeights) -> None:
-    def run(weights, x, tokens):
+    def run(weights: FFNWeights, x: jax.Array, tokens: jax.Array) -> Any:
         """The groups and channels that are selected for each token, and what the FFN makes of that."""
         selection = selector(weights, x, tokens)
         kept = selection.per_token(tokens.shape, len(weights.w_in)), selection.channels

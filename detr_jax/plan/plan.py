@@ -30,20 +30,20 @@ class Plan:
     fingerprint: str
     selectors: Selectors
     permutations: dict[str, np.ndarray]
-    training: dict
-    measured: dict
+    training: dict[str, Any]
+    measured: dict[str, Any]
     versions: dict[str, str]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.selectors, Mapping):  # not while JAX puts a pytree of something else together
             object.__setattr__(self, "selectors", PlanSelectors(self.selectors, Permutations(self.permutations)))
 
-    def tree_flatten_with_keys(self):
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any]], "_Facts"]:
         facts = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "selectors"}
         return ((jax.tree_util.GetAttrKey("selectors"), self.selectors),), _Facts(facts)
 
     @classmethod
-    def tree_unflatten(cls, facts, selectors):
+    def tree_unflatten(cls, facts: "_Facts", selectors: tuple[Any]) -> "Plan":
         return cls(**facts.values, selectors=selectors[0])
 
 

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from detr_jax.evaluation.coco_ap import shown
+from detr_jax.evaluation.comparison import Row
 from detr_jax.evaluation.evaluate import Scores
 from detr_jax.files import replacing
 from detr_jax.search.candidates import CANDIDATE_KINDS
@@ -81,7 +82,7 @@ def plot_gates(title: str, dense: Scores, gated: Mapping[str, Scores]) -> Figure
 
 
 def plot_search(
-    title: str, curves: Mapping[str, Mapping[str, Sequence[Mapping]]], plan: Mapping, ffns: Mapping[str, Mapping]
+    title: str, curves: Mapping[str, Mapping[str, Sequence[Row]]], plan: Row, ffns: Mapping[str, Row]
 ) -> Figure:
     """Accuracy of searched plans against time and density, and the selection of each FFN.
 

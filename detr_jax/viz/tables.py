@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from detr_jax.evaluation.comparison import Row
 from detr_jax.evaluation.counts import ActivityCounts
 
 Cell = str | float | int
@@ -37,7 +38,7 @@ def gate_table(counts: Mapping[str, ActivityCounts], thresholds: Mapping[str, fl
     return table(["FFN", *columns], [[name, *row] for name, row in zip([*counts, "mean"], values, strict=True)])
 
 
-def points_of_ap(row: Mapping) -> str:
+def points_of_ap(row: Row) -> str:
     """`AP_minus_dense` of a row in points, hundredths, with its interval."""
     low, high = (100 * bound for bound in row["AP_minus_dense_interval"])
     return f"{100 * row['AP_minus_dense']:+.2f} [{low:+.2f}, {high:+.2f}]"
