@@ -6,7 +6,6 @@ each host loads only its own. Results do not change.
 
 import os
 from collections.abc import Callable
-from functools import partial
 from typing import Any, TypeVar, cast
 
 import jax
@@ -86,9 +85,9 @@ def mesh_of(tree: Any) -> Mesh | None:
     return None
 
 
-def replicated(mesh: Mesh | None) -> NamedSharding | None:
-    """Sharding of a compiled function's outputs that every device is to have."""
-    return None if mesh is None else NamedSharding(mesh, P())
+def on_every_device(outputs: Tree, mesh: Mesh | None) -> Tree:
+    """Outputs of a compiled function that every device is to have."""
+    return outputs if mesh is None else jax.lax.with_sharding_constraint(outputs, NamedSharding(mesh, P()))
 
 
 def local_slice(mesh: Mesh | None, batch_size: int) -> slice:
@@ -129,13 +128,11 @@ def to_host(tree: Tree) -> Tree:
     """Results as numpy arrays, whole on every host."""
     mesh = mesh_of(tree)
     if mesh is not None and jax.process_count() > 1:
-        tree = _gather(tree, mesh=mesh)
+        tree = _gather(tree, mesh)
     return jax.device_get(tree)
 
 
-@partial(jax.jit, static_argnames="mesh")
-def _gather(tree: Tree, *, mesh: Mesh) -> Tree:
-    return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+_gather = jax.jit(on_every_device, static_argnames="mesh")
 
 
 def to_host_local(tree: Tree) -> Tree:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from detr_jax.calibration.thresholds import density_threshold, measure_scores
 from detr_jax.data.batches import BatchSource
 from detr_jax.errors import InputError, require_counts
-from detr_jax.mesh import mesh_of, replicate_like, replicated, to_host
+from detr_jax.mesh import mesh_of, on_every_device, replicate_like, to_host
 from detr_jax.methods import MGS, MGSContribution, Thresholded
 from detr_jax.methods.tiles import TileCounts, count_kept
 from detr_jax.models import Detector, FFNTrace
@@ -228,7 +228,7 @@ def _take_step(
     multipliers = jnp.maximum(multipliers + tuning.multiplier_rate * seen, 0)
     state = (optax.apply_updates(selectors, updates), memory, multipliers, unit)
     stepped = state, Progress(loss, densities, multipliers)
-    return stepped if mesh is None else jax.lax.with_sharding_constraint(stepped, replicated(mesh))
+    return on_every_device(stepped, mesh)
 
 
 def _objective(

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from detr_jax.data.batches import BatchSource
 from detr_jax.errors import InputError, require_counts
-from detr_jax.mesh import mesh_of, replicate_like, replicated
+from detr_jax.mesh import mesh_of, on_every_device, replicate_like
 from detr_jax.methods import Method, Score, Thresholded, TrainedMethod
 from detr_jax.models import HasFFNs
 from detr_jax.training.checkpoints import train_resumably
@@ -149,7 +149,7 @@ def _take_step(
     (_, loss), gradients = jax.value_and_grad(loss_of, has_aux=True)(gates)
     updates, memory = optimiser.update(gradients, memory)
     stepped = (optax.apply_updates(gates, updates), memory), loss
-    return stepped if mesh is None else jax.lax.with_sharding_constraint(stepped, replicated(mesh))
+    return on_every_device(stepped, mesh)
 
 
 def batches_from(batches: BatchSource, epochs: int, start: int) -> Iterator[Any]:
