@@ -29,14 +29,14 @@ def pytree(cls: Class) -> Class:
     static = [field.name for field in dataclasses.fields(cls) if field.metadata.get("static")]
     children = [field.name for field in dataclasses.fields(cls) if field.name not in static]
 
-    def flatten_with_keys(instance: Any) -> tuple[tuple, tuple]:
+    def flatten_with_keys(instance: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         keys = tuple((jax.tree_util.GetAttrKey(name), getattr(instance, name)) for name in children)
         return keys, tuple(getattr(instance, name) for name in static)
 
-    def flatten(instance: Any) -> tuple[tuple, tuple]:
+    def flatten(instance: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         return tuple(getattr(instance, name) for name in children), tuple(getattr(instance, name) for name in static)
 
-    def unflatten(values: tuple, leaves: Iterable[Any]) -> Any:
+    def unflatten(values: tuple[Any, ...], leaves: Iterable[Any]) -> Any:
         return cls(**dict(zip(static, values, strict=True)), **dict(zip(children, leaves, strict=True)))
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)

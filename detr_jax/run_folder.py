@@ -53,7 +53,9 @@ def open_run(
         raise MissingFileError(f"{folder} is not the folder of the job's first process; --out has to be a shared one")
 
 
-def _claim(folder: Path, settings: dict, outputs: Sequence[str], resume: bool | None, overwrite: bool) -> None:
+def _claim(
+    folder: Path, settings: dict[str, Any], outputs: Sequence[str], resume: bool | None, overwrite: bool
+) -> None:
     stored = folder / "settings.json"
     if overwrite and resume:
         raise InputError("--resume keeps the run in the output folder and --overwrite deletes it; choose one")

@@ -51,13 +51,13 @@ def abstract_detector(config: Any, dtype: jnp.dtype) -> Detector:
     return nnx.eval_shape(make)
 
 
-def config_from_json(architecture: str, values: dict) -> Any:
+def config_from_json(architecture: str, values: dict[str, Any]) -> Any:
     """Inverse of `dataclasses.asdict`, through JSON: a KeyError for an unknown architecture, a TypeError for fields."""
     config, _ = ARCHITECTURES[architecture]
     return config.from_json(values) if hasattr(config, "from_json") else dataclass_from_json(config, values)
 
 
-def dataclass_from_json(cls: type, values: dict) -> Any:
+def dataclass_from_json(cls: type, values: dict[str, Any]) -> Any:
     """A dataclass from JSON types: lists become tuples, objects the dataclasses of their fields."""
     types = typing.get_type_hints(cls)
 

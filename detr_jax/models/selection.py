@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +126,7 @@ class PlanSelectors(dict[str, Selector]):
         self.permutations = permutations
 
 
-def _flatten(selectors: PlanSelectors) -> tuple[tuple, tuple[tuple[str, ...], Permutations]]:
+def _flatten(selectors: PlanSelectors) -> tuple[tuple[Any, ...], tuple[tuple[str, ...], Permutations]]:
     names = tuple(sorted(selectors))
     children = tuple((jax.tree_util.DictKey(name), selectors[name]) for name in names)
     return children, (names, selectors.permutations)

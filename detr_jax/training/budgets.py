@@ -211,7 +211,7 @@ def _take_step(
 ) -> tuple[Any, Progress]:
     selectors, memory, multipliers, unit = state
 
-    def value(selectors: Mapping[str, Thresholded]) -> tuple[jax.Array, tuple]:
+    def value(selectors: Mapping[str, Thresholded]) -> tuple[jax.Array, tuple[Any, ...]]:
         loss, densities = _loss_and_densities(tuning, model, batch, selectors, step)
         objective, bounded = _objective(budget, loss, densities)
         excess = bounded / bounds - 1

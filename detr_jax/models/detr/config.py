@@ -1,6 +1,7 @@
 """Configuration of a DETR, and the five presets."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from detr_jax.errors import InputError
 from detr_jax.models.labels import COCO_LABELS, SCENES_LABELS
@@ -45,7 +46,7 @@ class DetrConfig:
         return tuple(f"{part}.{i}" for part, layers in parts for i in range(layers))
 
     @classmethod
-    def from_json(cls, values: dict) -> "DetrConfig":
+    def from_json(cls, values: dict[str, Any]) -> "DetrConfig":
         """From JSON types; files of version 1 had one FFN size, one number of heads, and two facts about pixels."""
         values = dict(values)
         for old, new in (("heads", "heads"), ("ffn_features", "ffn_dim")):

@@ -1,5 +1,7 @@
 """The model card of an embedded detector, made from the numbers that were measured."""
 
+from typing import Any
+
 
 def _aligned(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table: the first column to the left, numbers to the right."""
@@ -16,7 +18,7 @@ def _aligned(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([line(header), rule, *map(line, rows)])
 
 
-def model_card(report: dict) -> str:
+def model_card(report: dict[str, Any]) -> str:
     """The card in Markdown, from what `scripts/train_detector.py` writes to `detr-tiny.json`."""
     recipe, log, numbers = report["recipe"], report["log"], report["numbers"]
     low, high = report["AP_interval"]

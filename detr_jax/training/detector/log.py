@@ -13,7 +13,7 @@ from detr_jax.files import replacing
 LOSSES = ("detection", "dense", "hoyer")
 
 
-def read_log(path: Path) -> list[dict]:
+def read_log(path: Path) -> list[dict[str, float]]:
     """The entries in order of their steps; a last line that a kill cut short is left out."""
     if not path.exists():
         return []
@@ -42,7 +42,7 @@ class TrainingLog:
         self._earlier: float | None = None
         self._clock = time.perf_counter()
 
-    def record(self, step: int, losses: Mapping[str, float]) -> dict | None:
+    def record(self, step: int, losses: Mapping[str, float]) -> dict[str, float] | None:
         """Takes the losses of a step, counted from 0; returns the entry if one was written."""
         if self._earlier is None:
             self._earlier = self._go_on_from(step)
@@ -66,7 +66,7 @@ class TrainingLog:
         return kept[-1]["minutes"] if kept else 0.0
 
 
-def plot_log(entries: list[dict], path: Path) -> None:
+def plot_log(entries: list[dict[str, float]], path: Path) -> None:
     """Draws each loss over the steps."""
     figure = Figure(figsize=(7, 7), layout="constrained")
     panels = figure.subplots(len(LOSSES), sharex=True)

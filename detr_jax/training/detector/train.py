@@ -106,7 +106,7 @@ def optimiser(training: DetectorTraining) -> optax.GradientTransformation:
         schedule = optax.warmup_cosine_decay_schedule(0, peak, training.warmup_steps, training.steps, peak / 100)
         return optax.adamw(schedule, weight_decay=training.weight_decay)
 
-    def part_of(path: tuple, _: jax.Array) -> str:
+    def part_of(path: tuple[Any, ...], _: jax.Array) -> str:
         return "backbone" if "backbone" in jax.tree_util.keystr(path) else "rest"
 
     return optax.chain(
