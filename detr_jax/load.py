@@ -111,8 +111,7 @@ def load_sparse(
     if isinstance(plan, Plan):
         sparse = SparseDETR.of(dense, plan)
     else:
-        loaded = load_plan(plan, dense)
-        sparse = SparseDETR(dense.with_permutations(loaded.permutations), loaded)
+        sparse = SparseDETR.of_checked(dense, load_plan(plan, dense))
     return sparse if implementation is None else sparse.with_implementation(implementation)
 
 

@@ -14,7 +14,7 @@ from detr_jax.detection import detect
 from detr_jax.errors import InputError
 from detr_jax.evaluation.inspection import FFNActivity, FFNExecution, activity, execution_report
 from detr_jax.kernels import IMPLEMENTATIONS, Execution
-from detr_jax.methods import Executed, Thresholded, at_threshold, executed
+from detr_jax.methods import Executed, RoutedExperts, Thresholded, at_threshold, executed, prepared
 from detr_jax.models import Detector, Outputs, Preprocessing, Selectors
 from detr_jax.models.detections import Detections, ImageDetections
 from detr_jax.models.parameters import fingerprint
@@ -41,11 +41,21 @@ class SparseDETR:
     def of(cls, model: Detector, plan: Plan) -> "SparseDETR":
         """A detector in its own order, with a plan; an InputError if the plan is for another one or does not fit."""
         check_plan(plan, model, fingerprint(model), "the plan")
-        return cls(model.with_permutations(plan.permutations), plan)
+        return cls.of_checked(model, plan)
+
+    @classmethod
+    def of_checked(cls, model: Detector, plan: Plan) -> "SparseDETR":
+        """The same with a plan that was checked, such as one that `load_plan` read for this detector."""
+        permuted = model.with_permutations(plan.permutations)
+        return cls(permuted, _prepared(plan, permuted))
 
     def __repr__(self) -> str:
         plan, name, ffns = self.plan, type(self.detector).__name__, len(self.detector.ffn_specs())
-        how = {str(execution or "masked") for execution in self._executions}
+        bare = {True: "grouped by expert", False: "masked"}
+        how = {
+            str(s.execution) if isinstance(s, Executed) else bare[isinstance(s, RoutedExperts)]
+            for s in plan.selectors.values()
+        }
         lines = (
             f"detector: {name} of {ffns} FFNs and {len(self.labels)} labels, {jnp.dtype(self.dtype)}",
             f"plan: {plan.method}, {len(plan.selectors)} FFNs sparse, {len(plan.permutations)} with permuted neurons",
@@ -158,7 +168,7 @@ class SparseDETR:
         if not same_permutations(plan.permutations, self.plan.permutations):
             return SparseDETR.of(self.dense, plan)
         check_plan(plan, self.detector, self.plan.fingerprint, "the plan")
-        return SparseDETR(self.detector, plan)
+        return SparseDETR(self.detector, _prepared(plan, self.detector))
 
     def with_threshold(
         self,
@@ -227,6 +237,13 @@ class SparseDETR:
     def _executions(self) -> list[Execution | None]:
         """Of each FFN; None for the masked reference."""
         return [s.execution if isinstance(s, Executed) else None for s in self.plan.selectors.values()]
+
+
+def _prepared(plan: Plan, permuted: Detector) -> Plan:
+    """The plan with what its selectors read of the detector gathered."""
+    weights = permuted.ffn_weights()
+    selectors = {name: prepared(selector, weights[name]) for name, selector in plan.selectors.items()}
+    return dataclasses.replace(plan, selectors=selectors)
 
 
 @jax.jit

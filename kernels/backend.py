@@ -80,6 +80,7 @@ class Backend:
         unsupported_reason: why it cannot compute an FFN on the default device; None if it can.
         break_even: density of tiles and blocks above which the dense FFN is taken on devices that nobody has tuned.
         run_routed: computes narrow experts; None if it cannot.
+        routed_rows: rows that it computes for experts with (C,) tokens of T in all, whole tiles of them.
         routed_unsupported_reason: why it cannot compute some experts on the default device; None if it can.
     """
 
@@ -89,4 +90,5 @@ class Backend:
     unsupported_reason: Callable[[FFNShape], str | None]
     break_even: float
     run_routed: RoutedFn | None = None
+    routed_rows: Callable[[jax.Array, int], jax.Array] = lambda counts, tokens: jnp.full_like(counts, tokens)
     routed_unsupported_reason: Callable[[ExpertsShape], str | None] = lambda shape: None

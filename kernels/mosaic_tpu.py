@@ -170,5 +170,6 @@ BACKEND = Backend(
     unsupported_reason,
     break_even=0.7,
     run_routed=routed_tpu.run,
+    routed_rows=lambda counts, tokens: -(-counts // routed_tpu.TILE) * routed_tpu.TILE,
     routed_unsupported_reason=routed_tpu.unsupported_reason,
 )

@@ -22,6 +22,12 @@ def tile_sizes(tokens: int, experts: int) -> tuple[int, ...]:
     return (64, 16) if mean < 192 else (128, 32)
 
 
+def rows_computed(counts: jax.Array, tokens: int) -> jax.Array:
+    """(C,) rows that experts with (C,) tokens of T in all compute: whole small tiles."""
+    size = tile_sizes(tokens, len(counts))[-1]
+    return -(-counts // size) * size
+
+
 def run(x: jax.Array, experts: Experts, assignment: jax.Array) -> jax.Array:
     """As `experts.routed_ffn` for x (T, d) and an assignment (T,)."""
     tokens, count = x.shape[0], len(experts.b_out)

@@ -108,4 +108,5 @@ BACKEND = Backend(
     unsupported_reason=lambda shape: None,
     break_even=0.75,
     run_routed=routed_xla.run,
+    routed_rows=routed_xla.rows_computed,
 )

@@ -136,6 +136,11 @@ def compare_methods(bench: Workbench, gates: Mapping[str, Gates]) -> None:
     for method in tqdm(arguments.methods, desc="comparing", unit="selector"):
         if all(f"methods: {method}, {setting}" in bench.rows for setting in settings.values()):
             continue
+        if METHODS[method].shares_density:
+            for density, setting in settings.items():
+                selectors = partial(bench.at_mean_density, method, density)
+                bench.row("methods", method, setting, model=bench.ordered, selectors=selectors)
+            continue
         sensitivity = bench.sensitivity(method, gates)
         costs = bench.costs(sensitivity)
         for density, setting in settings.items():

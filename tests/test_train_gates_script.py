@@ -169,3 +169,17 @@ def test_photographs_without_annotations_show_the_divergence_of_the_outputs(inpu
     assert runs["all gated, threshold 0.9"]["divergence"] > 0
     assert (tmp_path / "gates.png").stat().st_size > 10_000
     assert "nan" not in capsys.readouterr().out
+
+
+def test_experts_have_options_and_a_figure_of_their_own(inputs, tmp_path, capsys):
+    options = ["--method", "experts", "--options", "experts=3", "rounds=0", "images=4", "dtype=bfloat16"]
+    run(NAME, *inputs, *options, "--density", "0.5", "--out", tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["training"]["recipe"]["experts"] == 3
+    assert min(Image.open(tmp_path / "experts.png").size) > 300
+    plan = load_plan(tmp_path / "plan.safetensors", tiny_detector())
+    assert all(len(selector.widths) == 3 for selector in plan.selectors.values())
+    wrong = refusal(capsys, NAME, *inputs, "--method", "experts", "--options", "expert=3", "--out", tmp_path)
+    assert "experts has no option 'expert'; it has experts, rounds" in wrong
+    wrong = refusal(capsys, NAME, *inputs, "--method", "experts", "--options", "experts=x", "--out", tmp_path)
+    assert "'experts=x' is no value of an option of experts" in wrong

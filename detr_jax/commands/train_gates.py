@@ -1,8 +1,9 @@
 """Fits a method to every FFN of a frozen detector, MGS by default, and measures its cost in AP and its sparsity."""
 
+import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,14 +18,16 @@ from detr_jax.evaluation.coco_ap import shown
 from detr_jax.evaluation.evaluate import DENSE, Scores, evaluate_selections
 from detr_jax.files import write_json
 from detr_jax.mesh import is_first_process
-from detr_jax.methods import PAPER_THRESHOLD, Method, Thresholded, named, restricted_to
+from detr_jax.methods import PAPER_THRESHOLD, Experts, Method, Thresholded, named, restricted_to
 from detr_jax.models import Selector
 from detr_jax.plan import save_plan
 from detr_jax.run_folder import RESULTS
+from detr_jax.sparse import SparseDETR
 from detr_jax.sparsify import fit
 from detr_jax.training.budgets import Density, GateTuning, MaxDivergence, Recall, Threshold
 from detr_jax.training.fit import FitOptions, in_log_odds
 from detr_jax.training.gates import GateTraining
+from detr_jax.viz.experts import plot_experts
 from detr_jax.viz.figures import plot_gates, save_figure
 from detr_jax.viz.tables import gate_table, table
 
@@ -59,6 +62,8 @@ class Arguments(ModelOptions):
     split: Split = field(default_factory=Split)
     method: str = "mgs"
     """Name in `detr_jax.methods.METHODS`."""
+    options: tuple[str, ...] = ()
+    """Options of the method itself, as NAME=VALUE: experts=64 ranking=obs for experts, rank=8 for sketch."""
     recipe: Literal["default", "paper"] = "default"
     """default: groups by co-activation, and a threshold for each layer; paper: the detector's own groups, and one
     threshold for all."""
@@ -111,6 +116,20 @@ def budgets_of(method: Method, arguments: Arguments) -> dict[str, Any]:
     return {f"all {gated}, {budget.title}": budget for budget in budgets}
 
 
+def with_options(method: Method, options: Sequence[str]) -> Method:
+    """A method with options given as NAME=VALUE; an InputError if it has no such option or it cannot have the value."""
+    for option in options:
+        name, _, value = option.partition("=")
+        known = {field.name: type(getattr(method, field.name)) for field in dataclasses.fields(method)}
+        if name not in known:
+            raise InputError(f"{method.name} has no option {name!r}; it has {', '.join(known)}")
+        try:
+            method = dataclasses.replace(method, **{name: known[name](value)})
+        except ValueError as error:
+            raise InputError(f"{option!r} is no value of an option of {method.name}: {error}") from error
+    return method
+
+
 def thresholds_of(method: Method, selectors: Mapping[str, Selector]) -> dict[str, float | None]:
     """The threshold of every FFN, of gates as a probability; None without one."""
     found = {}
@@ -137,7 +156,7 @@ def main(arguments: Arguments) -> None:
     started = time.perf_counter()
     model = arguments.load()
     training, split = arguments.training, arguments.split
-    method = training.method(type(named(arguments.method)))
+    method = with_options(training.method(type(named(arguments.method))), arguments.options)
     budgets = budgets_of(method, arguments)
     order = arguments.neuron_order or ("own" if arguments.recipe == "paper" else "coactivation")
     options = FitOptions(
@@ -182,6 +201,11 @@ def main(arguments: Arguments) -> None:
     groups = f"groups of {fitted.group_size}" + (f" by {order}" if fitted.permutations else "")
     figure = plot_gates(f"{about}, {groups}", scores[DENSE], {title: scores[title] for title in plans})
     save_figure(figure, arguments.out / "gates.png")
+    figures = " and gates.png"
+    if isinstance(method, Experts):
+        experts = plot_experts(SparseDETR.of_checked(model, plan), validation[0].image)
+        save_figure(experts, arguments.out / "experts.png")
+        figures = ", gates.png and experts.png"
     runs = {title: one.to_json() for title, one in scores.items()}
     for title, run in runs.items():
         for name, ffn in run["ffns"].items():
@@ -196,4 +220,4 @@ def main(arguments: Arguments) -> None:
         "seconds": seconds,
     }
     write_json(arguments.out / RESULTS, results | provenance)
-    print(f"\nplan.safetensors, results.json and gates.png are in {arguments.out} after {math.ceil(seconds)} s")
+    print(f"\nplan.safetensors, results.json{figures} are in {arguments.out} after {math.ceil(seconds)} s")

@@ -1,5 +1,6 @@
 """Activity of the FFNs of a sparse detector for some images, as arrays, and how they are computed."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 
 from detr_jax.evaluation.counts import neurons_computed
 from detr_jax.kernels import Dispatch, any_per_tile, repeat_per_tile, signature_order
+from detr_jax.kernels.backend import ExpertsShape
+from detr_jax.kernels.dispatch import choose_routed
 from detr_jax.models import Detector, FFNTrace, Selectors
 
 
@@ -110,9 +113,21 @@ def _dispatched(trace: FFNTrace) -> tuple[int, int, Dispatch | None]:
     return always, gated, selection.execution.dispatch(trace.inputs, gated, selection.active.shape[-1])
 
 
+def _routed_dispatch(trace: FFNTrace) -> Dispatch:
+    """How the experts of a trace are computed."""
+    selection, x = trace.selection, trace.inputs
+    assert selection.routed is not None
+    shape = ExpertsShape(x.dtype, math.prod(x.shape[:-1]), x.shape[-1], selection.routed.experts.widths)
+    return choose_routed(shape, selection.execution.implementation if selection.execution else None)
+
+
 def ffn_execution(trace: FFNTrace) -> FFNExecution:
     """How the FFN of a trace is computed on the default device; a trace of shapes alone will do."""
     selection = trace.selection
+    if selection.routed is not None:
+        dispatch = _routed_dispatch(trace)
+        widest = max(selection.routed.experts.widths)
+        return FFNExecution(dispatch.backend.name, 1, refused=dispatch.refused, neurons=widest)
     if selection.execution is None:
         return FFNExecution("masked" if jax.tree.leaves(selection) or selection.sections else "dense")
     always, gated, chosen = _dispatched(trace)
@@ -148,9 +163,15 @@ def describe(report: Mapping[str, FFNExecution]) -> str:
 def executed_share(trace: FFNTrace) -> jax.Array:
     """() share of the hidden neurons that is computed in the end, for all tokens and padding.
 
-    It is 1 for the masked reference, else what a tile needs, or everything where that is faster on this device.
+    It is 1 for the masked reference, else what a tile needs, or everything where that is faster on this device. Experts
+    compute whole tiles of tokens.
     """
     selection, execution = trace.selection, trace.selection.execution
+    if selection.routed is not None:
+        assignment, widths = selection.routed.assignment, selection.routed.experts.widths
+        counts = jnp.bincount(assignment.ravel(), length=len(widths) + 1)[:-1]  # without padding
+        rows = _routed_dispatch(trace).backend.routed_rows(counts, assignment.size)
+        return (rows * jnp.array(widths)).sum() / (assignment.size * trace.hidden.shape[-1])
     if execution is None:
         return jnp.ones(())
     tokens, features = trace.hidden.shape[-2:]

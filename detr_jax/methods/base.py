@@ -12,7 +12,7 @@ the common tests and the table in docs/methods.md.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, cast, dataclass_transform
 
@@ -151,6 +151,15 @@ def at_threshold(selector: Selector, change: Callable[[Thresholded], Thresholded
     raise InputError(f"{type(selector).__name__} decides by no threshold")
 
 
+def prepared(selector: Selector, ffn: FFNWeights) -> Selector:
+    """A selector with what it reads of the FFN's rows gathered once, wherever in it that is."""
+    if hasattr(selector, "prepare"):
+        return selector.prepare(ffn)
+    if isinstance(getattr(selector, "selector", None), Wrapper | Free):
+        return dataclasses.replace(cast(Any, selector), selector=prepared(cast(Any, selector).selector, ffn))
+    return selector
+
+
 def restricted_to(selectors: Selectors, names: Collection[str]) -> dict[str, Selector]:
     """Selectors of which those of some FFNs decide; the others keep everything. One program runs any subset."""
     return {
@@ -193,7 +202,8 @@ _ABSENT: Any = None  # methods read what they require, which is there
 class FitMaterial:
     """Data that the selector of one FFN is fitted from; None where `Method.requires` does not name it.
 
-    Statistics are of training images, the gate is trained with `TrainedMethod.init` and `loss`, `name` is for errors.
+    Statistics are of training images, the gate is trained with `TrainedMethod.init` and `loss`, `inputs` (tokens, d)
+    are drawn from the method's `images` training images, `tokens` of them at most; `name` is for errors.
     """
 
     weights: FFNWeights
@@ -201,6 +211,7 @@ class FitMaterial:
     input_moments: "Moments" = _ABSENT
     hidden_moments: "Moments" = _ABSENT
     gate: Score = _ABSENT
+    inputs: np.ndarray = _ABSENT
     name: str = "the FFN"
 
 
@@ -216,6 +227,8 @@ class Method:
         tuned_by: how a budget is met: "threshold" by the threshold of the score that `fit` returns, "density" by
             `at_densities` alone, "nothing" where `fit` returns a selector that has no such setting.
         unit: of the scores, see `Score`; None for scores that are no estimates of probabilities.
+        shares_density: whether the method shares a density among the FFNs itself, by `at_mean_density`; else it is
+            shared by the divergence of the outputs with one FFN at a time at each density.
         note: a few words for tables.
     """
 
@@ -227,6 +240,7 @@ class Method:
     requires: ClassVar[frozenset[str]] = frozenset()
     tuned_by: ClassVar[Literal["threshold", "density", "nothing"]] = "threshold"
     unit: ClassVar[Unit | None] = None
+    shares_density: ClassVar[bool] = False
     note: ClassVar[str] = ""
 
     def fit(self, material: FitMaterial) -> Any:
@@ -247,6 +261,27 @@ class Method:
         score = self.fit(material)
         selectors = [Thresholded(score, jnp.float32(threshold_of(density))) for density in densities]
         return tuple(self.finish(selector, material.weights) for selector in selectors)
+
+    def at_mean_density(
+        self,
+        material: Mapping[str, FitMaterial],
+        density: float,
+        divergence: Callable[[Mapping[str, Selector]], float],
+        progress: Callable[[], object],
+    ) -> dict[str, Selector]:
+        """Selectors of all FFNs at a mean density, where `shares_density`.
+
+        Args:
+            material: of each FFN by name.
+            density: mean share of the neurons that is computed.
+            divergence: of the detector's outputs with some selectors, on held-out images.
+            progress: called after each of `steps` parts.
+        """
+        raise NotImplementedError
+
+    def steps(self, ffns: int) -> int:
+        """Parts of `at_mean_density` for its progress bar."""
+        return ffns
 
 
 @dataclass(frozen=True)

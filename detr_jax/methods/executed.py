@@ -21,7 +21,7 @@ class Executed(Wrapper):
         """Raises an InputError if the selector leaves out channels or compensates: only the masked reference can."""
         selection = self.selector(ffn, x, tokens)
         fixed = selection.sections is not None and not selection.sections.gated
-        groups = selection.active is not None or fixed
+        groups = selection.active is not None or fixed or selection.routed is not None
         if not groups or selection.channels is not None or selection.factors is not None:
             raise InputError(
                 f"{type(self.selector).__name__} does not choose groups of neurons alone, so it runs in the masked "

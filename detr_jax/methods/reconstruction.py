@@ -25,25 +25,41 @@ def obs_ranking(weights: FFNWeights, moments: "Moments") -> np.ndarray:
 
     `moments` are those of its hidden activations.
     """
+    _check(weights, moments)
+    order, _ = eliminate(moments.covariance, np.asarray(weights.w_out, np.float64))
+    return order
+
+
+def eliminate(covariance: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Eliminates neurons one by one, always the one whose loss costs least once the others have made up for it.
+
+    Args:
+        covariance: (n, n) of their activations.
+        rows: (n, d) of the output matrix.
+
+    Returns:
+        (n,) the neurons, the last one that is left first, those that never vary at the end; and (n,) the mean squared
+        error that the loss of each adds, never rising, because one that is cheap only without a dearer one is worth as
+        much as that.
+    """
     from scipy.linalg.blas import dger  # slow to import
 
-    _check(weights, moments)
-    covariance = moments.covariance
     varies = np.diag(covariance) > 0
     neurons = np.flatnonzero(varies)
     ridged = _ridged(covariance[np.ix_(neurons, neurons)])
     inverse = np.asfortranarray(np.linalg.inv(ridged))
     # (A^-1)_ii is at least 1 / A_ii; after few images, rounding makes it smaller or negative.
     least = 0.5 / np.diag(ridged)
-    rows = np.asarray(weights.w_out, np.float64)[neurons]
+    rows = rows[neurons]
     # What is gone has a zero row and column, and is cut off now and then.
-    order, left = [], neurons
+    order, paid, left = [], [], neurons
     gone = np.zeros(len(left), bool)
     for _ in range(len(neurons)):
         variances = np.maximum(np.diag(inverse), least)
         costs = np.divide((rows**2).sum(1), variances, out=np.full(len(left), np.inf), where=~gone)
         out = int(costs.argmin())
         order.append(left[out])
+        paid.append(costs[out])
         gone[out] = True
         column = inverse[:, out].copy()
         column[out] = variances[out]
@@ -53,7 +69,9 @@ def obs_ranking(weights: FFNWeights, moments: "Moments") -> np.ndarray:
             left, rows, least = left[~gone], rows[~gone], least[~gone]
             inverse = np.asfortranarray(inverse[np.ix_(~gone, ~gone)])
             gone = np.zeros(len(left), bool)
-    return np.concatenate([np.array(order[::-1], int), np.flatnonzero(~varies)])
+    added = np.zeros(len(varies))
+    added[: len(order)] = np.maximum.accumulate(paid)[::-1] if paid else 0
+    return np.concatenate([np.array(order[::-1], int), np.flatnonzero(~varies)]), added
 
 
 def reconstruct_output(weights: FFNWeights, moments: "Moments", kept: np.ndarray) -> OutputLayer:

@@ -18,6 +18,7 @@ from detr_jax.models.selection import (
     Partition,
     Permutations,
     PlanSelectors,
+    Routed,
     Selection,
     Selector,
     Selectors,

@@ -39,6 +39,10 @@ def forward(weights: FFNWeights, x: jax.Array, selection: Selection) -> jax.Arra
     With factors A_in B_in for W_in and A_out B_out for W_out, the channels of x that are left out go through the
     factors of the first matrix, and the neurons that are left out through the factors of both.
     """
+    if selection.routed is not None:
+        implementation = selection.execution.implementation if selection.execution else None
+        routed = selection.routed
+        return kernels.routed_ffn(x, routed.experts, routed.assignment, implementation=implementation)
     if selection.second is not None:
         w_out, b_out = (array.astype(x.dtype) for array in selection.second)
         weights = weights._replace(w_out=w_out, b_out=b_out)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from detr_jax.kernels import Execution, FFNWeights, expand_groups, repeat_per_tile
+from detr_jax.kernels import Execution, Experts, FFNWeights, expand_groups, repeat_per_tile
 from detr_jax.pytrees import pytree
 
 
@@ -28,6 +28,25 @@ class OutputLayer(NamedTuple):
     """(n, d) rows of the neurons that may be computed, all F of them or those of the first two sections."""
     b_out: jax.Array
     """(d,)."""
+
+
+class Routed(NamedTuple):
+    """Narrow experts in place of an FFN, and the expert of each token."""
+
+    experts: Experts
+    """C of them."""
+    neurons: tuple[jax.Array, ...]
+    """(n, k) int32 of each stack of experts, the hidden neurons of the FFN that they have."""
+    assignment: jax.Array
+    """(..., tokens) int32, C for padding."""
+
+    def per_token(self, features: int) -> jax.Array:
+        """(..., tokens, F) bool, the hidden neurons that each token gets."""
+        count = len(self.experts.b_out)
+        members = jnp.zeros((count + 1, features), bool)
+        for first, neurons in zip(self.experts.first, self.neurons, strict=True):
+            members = members.at[first + jnp.arange(len(neurons))[:, None], neurons].set(True)
+        return members[self.assignment]
 
 
 class Partition(NamedTuple):
@@ -60,18 +79,22 @@ class Selection:
     """A second layer that makes up for what is left out; None for the FFN's own."""
     mask: jax.Array | None = None
     """(..., tokens, G) float, the values of `active`, through which gates get a gradient while they are trained."""
+    routed: Routed | None = None
+    """Narrow experts, which are computed instead of all of this; None for none."""
     tile_size: int | None = field(default=1, metadata={"static": True})
     """Consecutive tokens that a decision is about; None for all tokens of an image."""
     sections: Partition | None = field(default=None, metadata={"static": True})
     """Of the neurons, if not all of them are gated."""
     execution: Execution | None = field(default=None, metadata={"static": True})
-    """How the FFN is computed without the rest; None for the masked reference."""
+    """How the FFN is computed without the rest; None for the masked reference, and for the fastest one of experts."""
 
     def per_token(self, shape: tuple[int, ...], features: int) -> jax.Array | None:
-        """(*shape, G) bool, or (*shape, F) with sections: what each token gets; None for everything.
+        """(*shape, G) bool, or (*shape, F) with sections or experts: what each token gets; None for everything.
 
         `shape` is (..., tokens) of the FFN's inputs, `features` F.
         """
+        if self.routed is not None:
+            return self.routed.per_token(features)
         active = self.active
         if active is not None and self.tile_size != 1:
             active = repeat_per_tile(active, shape[-1], self.tile_size)

@@ -110,18 +110,24 @@ def _read(path: Path, model: Detector) -> Plan:
 def _take_apart(part: Any, name: str, arrays: dict[str, np.ndarray]) -> Any:
     """A selector as JSON; its arrays are put aside under their names."""
     if type(part).__name__ in STORABLE:
-        values = part._asdict() if hasattr(part, "_asdict") else {f.name: getattr(part, f.name) for f in fields(part)}
+        # Derived fields are made again for the detector that the plan is used with.
+        kept = () if hasattr(part, "_asdict") else (f.name for f in fields(part) if not f.metadata.get("derived"))
+        values = part._asdict() if hasattr(part, "_asdict") else {name: getattr(part, name) for name in kept}
         return {"class": type(part).__name__} | {
             key: _take_apart(value, f"{name}.{key}", arrays) for key, value in values.items()
         }
     if part is None or isinstance(part, bool | int | str):
         return part
+    if isinstance(part, tuple):
+        return [_take_apart(value, f"{name}.{i}", arrays) for i, value in enumerate(part)]
     arrays[name] = np.asarray(part)
     return {"array": name}
 
 
 def _put_together(structure: Any, arrays: dict[str, np.ndarray]) -> Any:
     """Inverse of `_take_apart`; takes the arrays out."""
+    if isinstance(structure, list):
+        return tuple(_put_together(part, arrays) for part in structure)
     if not isinstance(structure, dict):
         return structure
     if "array" in structure:

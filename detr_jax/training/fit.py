@@ -1,10 +1,11 @@
 """Fitting a method to a frozen detector: neuron permutation, gates or statistics, and budgets on held-out images."""
 
 import dataclasses
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, TypeGuard, cast
 
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from detr_jax.calibration.accumulate import accumulate
 from detr_jax.calibration.activations import measure_activations, profile_activations
 from detr_jax.calibration.allocation import greedy
+from detr_jax.calibration.inputs import draw_inputs
 from detr_jax.calibration.moments import measure_moments
 from detr_jax.calibration.permutation import coactivation_permutation, kmeans_permutation
 from detr_jax.calibration.sensitivity import OutputDivergence, layer_sensitivity
@@ -27,7 +29,7 @@ from detr_jax.errors import InputError, require_counts
 from detr_jax.mesh import mesh_of, replicate
 from detr_jax.methods import FitMaterial, Method, Score, Thresholded, TrainedMethod, log_odds
 from detr_jax.methods.tiles import TileCounts, count_kept
-from detr_jax.models import Detector, HasFFNs, Selectors
+from detr_jax.models import Detector, HasFFNs, Selector, Selectors
 from detr_jax.models.parameters import fingerprint
 from detr_jax.plan import Plan
 from detr_jax.run_folder import versions
@@ -48,6 +50,8 @@ OUTPUTS = ("checkpoints", "tuned", "activations.safetensors", "plan.safetensors"
 GRID = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03, 0.02, 0.01)
 """Densities that an allocation among FFNs chooses from."""
 _HALVINGS = 10
+_FITS = 5
+"""Of a method that shares a density itself, each of which takes minutes."""
 
 
 @dataclass(frozen=True)
@@ -182,12 +186,20 @@ class Fit:
             batches = self._cached(self._embedded(self._sample, "training"))
             if "activations" in requires:
                 found["activations"] = measure_activations(self.permuted, batches)
+            if "inputs" in requires:
+                found["inputs"] = self._drawn_inputs()
             if requires & {"input_moments", "hidden_moments"}:
                 found["input_moments"], found["hidden_moments"] = measure_moments(self.permuted, batches)
         return {
             name: FitMaterial(weights, name=name, **{key: found[key][name] for key in requires})
             for name, weights in self._weights.items()
         }
+
+    def _drawn_inputs(self) -> dict[str, np.ndarray]:
+        method: Any = self.method  # it says how many
+        sample = Subset(self._data, 0, min(method.images, len(self._data)))
+        batches = self._cached(self._embedded(sample, "training"))
+        return draw_inputs(self.permuted, batches, method.tokens, len(sample), method.seed)
 
     def _train(self, method: TrainedMethod) -> dict[str, Score]:
         batch_size = self._options.batch_size
@@ -275,19 +287,29 @@ class Fit:
         """Densities that are shared among the FFNs by what they change in the outputs."""
         batches = -(-self._options.allocation_images // self._options.batch_size)
         divergence = OutputDivergence(self.permuted, self._features[:batches])
-        settings = selectors_at_densities(self.permuted, self._calibration, self.method, self._material, GRID)
-        table = layer_sensitivity(divergence, GRID, settings)
-
-        def shared(density: float) -> Selectors:
-            return table.selectors(greedy(table.losses, table.density_costs, density))
-
+        shared = self._by_method(divergence) if self.method.shares_density else self._by_sensitivity(divergence)
         if isinstance(budget, Density):
             return shared(budget.density)
         low, high = GRID[-1], 1.0
-        for _ in range(_HALVINGS):
-            middle = (low + high) / 2
+        for _ in range(_FITS if self.method.shares_density else _HALVINGS):
+            middle = (low + high) / 2 if not self.method.shares_density else math.sqrt(low * high)
             low, high = (low, middle) if divergence(shared(middle)) <= budget.divergence else (middle, high)
         return shared(high)
+
+    def _by_sensitivity(self, divergence: OutputDivergence) -> Callable[[float], dict[str, Selector]]:
+        settings = selectors_at_densities(self.permuted, self._calibration, self.method, self._material, GRID)
+        table = layer_sensitivity(divergence, GRID, settings)
+        return lambda density: table.selectors(greedy(table.losses, table.density_costs, density))
+
+    def _by_method(self, divergence: OutputDivergence) -> Callable[[float], dict[str, Selector]]:
+        method, material = self.method, self._material
+
+        @cache
+        def shared(density: float) -> dict[str, Selector]:
+            with self._bar(method.steps(len(material)), f"fitting to a density of {density:.3g}", "FFN") as bar:
+                return method.at_mean_density(material, density, divergence, bar.update)
+
+        return shared
 
 
 def in_log_odds(method: Method) -> TypeGuard[TrainedMethod]:

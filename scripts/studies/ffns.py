@@ -28,6 +28,7 @@ from tile_density import TILE_SIZES, measure_tiles
 from tqdm import tqdm
 
 from detr_jax.calibration.activations import ActivationStatistics, measure_activations, require_active
+from detr_jax.calibration.inputs import draw_inputs
 from detr_jax.calibration.moments import measure_kept, measure_moments
 from detr_jax.calibration.permutation import coactivation_permutation, kmeans_permutation
 from detr_jax.calibration.thresholds import selectors_at_densities
@@ -38,6 +39,7 @@ from detr_jax.files import refuse_existing, replacing, write_json
 from detr_jax.methods import (
     METHODS,
     ContributionSketch,
+    Experts,
     FitMaterial,
     Fixed,
     HiddenMagnitude,
@@ -174,8 +176,12 @@ def tile_densities(
     return {name: {title: of_ffns[name] for title, of_ffns in measured.items()} for name in ffns.weights}
 
 
-SHARES = (0.25, 0.125)
+SHARES = (0.25, 0.125, 0.0625)
 """Of the neurons, for the table of sets that are decided for many tokens at once."""
+
+
+EXPERTS = Experts(experts=8, rounds=0, ranking="obs")
+"""Of that table: more experts, or a router that is trained, are no better with as few tokens."""
 
 
 def shared_sets(ffns: StandaloneFFNs, halves: Halves) -> dict[str, dict[str, dict[str, float]]]:
@@ -192,6 +198,7 @@ def shared_sets(ffns: StandaloneFFNs, halves: Halves) -> dict[str, dict[str, dic
     }
     contributions = HiddenMagnitude(weighted=True)
     errors: dict[str, dict[str, dict[str, float]]] = {}
+    drawn = tokens_for(EXPERTS, ffns, halves)
     for share in SHARES:
         count = {name: round(share * len(weights.w_in)) for name, weights in ffns.weights.items()}
 
@@ -218,6 +225,9 @@ def shared_sets(ffns: StandaloneFFNs, halves: Halves) -> dict[str, dict[str, dic
         of_share = {"fixed": measure(lambda name: by_contribution(statistics[name], ffns.weights[name], 1))}
         effects = measure_effects(ffns, halves.test.batches(), {name: reconstructed(name) for name in ffns.weights})
         of_share["fixed, reconstructed"] = {name: effect.error for name, effect in effects.items()}
+        routed = selectors_at_densities(ffns, halves.calibration, EXPERTS, drawn, (share,))
+        effects = measure_effects(ffns, halves.test.batches(), {name: of[0] for name, of in routed.items()})
+        of_share[f"{EXPERTS.experts} experts"] = {name: effect.error for name, effect in effects.items()}
         for title, window in (("per image", None), (f"per {WINDOW} tokens", WINDOW)):
             by_sketch = {name: Pooled(of_one, False, window) for name, of_one in sketches.items()}
             of_share |= {
@@ -227,6 +237,13 @@ def shared_sets(ffns: StandaloneFFNs, halves: Halves) -> dict[str, dict[str, dic
             }
         errors[f"{share:g}"] = of_share
     return errors
+
+
+def tokens_for(method: Experts, ffns: StandaloneFFNs, halves: Halves) -> dict[str, FitMaterial]:
+    """The tokens of each FFN that experts are fitted to."""
+    images = sum(len(next(iter(batch.x.values()))) for batch in halves.calibration.batches())
+    drawn = draw_inputs(ffns, halves.calibration, method.tokens, images, method.seed)
+    return {name: FitMaterial(weights, inputs=drawn[name], name=name) for name, weights in ffns.weights.items()}
 
 
 def train_briefly(ffns: StandaloneFFNs, batches: CachedBatches, methods: Sequence[TrainedMethod]) -> dict[str, Gates]:
@@ -249,6 +266,8 @@ def compare_selectors(
     inputs, hidden = measure_moments(ffns, halves.calibration)
 
     def material(method: Method) -> dict[str, FitMaterial]:
+        if isinstance(method, Experts):
+            return tokens_for(method, ffns, halves)
         gate = gates[method.gates.name] if isinstance(method, TrainedMethod) else dict.fromkeys(ffns.weights)
         return {
             name: FitMaterial(weights, statistics[name], inputs[name], hidden[name], gate[name], name)

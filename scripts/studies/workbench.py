@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from studies.allocation_tables import cost_table
@@ -10,6 +10,7 @@ from studies.common import Rows, Splits, cached, describe, embed, train
 from tqdm import tqdm
 
 from detr_jax.calibration.activations import ActivationStatistics, profile_activations
+from detr_jax.calibration.inputs import draw_inputs
 from detr_jax.calibration.moments import measure_moments
 from detr_jax.calibration.permutation import coactivation_permutation, kmeans_permutation
 from detr_jax.calibration.sensitivity import OutputDivergence, SensitivityTable, layer_sensitivity
@@ -17,7 +18,7 @@ from detr_jax.calibration.thresholds import selectors_at_densities
 from detr_jax.data.dataset import Dataset, Subset
 from detr_jax.evaluation.comparison import Comparison, Row
 from detr_jax.methods import METHODS, FitMaterial, Thresholded, TrainedMethod
-from detr_jax.models import DETR, Selectors
+from detr_jax.models import DETR, Selector, Selectors
 from detr_jax.training.gates import Gates
 
 if TYPE_CHECKING:
@@ -122,6 +123,17 @@ class Workbench:
             f"[{100 * low:+6.2f}, {100 * high:+6.2f}], density {row['density']:.3f}, "
             f"FFN work {row['flops_share']['ffns']:.3f}"
         )
+
+    def at_mean_density(self, name: str, density: float) -> dict[str, Selector]:
+        """The selectors of a method that shares a density among the FFNs itself."""
+        method: Any = self.arguments.training.method(METHODS[name])
+        images = -(-method.images // self.arguments.training.batch_size)
+        sample = self.training[:images]
+        count = sum(int(batch.valid.sum()) for batch in sample)
+        inputs = draw_inputs(self.ordered, cached(sample), method.tokens, count, method.seed)
+        material = {ffn: FitMaterial(w, inputs=inputs[ffn], name=ffn) for ffn, w in self.weights.items()}
+        with tqdm(total=method.steps(len(material)), desc=f"{name}, density {density:g}", unit="FFN") as bar:
+            return method.at_mean_density(material, density, self.divergence, bar.update)
 
     def sensitivity(self, name: str, gates: Mapping[str, Gates]) -> SensitivityTable:
         """A method at every density of the grid in each FFN."""

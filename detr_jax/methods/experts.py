@@ -1,0 +1,177 @@
+"""Narrow experts: tokens are grouped, not neurons, so that each token computes one dense, much narrower FFN."""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from detr_jax import kernels
+from detr_jax.errors import InputError
+from detr_jax.kernels import Execution
+from detr_jax.methods.base import FitMaterial, Free, Method, Traits, register, storable
+from detr_jax.methods.executed import Executed
+from detr_jax.methods.expert_fitting import FittedExperts, fit_experts
+from detr_jax.models import FFNWeights, Routed, Selection, Selector
+
+
+@storable
+class RoutedExperts(Free):
+    """Sends each token to the narrow expert with the highest linear score.
+
+    Experts come in stacks of equal width and are numbered through all stacks. Their first matrices are rows of the
+    frozen FFN; a plan file holds which.
+
+    Attributes:
+        kernel: (d, C) float32, of the router.
+        bias: (C,) float32.
+        neurons: (n, k) int32 of each stack, hidden neurons of the FFN.
+        w_out: (n, k, d) of each stack, float32 or bfloat16, output rows fitted to those neurons.
+        b_out: (C, d) float32.
+        gathered: the experts with the rows of the FFN, see `prepare`; None gathers them at every call.
+    """
+
+    traits: ClassVar = Traits("statistics", "neuron", "both")
+
+    kernel: jax.Array
+    bias: jax.Array
+    neurons: tuple[jax.Array, ...]
+    w_out: tuple[jax.Array, ...]
+    b_out: jax.Array
+    gathered: kernels.Experts | None = dataclasses.field(default=None, metadata={"derived": True})
+
+    @classmethod
+    def of(cls, fitted: FittedExperts, dtype: str = "float32") -> "RoutedExperts":
+        """From fitted experts; `dtype` is that of the output rows."""
+        stacks = collections.defaultdict(list)
+        for expert, neurons in enumerate(fitted.neurons):
+            stacks[len(neurons)].append(expert)
+        members = [stacks[width] for width in sorted(stacks)]
+        order = np.concatenate(members)
+        return cls(
+            jnp.asarray(fitted.kernel[:, order]),
+            jnp.asarray(fitted.bias[order]),
+            tuple(jnp.asarray(np.stack([fitted.neurons[i] for i in of]), jnp.int32) for of in members),
+            tuple(jnp.asarray(np.stack([fitted.w_out[i] for i in of]), dtype) for of in members),
+            jnp.asarray(fitted.b_out[order]),
+        )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Neurons of each expert."""
+        return tuple(width for count, width in (stack.shape for stack in self.neurons) for _ in range(count))
+
+    def cost(self, d_model: int, features: int) -> float:
+        return float(self.kernel.size)
+
+    def prepare(self, ffn: FFNWeights) -> "RoutedExperts":
+        """The same with the experts' rows of the FFN gathered once, in its type.
+
+        Raises:
+            InputError: if an expert has neurons that the FFN does not have.
+        """
+        hidden = len(ffn.w_in)
+        outside = [i for i in np.concatenate([np.ravel(stack) for stack in self.neurons]) if not 0 <= i < hidden]
+        if outside:
+            raise InputError(f"its experts have the neuron {outside[0]} of an FFN with {hidden}")
+        return dataclasses.replace(self, gathered=self._gather(ffn))
+
+    def _gather(self, ffn: FFNWeights) -> kernels.Experts:
+        dtype = ffn.w_in.dtype
+        return kernels.Experts(
+            tuple(ffn.w_in[stack] for stack in self.neurons),
+            tuple(ffn.b_in[stack] for stack in self.neurons),
+            tuple(stack.astype(dtype) for stack in self.w_out),
+            self.b_out.astype(dtype),
+        )
+
+    def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> Selection:
+        scores = jnp.matmul(x.astype(jnp.float32), self.kernel) + self.bias
+        assignment = jnp.where(tokens, scores.argmax(-1), len(self.bias)).astype(jnp.int32)
+        return Selection(routed=Routed(self.gathered or self._gather(ffn), self.neurons, assignment))
+
+
+@register
+class Experts(Method):
+    """A linear router and narrow experts with overlapping sets of neurons, fitted in closed form.
+
+    Ours; relatives that partition the neurons are MoEfication (Zhang et al. 2022), CMoE (Pei et al. 2025) and D2DMoE
+    (Szatkowski et al. 2024).
+    """
+
+    name: ClassVar = "experts"
+    paper: ClassVar = "ours, after MoEfication"
+    decides: ClassVar = "neuron"
+    requires: ClassVar = frozenset({"inputs"})
+    tuned_by: ClassVar = "density"
+    shares_density: ClassVar = True
+    note: ClassVar = "each token computes one narrow FFN"
+
+    experts: int = 32
+    """Of each FFN."""
+    rounds: int = 2
+    """Times that the router is trained and the experts are fitted again."""
+    ranking: Literal["energy", "obs"] = "energy"
+    """How an expert's neurons are chosen: by the variance of what they add to the output, or by elimination."""
+    widths: Literal["price", "equal"] = "price"
+    """Whether a neuron is kept by an expert for what it is worth, or all experts are equally wide."""
+    tokens: int = 65536
+    """Inputs of each FFN that experts are fitted to, at most."""
+    images: int = 1024
+    """Training images that these are drawn from."""
+    ridge: float = 1e-3
+    """Of the regression of the output, towards the frozen rows; a share of the mean variance."""
+    prior: float = 32.0
+    """Tokens from the whole sample that count beside an expert's own, so that one with few tokens is not fitted to them
+    alone."""
+    router_steps: int = 1500
+    """Steps of router training in each round, of 2048 tokens."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the output rows in the plan, which are most of its size."""
+    seed: int = 0
+    """Of the tokens that are drawn, k-means and router training."""
+
+    def __post_init__(self) -> None:
+        for name in ("experts", "tokens", "images", "router_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("rounds", "ridge", "prior"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must be at least 0, not {getattr(self, name)}")
+
+    def at_densities(
+        self, material: FitMaterial, threshold_of: Callable[[float], float], densities: Sequence[float]
+    ) -> tuple[RoutedExperts, ...]:
+        ffn = {material.name: (material.weights, material.inputs)}
+        found = [fit_experts(ffn, density, self)[material.name] for density in densities]
+        return tuple(self._selector(fitted, material.weights) for fitted in found)
+
+    def steps(self, ffns: int) -> int:
+        return ffns * (self.rounds + 1)
+
+    def at_mean_density(
+        self,
+        material: Mapping[str, FitMaterial],
+        density: float,
+        divergence: Callable[[Mapping[str, Selector]], float],
+        progress: Callable[[], object],
+    ) -> dict[str, Selector]:
+        """See `Method.at_mean_density`: one price for all FFNs, in units of the divergence that an error causes."""
+
+        def importance(fitted: dict[str, FittedExperts], missed: dict[str, float]) -> dict[str, float]:
+            selectors = {name: self._selector(of, material[name].weights) for name, of in fitted.items()}
+            # Experts of other widths are another program, and the definition is compiled soonest.
+            once = {name: Executed(of, Execution(implementation="reference")) for name, of in selectors.items()}
+            caused = {name: divergence({name: of}) / max(missed[name], 1e-9) for name, of in once.items()}
+            mean = max(float(np.mean(list(caused.values()))), 1e-12)
+            return {name: max(of / mean, 1e-3) for name, of in caused.items()}
+
+        ffns = {name: (of.weights, of.inputs) for name, of in material.items()}
+        found = fit_experts(ffns, density, self, importance, progress)
+        return {name: self._selector(fitted, material[name].weights) for name, fitted in found.items()}
+
+    def _selector(self, fitted: FittedExperts, weights: FFNWeights) -> RoutedExperts:
+        return RoutedExperts.of(fitted, self.dtype).prepare(weights)

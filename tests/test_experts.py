@@ -1,0 +1,184 @@
+"""Narrow experts: the fit, its special cases, their plans, and every way to use them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from standalone import FFNInputs, StandaloneFFNs
+from tiny import tiny_detector, tiny_ffn
+
+import detr_jax
+from detr_jax.calibration.inputs import draw_inputs
+from detr_jax.calibration.moments import moments_of
+from detr_jax.data.batches import CachedBatches
+from detr_jax.errors import InputError
+from detr_jax.kernels import Execution, ffn
+from detr_jax.methods import Executed, Experts, FitMaterial, RoutedExperts
+from detr_jax.methods.expert_fitting import WIDTHS, fit_experts
+from detr_jax.methods.reconstruction import obs_ranking, reconstruct_output
+from detr_jax.models.ffn import forward, trace
+from detr_jax.plan import load_plan, save_plan
+
+F, D = 64, 12
+WEIGHTS, X, TOKENS = tiny_ffn(F, D, images=40)
+INPUTS = np.asarray(X)[np.asarray(TOKENS)]
+FEW = Experts(experts=4, rounds=1, router_steps=50)
+
+
+def selector(method=FEW, density=0.25, inputs=INPUTS, weights=WEIGHTS) -> RoutedExperts:
+    (found,) = method.at_densities(FitMaterial(weights, inputs=inputs), lambda density: 0.0, (density,))
+    return found
+
+
+def error(found: RoutedExperts) -> float:
+    """Share of the variance of the outputs that is missed."""
+    outputs = np.asarray(forward(WEIGHTS, X, found(WEIGHTS, X, TOKENS)))[np.asarray(TOKENS)]
+    dense = np.asarray(ffn(X, *WEIGHTS))[np.asarray(TOKENS)]
+    return float(((outputs - dense) ** 2).sum() / ((dense - dense.mean(0)) ** 2).sum())
+
+
+def kept_share(found: RoutedExperts) -> float:
+    return float(np.asarray(found(WEIGHTS, X, TOKENS).per_token(TOKENS.shape, F))[np.asarray(TOKENS)].mean())
+
+
+@pytest.mark.parametrize("ranking", ["energy", "obs"])
+def test_more_experts_and_rounds_miss_less_at_the_same_density(ranking):
+    method = dataclasses.replace(FEW, ranking=ranking, router_steps=300)
+    one, eight, trained = (
+        selector(dataclasses.replace(method, experts=experts, rounds=rounds))
+        for experts, rounds in ((1, 0), (8, 0), (8, 2))
+    )
+    assert max(error(trained), error(eight)) < 0.9 * error(one)
+    for found in (one, eight, trained):
+        assert 0.15 < kept_share(found) <= 0.25 + 1e-6
+        assert set(found.widths) <= set(WIDTHS)
+
+
+def test_one_expert_is_a_fixed_set_with_reconstructed_output():
+    found = selector(Experts(experts=1, rounds=0, ranking="obs", ridge=1e-3))
+    moments = moments_of(trace(WEIGHTS, X, TOKENS).hidden, TOKENS)
+    kept = np.isin(np.arange(F), np.asarray(found.neurons[0][0]))
+    # Elimination among the candidates of highest energy, which here are all but few.
+    assert len(set(np.flatnonzero(kept)) & set(obs_ranking(WEIGHTS, moments)[:16])) >= 13
+    second = reconstruct_output(WEIGHTS, moments, kept)
+    hidden = jax.nn.relu(X @ WEIGHTS.w_in.T + WEIGHTS.b_in)
+    expected = np.asarray(hidden @ second.w_out + second.b_out)[np.asarray(TOKENS)]
+    outputs = np.asarray(forward(WEIGHTS, X, found(WEIGHTS, X, TOKENS)))[np.asarray(TOKENS)]
+    np.testing.assert_allclose(outputs, expected, atol=5e-3 * np.abs(expected).max())
+
+
+def test_equal_widths():
+    found = selector(dataclasses.replace(FEW, widths="equal"))
+    assert set(found.widths) == {16} and kept_share(found) == pytest.approx(0.25)
+
+
+def test_without_neurons_an_expert_is_the_mean_of_its_tokens():
+    found = selector(density=0.0)
+    assert set(found.widths) == {0}
+    selection = found(WEIGHTS, X, TOKENS)
+    outputs, dense = np.asarray(forward(WEIGHTS, X, selection)), np.asarray(ffn(X, *WEIGHTS))
+    ids = np.asarray(selection.routed.assignment)
+    for expert in range(4):
+        mean = dense[ids == expert].mean(0)
+        np.testing.assert_allclose(
+            outputs[ids == expert], np.broadcast_to(mean, outputs[ids == expert].shape), atol=1e-4
+        )
+    assert (outputs[~np.asarray(TOKENS)] == 0).all()
+
+
+def test_with_all_neurons_experts_are_the_ffn():
+    found = selector(density=1.0)
+    outputs = np.asarray(forward(WEIGHTS, X, found(WEIGHTS, X, TOKENS)))[np.asarray(TOKENS)]
+    np.testing.assert_allclose(outputs, np.asarray(ffn(X, *WEIGHTS))[np.asarray(TOKENS)], atol=1e-4)
+
+
+@pytest.mark.parametrize("inputs", [INPUTS[:3], INPUTS[:1], np.repeat(INPUTS[:1], 50, axis=0)])
+def test_more_experts_than_tokens_and_experts_without_tokens(inputs):
+    found = selector(dataclasses.replace(FEW, experts=16), inputs=inputs)
+    outputs = forward(WEIGHTS, X, found(WEIGHTS, X, TOKENS))
+    assert np.isfinite(np.asarray(outputs)).all() and len(found.widths) <= 16
+
+
+def test_a_fit_is_deterministic_and_depends_on_its_seed():
+    one, same = selector(), selector()
+    assert jax.tree.structure(one) == jax.tree.structure(same)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(same), strict=True):
+        np.testing.assert_array_equal(a, b)
+    other = selector(dataclasses.replace(FEW, seed=1))
+    assert one.kernel.shape != other.kernel.shape or not np.array_equal(one.kernel, other.kernel)
+
+
+def test_a_dearer_error_gets_more_neurons():
+    ffns = {"one": (WEIGHTS, INPUTS), "other": (WEIGHTS, INPUTS)}
+    weights = {"one": 1.9, "other": 0.1}
+    found = fit_experts(ffns, 0.25, FEW, importance=lambda fitted, missed: weights)
+    neurons = {name: sum(map(len, of.neurons)) for name, of in found.items()}
+    assert neurons["one"] > 1.5 * neurons["other"]
+
+
+def test_prepared_experts_compute_the_same_and_out_of_range_is_refused():
+    found = selector()
+    bare = dataclasses.replace(found, gathered=None)
+    for execution in (None, Execution(), Execution(implementation="reference")):
+        of = [s if execution is None else Executed(s, execution) for s in (found, bare)]
+        one, other = (np.asarray(forward(WEIGHTS, X, s(WEIGHTS, X, TOKENS))) for s in of)
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    wrong = dataclasses.replace(bare, neurons=tuple(stack + F for stack in bare.neurons))
+    with pytest.raises(InputError, match=f"of an FFN with {F}"):
+        wrong.prepare(WEIGHTS)
+
+
+def test_inputs_are_drawn_without_padding_and_evenly():
+    batches = CachedBatches([FFNInputs({"f": X[i : i + 8]}, {"f": TOKENS[i : i + 8]}) for i in range(0, 40, 8)])
+    drawn = draw_inputs(StandaloneFFNs({"f": WEIGHTS}), batches, 80, 40, seed=0)["f"]
+    assert drawn.shape == (80, D) and drawn.dtype == np.float32
+    rows = {row.tobytes(): image for image, of in enumerate(np.asarray(X)) for row in of[np.asarray(TOKENS[image])]}
+    images = np.array([rows[row.tobytes()] for row in drawn])  # a KeyError would be padding
+    assert len({row.tobytes() for row in drawn}) == 80 and np.bincount(images).max() <= 2
+    again = draw_inputs(StandaloneFFNs({"f": WEIGHTS}), batches, 80, 40, seed=0)["f"]
+    np.testing.assert_array_equal(drawn, again)
+    with pytest.raises(InputError, match="no images to draw tokens from"):
+        draw_inputs(StandaloneFFNs({"f": WEIGHTS}), CachedBatches([]), 80, 40, seed=0)
+
+
+@pytest.fixture(scope="module")
+def sparse():
+    method = Experts(experts=3, rounds=1, router_steps=20, images=4, dtype="bfloat16")
+    data = detr_jax.open_dataset("scenes", "train", 12)
+    return detr_jax.sparsify(tiny_detector(), data, method, detr_jax.Density(0.3), calibration=4, progress=False)
+
+
+def test_a_plan_file_keeps_neurons_and_output_rows_alone(sparse, tmp_path):
+    path = tmp_path / "plan.safetensors"
+    save_plan(sparse.plan, path)
+    of = sparse.plan.selectors["encoder.0"]
+    rows = sum(stack.size for stack in of.w_out)
+    assert {stack.dtype for stack in of.w_out} == {jnp.dtype("bfloat16")}
+    assert path.stat().st_size < len(sparse.plan.selectors) * (2.5 * rows + 40_000)
+    loaded = detr_jax.load_sparse(sparse.dense, path)
+    assert loaded.plan.selectors["encoder.0"].gathered is not None
+    images = jnp.asarray(np.random.default_rng(0).random((1, 32, 40, 3)), jnp.float32)
+    np.testing.assert_array_equal(loaded(images).logits, sparse(images).logits)
+    assert load_plan(path, sparse.dense).selectors["encoder.0"].gathered is None
+
+
+def test_a_plan_says_what_runs_and_how_much(sparse):
+    images = jnp.asarray(np.random.default_rng(0).random((2, 32, 40, 3)), jnp.float32)
+    widest = max(sparse.plan.selectors["encoder.0"].widths)
+    activity = sparse.inspect(images)["encoder.0"]
+    assert activity.execution.implementation == "xla" and activity.execution.neurons == widest
+    assert activity.density <= activity.executed  # whole tiles of tokens
+    assert "experts" in repr(sparse)
+    reference = sparse.with_implementation("reference")
+    np.testing.assert_allclose(reference(images).logits, sparse(images).logits, atol=1e-4)
+    assert reference.inspect(images)["encoder.0"].execution.implementation == "reference"
+
+
+def test_bad_options_are_named():
+    for wrong in ({"experts": 0}, {"rounds": -1}, {"ridge": -1.0}, {"tokens": 0}):
+        with pytest.raises(InputError, match=f"{next(iter(wrong))} must be at least"):
+            Experts(**wrong)
+    with pytest.raises(InputError, match=r"experts has no threshold: its budget is a Density"):
+        detr_jax.sparsify(tiny_detector(), detr_jax.open_dataset("scenes", "train", 8), "experts", detr_jax.Recall())
