@@ -1,11 +1,13 @@
 """Narrow experts: the fit, its special cases, their plans, and every way to use them."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import run
 from standalone import FFNInputs, StandaloneFFNs
 from tiny import tiny_detector, tiny_ffn
 
@@ -182,3 +184,14 @@ def test_bad_options_are_named():
             Experts(**wrong)
     with pytest.raises(InputError, match=r"experts has no threshold: its budget is a Density"):
         detr_jax.sparsify(tiny_detector(), detr_jax.open_dataset("scenes", "train", 8), "experts", detr_jax.Recall())
+
+
+def test_the_whole_detector_is_timed_beside_the_dense_one(sparse, tmp_path):
+    detr_jax.save(sparse.dense, tmp_path / "detector.safetensors")
+    save_plan(sparse.plan, tmp_path / "plan.safetensors")
+    options = ["--model", tmp_path / "detector.safetensors", "--plans", tmp_path / "plan.safetensors"]
+    run("benchmarks/end_to_end.py", *options, "--images", 2, "--repeats", 1, "--out", tmp_path / "times.json")
+    results = json.loads((tmp_path / "times.json").read_text())
+    (row,) = results["rows"]
+    assert set(row["share_of_dense"]) == {"FFNs", "transformer", "detector"} and results["images"] == 2
+    assert row["density"] <= row["executed"] and "xla" in next(iter(results["executions"].values()))

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import detr_jax
 from detr_jax.commands import cli
-from detr_jax.commands.data_options import DataOptions
+from detr_jax.commands.options import DataOptions
 from detr_jax.data.features import backbone_features
 from detr_jax.data.loading import batches
 from detr_jax.errors import InputError
