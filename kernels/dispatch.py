@@ -114,14 +114,13 @@ def break_even(backend: Backend, device_kind: str, shape: FFNShape) -> float:
         sizes = ("tile_size", "block_size", "tokens", "d_model", "hidden")
         return (entry.get("dtype", shape.dtype.name) != shape.dtype.name, *(apart(entry, size) for size in sizes))
 
-    measured = tuning(device_kind).get("break_even", {}).get(backend.name)
+    measured = tuning(tuning_path(device_kind)).get("break_even", {}).get(backend.name)
     return min(measured, key=distance)["density"] if measured else backend.break_even
 
 
 @cache
-def tuning(device_kind: str) -> dict:
+def tuning(path: Path) -> dict:
     """Measurements of `scripts/benchmarks/sparse_kernels.py` on a kind of device; empty if nobody ran it there."""
-    path = tuning_path(device_kind)
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 

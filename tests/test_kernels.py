@@ -19,7 +19,7 @@ from kernel_cases import close, definition, random_case
 from detr_jax import kernels
 from detr_jax.kernels import BlockLists, Execution, mosaic_gpu, xla
 from detr_jax.kernels.backend import FFNShape
-from detr_jax.kernels.dispatch import break_even, choose, tuning, tuning_path
+from detr_jax.kernels.dispatch import break_even, choose, tuning_path
 from detr_jax.kernels.xla import capacities
 
 HERE = ("reference", "xla")
@@ -415,14 +415,12 @@ def test_break_even_is_of_the_nearest_size_that_was_measured(tmp_path, monkeypat
     path = tmp_path / "tuned.json"
     path.write_text(json.dumps({"break_even": {"xla": measured}}))
     monkeypatch.setattr("detr_jax.kernels.dispatch.tuning_path", lambda kind: path)
-    tuning.cache_clear()
     for tile_size, tokens, expected in (
         *((1, 1, 0.25), (64, 1050, 0.25), (100, 5000, 0.25), (64, 8400, 0.5), (128, 10**6, 0.5)),
         *((1050, 1050, 1.0), (1050, 33600, 1.0), (300, 300, 1.0)),
     ):
         assert break_even(xla.BACKEND, "tuned", ffn_shape(tile_size, tokens)) == expected
     assert break_even(mosaic_gpu.BACKEND, "tuned", ffn_shape()) == mosaic_gpu.BACKEND.break_even
-    tuning.cache_clear()
 
 
 def test_break_even_densities_are_of_one_ffn(tmp_path, monkeypatch):
@@ -433,7 +431,5 @@ def test_break_even_densities_are_of_one_ffn(tmp_path, monkeypatch):
     path = tmp_path / "tuned.json"
     path.write_text(json.dumps({"break_even": {"xla": measured}}))
     monkeypatch.setattr("detr_jax.kernels.dispatch.tuning_path", lambda kind: path)
-    tuning.cache_clear()
     for i, other in enumerate(others):
         assert break_even(xla.BACKEND, "tuned", ffn_shape(**{"tile_size": 64} | other)) == i / 10
-    tuning.cache_clear()
