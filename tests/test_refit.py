@@ -13,7 +13,7 @@ from detr_jax.calibration.moments import Moments, measure_moments, moments_of
 from detr_jax.data.batches import CachedBatches
 from detr_jax.kernels import ffn
 from detr_jax.methods import Fixed
-from detr_jax.methods.reconstruction import obs_ranking, reconstruct_output
+from detr_jax.methods.reconstruction import eliminate, obs_ranking, reconstruct_output
 from detr_jax.models.ffn import forward, trace
 
 WEIGHTS, X, TOKENS = tiny_ffn(12, 6, images=60)
@@ -92,6 +92,18 @@ def test_elimination_finds_sets_about_as_good_as_the_best_one():
 
     best = min(of(neurons) for neurons in itertools.combinations(range(12), 2))
     assert of(order[:2]) <= 1.2 * best
+
+
+def test_elimination_survives_moments_that_rounding_spoiled():
+    # Few directions, and lower eigenvalues as rounding leaves them where means are far above deviations.
+    rng = np.random.default_rng(3)
+    directions, _ = np.linalg.qr(rng.standard_normal((12, 12)))
+    eigenvalues = np.array([1.0, 0.1, 1e-2, 6e-3, -2e-3, -1e-3, -5e-4, *[1e-9] * 5])
+    rows = rng.standard_normal((12, 6))
+    order, costs = eliminate(directions * eigenvalues @ directions.T, rows)
+    assert sorted(order) == list(range(12))
+    total = np.trace(rows.T @ (directions * np.maximum(eigenvalues, 0)) @ directions.T @ rows)
+    assert np.isfinite(costs).all() and costs.max() <= 2 * total
 
 
 def test_neurons_that_never_fire_go_first():

@@ -48,7 +48,7 @@ def eliminate(covariance: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.
     neurons = np.flatnonzero(varies)
     ridged = _ridged(covariance[np.ix_(neurons, neurons)])
     inverse = np.asfortranarray(np.linalg.inv(ridged))
-    # (A^-1)_ii is at least 1 / A_ii; after few images, rounding makes it smaller or negative.
+    # (A^-1)_ii is at least 1 / A_ii; after many updates, rounding may make it smaller.
     least = 0.5 / np.diag(ridged)
     rows = rows[neurons]
     # What is gone has a zero row and column, and is cut off now and then.
@@ -113,9 +113,15 @@ def _fitted(own: np.ndarray, kept: np.ndarray, among: np.ndarray, missing: np.nd
 
 
 def _ridged(covariance: np.ndarray) -> np.ndarray:
-    size = len(covariance)
-    variance = np.trace(covariance) / max(size, 1)
-    return covariance + max(RIDGE * variance, np.finfo(np.float32).tiny) * np.eye(size)
+    """The covariance with a ridge. Where means are far above deviations, rounding makes some eigenvalues negative; then
+    the ridge is twice as high as the lowest is deep."""
+    identity, variance = np.eye(len(covariance)), np.trace(covariance) / max(len(covariance), 1)
+    ridge = max(RIDGE * variance, np.finfo(np.float32).tiny)
+    try:
+        np.linalg.cholesky(covariance + ridge / 2 * identity)
+    except np.linalg.LinAlgError:
+        ridge = max(ridge, -2 * np.linalg.eigvalsh(covariance)[0])
+    return covariance + ridge * identity
 
 
 def _check(weights: FFNWeights, moments: "Moments") -> None:
