@@ -1,7 +1,6 @@
 """The sparse FFN over all implementations: every tile of tokens computes the blocks of neurons that it needs."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,7 +21,7 @@ from detr_jax.kernels.block_masks import (
 )
 from detr_jax.kernels.dispatch import Dispatch, choose
 from detr_jax.kernels.token_sorting import signature_order
-from detr_jax.kernels.transforms import on_each_shard, varying_alike
+from detr_jax.kernels.transforms import batched, on_each_shard
 
 
 @dataclass(frozen=True)
@@ -170,7 +169,7 @@ def _check(x, weights, needed, tile_size, active):
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _differentiable(dispatch, tile_size, x, weights, needed, active):
-    return _mapped(dispatch, tile_size)(x, weights, needed, active)
+    return batched(partial(_compute, dispatch, tile_size))(x, weights, needed, active)
 
 
 @_differentiable.defjvp
@@ -185,30 +184,8 @@ def _tangents(dispatch, tile_size, primals, tangents):
     return _differentiable(dispatch, tile_size, *primals), jax.jvp(definition, (x, weights), tangents[:2])[1]
 
 
-def _mapped(dispatch: Dispatch, tile_size: int) -> Callable[..., jax.Array]:
-    """The computation with a rule for `jax.vmap`, which would turn a switch into all of its branches."""
-
-    @jax.custom_batching.custom_vmap
-    def run(*arrays):
-        return _compute(dispatch, tile_size, *arrays)
-
-    @run.def_vmap
-    def map_over(size, mapped, x, weights, needed, active):
-        def stacked(array, is_mapped):
-            return array if is_mapped else jnp.broadcast_to(array, (size, *array.shape))
-
-        arrays = jax.tree.map(stacked, (x, weights, needed, active), tuple(mapped))
-        if any(jax.tree.leaves(mapped[1])):  # other weights for each
-            return jax.lax.map(lambda one: run(*one), arrays), True
-        x, _, needed, active = jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), arrays)
-        return run(x, weights, needed, active).reshape(size, -1, *x.shape[1:]), True
-
-    return run
-
-
 def _compute(dispatch, tile_size, x, weights: FFNWeights, needed, active):
     """x (batch, tokens, d), needed (batch, tiles, B), active (batch, tokens, G) or None."""
-    x, weights, needed, active = varying_alike(x, weights, needed, active)
     batch, tokens, d = x.shape
 
     def sparse():

@@ -1,7 +1,6 @@
 """Narrow experts over all implementations: every token goes through the one expert that it is assigned to."""
 
 import math
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -9,10 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from detr_jax.kernels import experts as reference
-from detr_jax.kernels.backend import ExpertsShape, RoutedFn
-from detr_jax.kernels.dispatch import choose_routed
+from detr_jax.kernels.backend import ExpertsShape
+from detr_jax.kernels.dispatch import Dispatch, choose_routed
 from detr_jax.kernels.experts import Experts
-from detr_jax.kernels.transforms import on_each_shard, varying_alike
+from detr_jax.kernels.transforms import batched, on_each_shard
 
 
 def routed_ffn(
@@ -39,13 +38,19 @@ def routed_ffn(
     _check(x, experts, assignment)
     if 0 in x.shape:
         return jnp.zeros_like(x)
-    shape = ExpertsShape(x.dtype, math.prod(x.shape[:-1]), x.shape[-1], experts.widths)
-    run = choose_routed(shape, implementation).backend.run_routed
+    run = dispatch_routed(x, experts.widths, implementation).backend.run_routed
 
     def flattened(x, experts, assignment):
         return _differentiable(run, x.reshape(-1, x.shape[-1]), experts, assignment.reshape(-1)).reshape(x.shape)
 
     return on_each_shard(flattened, x, experts, assignment)
+
+
+def dispatch_routed(
+    x: jax.Array | jax.ShapeDtypeStruct, widths: tuple[int, ...], implementation: str | None = None
+) -> Dispatch:
+    """How `routed_ffn` computes x (..., d) on the default device, with experts of these widths; raises as `choose`."""
+    return choose_routed(ExpertsShape(x.dtype, math.prod(x.shape[:-1]), x.shape[-1], widths), implementation)
 
 
 def _check(x, experts, assignment):
@@ -68,7 +73,7 @@ def _check(x, experts, assignment):
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _differentiable(run, x, experts, assignment):
-    return _mapped(run)(x, experts, assignment)
+    return batched(run)(x, experts, assignment)
 
 
 @_differentiable.defjvp
@@ -77,25 +82,3 @@ def _tangents(run, primals, tangents):
     x, experts, assignment = primals
     definition = jax.checkpoint(lambda x, experts: reference.routed_ffn(x, experts, assignment))
     return _differentiable(run, *primals), jax.jvp(definition, (x, experts), tangents[:2])[1]
-
-
-def _mapped(run: RoutedFn) -> Callable[..., jax.Array]:
-    """The computation with a rule for `jax.vmap`: more tokens for the same experts."""
-
-    @jax.custom_batching.custom_vmap
-    def compute(x, experts, assignment):
-        return run(*varying_alike(x, experts, assignment))
-
-    @compute.def_vmap
-    def map_over(size, mapped, x, experts, assignment):
-        def stacked(array, is_mapped):
-            return array if is_mapped else jnp.broadcast_to(array, (size, *array.shape))
-
-        if any(jax.tree.leaves(mapped[1])):  # other experts for each
-            arrays = jax.tree.map(stacked, (x, experts, assignment), tuple(mapped))
-            return jax.lax.map(lambda one: compute(*one), arrays), True
-        x, assignment = stacked(x, mapped[0]), stacked(assignment, mapped[2])
-        outputs = compute(x.reshape(-1, x.shape[-1]), experts, assignment.reshape(-1))
-        return outputs.reshape(x.shape), True
-
-    return compute

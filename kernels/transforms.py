@@ -1,6 +1,7 @@
-"""Sharding rules that the operations share."""
+"""Rules for batching and sharding that the operations share."""
 
 import jax
+import jax.numpy as jnp
 
 
 def on_each_shard(run, x, weights, *others):
@@ -15,6 +16,31 @@ def on_each_shard(run, x, weights, *others):
     specs = (images, jax.sharding.PartitionSpec(), *(None if array is None else images for array in others))
     operands = jax.sharding.reshard((x, weights, *others), specs)
     return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=images))(*operands)
+
+
+def batched(run):
+    """The computation with a rule for `jax.vmap`, which would turn a switch into all of its branches.
+
+    `run` takes x, weights and arrays that have the leading axis of x, or None; more of that axis cost nothing more.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def compute(*arrays):
+        return run(*varying_alike(*arrays))
+
+    @compute.def_vmap
+    def map_over(size, mapped, x, weights, *others):
+        def stacked(array, is_mapped):
+            return array if is_mapped else jnp.broadcast_to(array, (size, *array.shape))
+
+        arrays = jax.tree.map(stacked, (x, weights, *others), tuple(mapped))
+        if any(jax.tree.leaves(mapped[1])):  # other weights for each
+            return jax.lax.map(lambda one: compute(*one), arrays), True
+        x, _, *others = jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), arrays)
+        outputs = compute(x, weights, *others)
+        return outputs.reshape(size, -1, *outputs.shape[1:]), True
+
+    return compute
 
 
 def varying_alike(*arrays):

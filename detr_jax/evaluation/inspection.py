@@ -1,6 +1,5 @@
 """Activity of the FFNs of a sparse detector for some images, as arrays, and how they are computed."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -9,8 +8,7 @@ import jax.numpy as jnp
 
 from detr_jax.evaluation.counts import neurons_computed
 from detr_jax.kernels import Dispatch, any_per_tile, repeat_per_tile, signature_order
-from detr_jax.kernels.backend import ExpertsShape
-from detr_jax.kernels.dispatch import choose_routed
+from detr_jax.kernels.routed import dispatch_routed
 from detr_jax.models import Detector, FFNTrace, Selectors
 
 
@@ -115,10 +113,10 @@ def _dispatched(trace: FFNTrace) -> tuple[int, int, Dispatch | None]:
 
 def _routed_dispatch(trace: FFNTrace) -> Dispatch:
     """How the experts of a trace are computed."""
-    selection, x = trace.selection, trace.inputs
+    selection = trace.selection
     assert selection.routed is not None
-    shape = ExpertsShape(x.dtype, math.prod(x.shape[:-1]), x.shape[-1], selection.routed.experts.widths)
-    return choose_routed(shape, selection.execution.implementation if selection.execution else None)
+    implementation = selection.execution.implementation if selection.execution else None
+    return dispatch_routed(trace.inputs, selection.routed.experts.widths, implementation)
 
 
 def ffn_execution(trace: FFNTrace) -> FFNExecution:
