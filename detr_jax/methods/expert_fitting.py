@@ -145,15 +145,16 @@ class _Layer:
         ids = (self._x @ self._kernel + self._bias).argmax(-1)
         self._tokens = [np.flatnonzero(ids == expert) for expert in range(self._count)]
         self._shares = np.array([len(tokens) for tokens in self._tokens]) / len(self._x)
-
-    def rank_by_energy(self) -> None:
-        """Neurons of each expert by the variance of what they add to its tokens' outputs."""
         norms = (self._w_out.astype(np.float64) ** 2).sum(1) / self._variance
-        energies = np.zeros((self._count, len(self._w_in)))
+        self._energies = np.zeros((self._count, len(self._w_in)))
         for expert, tokens in enumerate(self._tokens):
             if len(tokens):
                 variances = self._hidden(self._x[tokens]).var(0)
-                energies[expert] = norms * self._shrunk(variances, np.diag(self._covariance), tokens)
+                self._energies[expert] = norms * self._shrunk(variances, np.diag(self._covariance), tokens)
+
+    def rank_by_energy(self) -> None:
+        """Neurons of each expert by the variance of what they add to its tokens' outputs."""
+        energies = self._energies
         self._ranks = np.argsort(-energies, axis=1, kind="stable")
         self._gains = np.take_along_axis(energies, self._ranks, axis=1)
         self._equalise()

@@ -58,6 +58,7 @@ class Workbench:
         self.divergence = OutputDivergence(self.ordered, calibration[:images])
         self.held_out = cached(calibration)
         self.rows = Rows(arguments.out / "progress.json")
+        self._drawn: dict[str, dict[str, np.ndarray]] = {}
         self._scorer = ThreadPoolExecutor(1)
         self._pending: tuple[str, Future[Row]] | None = None
 
@@ -127,11 +128,11 @@ class Workbench:
     def at_mean_density(self, name: str, density: float) -> dict[str, Selector]:
         """The selectors of a method that shares a density among the FFNs itself."""
         method: Any = self.arguments.training.method(METHODS[name])
-        images = -(-method.images // self.arguments.training.batch_size)
-        sample = self.training[:images]
-        count = sum(int(batch.valid.sum()) for batch in sample)
-        inputs = draw_inputs(self.ordered, cached(sample), method.tokens, count, method.seed)
-        material = {ffn: FitMaterial(w, inputs=inputs[ffn], name=ffn) for ffn, w in self.weights.items()}
+        if name not in self._drawn:
+            sample = self.training[: -(-method.images // self.arguments.training.batch_size)]
+            count = sum(int(batch.valid.sum()) for batch in sample)
+            self._drawn[name] = draw_inputs(self.ordered, cached(sample), method.tokens, count, method.seed)
+        material = {ffn: FitMaterial(w, inputs=self._drawn[name][ffn], name=ffn) for ffn, w in self.weights.items()}
         with tqdm(total=method.steps(len(material)), desc=f"{name}, density {density:g}", unit="FFN") as bar:
             return method.at_mean_density(material, density, self.divergence, bar.update)
 
