@@ -4,6 +4,8 @@ Each is also the built-in error that research code would catch. Commands print t
 own fault and shows its traceback.
 """
 
+from typing import Any, get_args, get_type_hints
+
 
 class UserError(Exception):
     """Base of all errors that a user can mend."""
@@ -31,6 +33,15 @@ class OutputError(UserError, OSError):
 
 class MissingDependencyError(UserError, ImportError):
     """An optional package is needed and not installed."""
+
+
+def require_choices(options: Any, *names: str) -> None:
+    """Raises an InputError if one of the named options, fields of a dataclass of type `Literal`, is no choice of it."""
+    types = get_type_hints(type(options))
+    for name in names:
+        choices = get_args(types[name])
+        if getattr(options, name) not in choices:
+            raise InputError(f"{name} must be one of {', '.join(map(str, choices))}, not {getattr(options, name)!r}")
 
 
 def require_counts(options: object, *names: str) -> None:

@@ -14,7 +14,7 @@ from detr_jax.detection import detect
 from detr_jax.errors import InputError
 from detr_jax.evaluation.inspection import FFNActivity, FFNExecution, activity, execution_report
 from detr_jax.kernels import IMPLEMENTATIONS, Execution
-from detr_jax.methods import Executed, RoutedExperts, Thresholded, at_threshold, executed, prepared
+from detr_jax.methods import Executed, Thresholded, at_threshold, computation_of, executed, prepared
 from detr_jax.models import Detector, Outputs, Preprocessing, Selectors
 from detr_jax.models.detections import Detections, ImageDetections
 from detr_jax.models.parameters import fingerprint
@@ -51,15 +51,10 @@ class SparseDETR:
 
     def __repr__(self) -> str:
         plan, name, ffns = self.plan, type(self.detector).__name__, len(self.detector.ffn_specs())
-        bare = {True: "grouped by expert", False: "masked"}
-        how = {
-            str(s.execution) if isinstance(s, Executed) else bare[isinstance(s, RoutedExperts)]
-            for s in plan.selectors.values()
-        }
         lines = (
             f"detector: {name} of {ffns} FFNs and {len(self.labels)} labels, {jnp.dtype(self.dtype)}",
             f"plan: {plan.method}, {len(plan.selectors)} FFNs sparse, {len(plan.permutations)} with permuted neurons",
-            f"execution: {', '.join(sorted(how))}",
+            f"execution: {computation_of(plan.selectors)}",
             f"measured: {', '.join(plan.measured) or 'nothing'}",
         )
         return "\n  ".join(("SparseDETR(", *lines)) + "\n)"

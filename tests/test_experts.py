@@ -172,7 +172,7 @@ def test_a_plan_says_what_runs_and_how_much(sparse):
     activity = sparse.inspect(images)["encoder.0"]
     assert activity.execution.implementation == "xla" and activity.execution.neurons == widest
     assert activity.density <= activity.executed  # whole tiles of tokens
-    assert "experts" in repr(sparse)
+    assert "execution: grouped by expert" in repr(sparse)
     reference = sparse.with_implementation("reference")
     np.testing.assert_allclose(reference(images).logits, sparse(images).logits, atol=1e-4)
     assert reference.inspect(images)["encoder.0"].execution.implementation == "reference"
@@ -182,6 +182,8 @@ def test_bad_options_are_named():
     for wrong in ({"experts": 0}, {"rounds": -1}, {"ridge": -1.0}, {"tokens": 0}):
         with pytest.raises(InputError, match=f"{next(iter(wrong))} must be at least"):
             Experts(**wrong)
+    with pytest.raises(InputError, match="ranking must be one of energy, obs, not 'size'"):
+        Experts(ranking="size")
     with pytest.raises(InputError, match=r"experts has no threshold: its budget is a Density"):
         detr_jax.sparsify(tiny_detector(), detr_jax.open_dataset("scenes", "train", 8), "experts", detr_jax.Recall())
 

@@ -16,6 +16,7 @@ from detr_jax.calibration.permutation import kmeans_permutation
 from detr_jax.data.image_list import GivenImages
 from detr_jax.errors import ExistingFileError, InputError
 from detr_jax.methods import METHODS, MGS, LinearGate, TrainedMethod, Traits, storable
+from detr_jax.training.budgets import GateTuning
 
 OPTIONS = detr_jax.FitOptions(batch_size=4, statistics_images=8)
 
@@ -152,6 +153,13 @@ def test_a_divergence_is_not_exceeded(photographs):
 def test_it_refuses_budgets_that_a_method_cannot_meet(photographs, method, budget, message):
     with pytest.raises(InputError, match=message):
         sparsify(photographs, method, budget)
+
+
+def test_options_are_choices():
+    with pytest.raises(InputError, match="neuron_order must be one of coactivation, own, kmeans, not 'best'"):
+        detr_jax.FitOptions(neuron_order="best")
+    with pytest.raises(InputError, match="loss must be one of divergence, mgs, mgs-contribution, not 'l2'"):
+        detr_jax.FitOptions(tuning=GateTuning(loss="l2"))
 
 
 def test_it_refuses_too_few_images(photographs):

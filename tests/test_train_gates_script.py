@@ -178,6 +178,7 @@ def test_experts_have_options_and_a_figure_of_their_own(inputs, tmp_path, capsys
     assert results["training"]["recipe"]["experts"] == 3
     assert min(Image.open(tmp_path / "experts.png").size) > 300
     plan = load_plan(tmp_path / "plan.safetensors", tiny_detector())
+    assert plan.measured["implementation"] == "grouped by expert"
     assert all(len(selector.widths) == 3 for selector in plan.selectors.values())
     wrong = refusal(capsys, NAME, *inputs, "--method", "experts", "--options", "expert=3", "--out", tmp_path)
     assert "experts has no option 'expert'; it has experts, rounds" in wrong

@@ -194,8 +194,8 @@ def main(arguments: Arguments) -> None:
 
     title, plan = list(plans.items())[-1]
     provenance = cli.provenance(arguments)
-    ran = "masked" if arguments.computation.implementation == "plan" else arguments.computation.implementation
-    plan = scores[title].record(plan, ran)
+    implementation = arguments.computation.implementation
+    plan = scores[title].record(plan, None if implementation == "plan" else implementation)
     save_plan(plan, arguments.out / "plan.safetensors", overwrite=True)
     about = f"{method.name} on {arguments.model}, {len(validation)} images of {validation.name}"
     groups = f"groups of {fitted.group_size}" + (f" by {order}" if fitted.permutations else "")

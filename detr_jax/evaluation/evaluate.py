@@ -18,6 +18,7 @@ from detr_jax.evaluation.coco_ap import CocoScores, bootstrap, confidence_interv
 from detr_jax.evaluation.counts import ActivityCounts
 from detr_jax.evaluation.runs import measure_selections
 from detr_jax.mesh import replicate
+from detr_jax.methods import computation_of
 from detr_jax.models import Detector, Selectors
 
 if TYPE_CHECKING:
@@ -110,10 +111,14 @@ class Scores:
             },
         }
 
-    def record(self, plan: Plan, implementation: str = "masked") -> Plan:
-        """The plan with these scores as what was measured with it, on this device and with this implementation."""
+    def record(self, plan: Plan, implementation: str | None = None) -> Plan:
+        """The plan with these scores as what was measured with it, on this device and with this implementation.
+
+        None is how the plan's own selectors are computed.
+        """
         scores = {key: value for key, value in self.to_json().items() if key != "category_AP"}
-        about = {"implementation": implementation, "device": jax.devices()[0].device_kind}
+        ran = implementation or computation_of(plan.selectors)
+        about = {"implementation": ran, "device": jax.devices()[0].device_kind}
         return dataclasses.replace(plan, measured=plan.measured | scores | about)
 
     def __str__(self) -> str:

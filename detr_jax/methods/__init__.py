@@ -21,7 +21,7 @@ from detr_jax.methods.base import (
 from detr_jax.methods.corematching import CoreMatching
 from detr_jax.methods.d2dmoe import D2DMoE, ShareOfLargest
 from detr_jax.methods.dejavu import DejaVu, LowRankGate
-from detr_jax.methods.executed import Executed, executed
+from detr_jax.methods.executed import Executed, computation_of, executed
 from detr_jax.methods.experts import Experts, RoutedExperts
 from detr_jax.methods.mgs import MGS, PAPER_THRESHOLD, LinearGate, MGSContribution
 from detr_jax.methods.oracle import Oracle

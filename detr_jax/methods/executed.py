@@ -33,6 +33,15 @@ class Executed(Wrapper):
         return dataclasses.replace(selection, execution=self.execution)
 
 
+def computation_of(selectors: Selectors) -> str:
+    """How FFNs with these selectors are computed: "masked" by the reference, or what leaves work out."""
+
+    def of_one(selector: Selector) -> str:
+        return str(selector.execution) if isinstance(selector, Executed) else getattr(selector, "computation", "masked")
+
+    return ", ".join(sorted(set(map(of_one, selectors.values()))))
+
+
 def executed(selectors: Selectors, execution: Execution | None) -> dict[str, Selector]:
     """The same selectors computed in another way; None is the masked reference."""
     bare = {name: s.selector if isinstance(s, Executed) else s for name, s in selectors.items()}

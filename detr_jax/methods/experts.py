@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from detr_jax import kernels
-from detr_jax.errors import InputError
+from detr_jax.errors import InputError, require_choices, require_counts
 from detr_jax.kernels import Execution
 from detr_jax.methods.base import FitMaterial, Free, Method, Traits, register, storable
 from detr_jax.methods.executed import Executed
@@ -35,6 +35,7 @@ class RoutedExperts(Free):
     """
 
     traits: ClassVar = Traits("statistics", "neuron", "both")
+    computation: ClassVar = "grouped by expert"
 
     kernel: jax.Array
     bias: jax.Array
@@ -135,9 +136,8 @@ class Experts(Method):
     """Of the tokens that are drawn, k-means and router training."""
 
     def __post_init__(self) -> None:
-        for name in ("experts", "tokens", "images", "router_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}")
+        require_counts(self, "experts", "tokens", "images", "router_steps")
+        require_choices(self, "ranking", "widths", "dtype")
         for name in ("rounds", "ridge", "prior"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must be at least 0, not {getattr(self, name)}")

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from detr_jax.calibration.thresholds import density_threshold, measure_scores
 from detr_jax.data.batches import BatchSource
-from detr_jax.errors import InputError, require_counts
+from detr_jax.errors import InputError, require_choices, require_counts
 from detr_jax.mesh import mesh_of, on_every_device, replicate_like, to_host
 from detr_jax.methods import MGS, MGSContribution, Thresholded
 from detr_jax.methods.tiles import TileCounts, count_kept
@@ -134,6 +134,7 @@ class GateTuning:
 
     def __post_init__(self) -> None:
         require_counts(self, "epochs", "checkpoint_steps")
+        require_choices(self, "loss")
 
 
 class Progress(NamedTuple):

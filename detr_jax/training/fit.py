@@ -25,7 +25,7 @@ from detr_jax.calibration.thresholds import calibrate, recall_threshold, selecto
 from detr_jax.data.batches import CachedBatches, ImageBatches
 from detr_jax.data.dataset import Dataset, Subset
 from detr_jax.data.features import BackboneFeatures, backbone_features
-from detr_jax.errors import InputError, require_counts
+from detr_jax.errors import InputError, require_choices, require_counts
 from detr_jax.mesh import mesh_of, replicate
 from detr_jax.methods import FitMaterial, Method, Score, Thresholded, TrainedMethod, log_odds
 from detr_jax.methods.tiles import TileCounts, count_kept
@@ -74,6 +74,7 @@ class FitOptions:
 
     def __post_init__(self) -> None:
         require_counts(self, "statistics_images", "batch_size", "checkpoint_steps", "allocation_images")
+        require_choices(self, "neuron_order")
 
 
 def hold_out(data: Dataset, calibration: Dataset | int) -> tuple[Dataset, Dataset]:
