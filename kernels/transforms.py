@@ -33,10 +33,11 @@ def batched(run):
         def stacked(array, is_mapped):
             return array if is_mapped else jnp.broadcast_to(array, (size, *array.shape))
 
-        arrays = jax.tree.map(stacked, (x, weights, *others), tuple(mapped))
+        tokens = jax.tree.map(stacked, (x, *others), (mapped[0], *mapped[2:]))
         if any(jax.tree.leaves(mapped[1])):  # other weights for each
-            return jax.lax.map(lambda one: compute(*one), arrays), True
-        x, _, *others = jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), arrays)
+            weights = jax.tree.map(stacked, weights, mapped[1])
+            return jax.lax.map(lambda one: compute(one[0][0], one[1], *one[0][1:]), (tokens, weights)), True
+        x, *others = jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), tokens)
         outputs = compute(x, weights, *others)
         return outputs.reshape(size, -1, *outputs.shape[1:]), True
 

@@ -40,7 +40,7 @@ def no_arguments(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["command"])
 
 
-@pytest.mark.parametrize("error", [kind for kind in vars(errors).values() if isinstance(kind, type)])
+@pytest.mark.parametrize("error", [errors.UserError, *errors.UserError.__subclasses__()])
 def test_an_error_of_the_user_is_one_line(capsys, error):
     def command(arguments):
         raise error("a.json is damaged")
