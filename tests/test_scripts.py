@@ -248,6 +248,25 @@ def test_benchmark(script, tmp_path, capsys):
     assert "exists" in refused(capsys)
 
 
+def test_benchmark_of_narrow_experts(script, tmp_path, capsys):
+    out = tmp_path / "routed.json"
+    sizes = ("--d-model", 16, "--hidden", 128, "--tokens", 40, 70, "--experts", 1, 5, "--densities", 0.3)
+    assert script("benchmarks/routed_kernels.py", *sizes, "--repeats", 1, "--out", out) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["tokens"], row["experts"]) for row in rows] == [(40, 1), (40, 5), (70, 1), (70, 5)]
+    for row in rows:
+        assert row["implementation"] == "xla" and row["error"] < 1e-5 and len(row["widths"]) == row["experts"]
+        assert row["density"] == pytest.approx(0.3, abs=0.05) and row["executed"] >= row["density"]
+        assert row["faster_than_dense"]["experts"] == row["medians"]["dense"] / row["medians"]["experts"]
+    assert len(set(rows[1]["widths"])) > 1
+    assert "experts x" in capsys.readouterr().out
+    assert script("benchmarks/routed_kernels.py", *sizes, "--out", out) == 2
+    assert "exists" in refused(capsys)
+    for wrong, message in ((("--experts", 0), "must be at least 1"), (("--densities", 2), "above 0 and at most 1")):
+        assert script("benchmarks/routed_kernels.py", *wrong, "--out", tmp_path / "new.json") == 2
+        assert message in refused(capsys)
+
+
 def test_benchmark_kernels(script, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("detr_jax.kernels.dispatch.tuning_path", lambda kind: tmp_path / "tuning" / f"{kind}.json")
     # The real ceilings take a CPU seconds.
