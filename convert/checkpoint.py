@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import safetensors.numpy
 
 from detr_jax.convert.layouts import SAME, Place, Shape
 from detr_jax.errors import InputError
 from detr_jax.files import replacing
 from detr_jax.models import DetrConfig, preset_config
 from detr_jax.models.registry import ARCHITECTURES, architecture_of, config_from_json
-from detr_jax.safetensors_io import Header, checked_version
+from detr_jax.safetensors_io import Header, checked_version, write_arrays
 
 FORMAT = "detr-jax"
 VERSION = 2
@@ -107,7 +106,7 @@ def write_checkpoint(path: Path, config: Any, arrays: Mapping[str, np.ndarray]) 
         "config": json.dumps(dataclasses.asdict(config)),
     }
     with replacing(path) as temporary:
-        safetensors.numpy.save_file(dict(arrays), temporary, metadata=header)
+        write_arrays(temporary, arrays, header)
 
 
 def own_checkpoint(source: str, entries: Mapping[str, Entry], header: Header, preset: str | None) -> Checkpoint:

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from detr_jax.errors import ExistingFileError, OutputError, UserError
 
 _TEMPORARY = ".detr-jax-unfinished-"
@@ -40,8 +38,8 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, UserError) or (isinstance(error, SafetensorError) and "os error" not in str(error)):
+    except OSError as error:
+        if isinstance(error, UserError):
             raise
         raise OutputError(f"{path} cannot be written: {error}") from error
 

@@ -39,9 +39,17 @@ def write(path: Path, format: Format, description: Mapping[str, Any], arrays: Ma
     """Writes a file; it appears under its name only once it is whole. The same content gives the same bytes."""
     header = {"format": format.name, "format_version": str(format.version), "description": to_json(description)}
     with replacing(path) as temporary:
-        contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-        safetensors.numpy.save_file(contiguous, temporary, metadata=header)
+        write_arrays(temporary, arrays, header)
         _sort_metadata(temporary)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], header: Header) -> None:
+    """Writes a safetensors file under the name given and no other.
+
+    `save_file` writes to a name of its own choice beside it, which a killed process leaves behind.
+    """
+    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    path.write_bytes(safetensors.numpy.save(contiguous, metadata=header))
 
 
 def _sort_metadata(path: Path) -> None:

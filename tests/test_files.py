@@ -3,14 +3,15 @@ import errno
 import json
 import resource
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from detr_jax.errors import OutputError
 from detr_jax.files import refuse_existing, remove_leftovers, replacing, write_json
+from detr_jax.safetensors_io import write_arrays
 
 
 def test_results_are_written_whole_or_not_at_all(tmp_path):
@@ -48,6 +49,17 @@ def test_what_a_killed_process_began_to_write_is_removed(tmp_path):
         temporary.write_text("{}")
 
 
+def test_no_file_but_the_temporary_one_is_written(tmp_path):
+    """A killed process must leave nothing that `remove_leftovers` does not know."""
+    temporary = tmp_path / "temporary"
+    writer = threading.Thread(target=write_arrays, args=(temporary, {"a": np.zeros(1 << 27, np.uint8)}, {}))
+    writer.start()
+    seen = set()
+    while writer.is_alive():
+        seen |= {path.name for path in tmp_path.iterdir()}
+    assert seen == {temporary.name}
+
+
 def test_files_of_the_user_are_no_leftovers(tmp_path):
     names = [".2024-notes.txt", ".1-result.json", ".detr-jax.json"]
     for name in names:
@@ -75,7 +87,7 @@ def test_a_full_disk_is_named_with_the_file(tmp_path, small_disk, format):
             write_json(path, "a" * (1 << 17))
         else:
             with replacing(path) as temporary:
-                save_file({"a": np.zeros(1 << 17, np.uint8)}, temporary)
+                write_arrays(temporary, {"a": np.zeros(1 << 17, np.uint8)}, {})
     assert not list(tmp_path.iterdir())
 
 

@@ -145,11 +145,11 @@ def test_interrupted_write_keeps_the_old_file(tiny, tmp_path, monkeypatch):
     path = tmp_path / "detector.safetensors"
     path.write_bytes(b"old")
 
-    def interrupted(arrays, filename, metadata):
-        Path(filename).write_bytes(b"half")
+    def interrupted(path, content):
+        path.write_text("half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(safetensors.numpy, "save_file", interrupted)
+    monkeypatch.setattr(Path, "write_bytes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         detr_jax.save(tiny, path)
     assert [p.name for p in tmp_path.iterdir()] == ["detector.safetensors"]

@@ -1,5 +1,6 @@
 """Run times measured in turns, so that a load on the machine slows all alternatives alike."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -14,12 +15,15 @@ from detr_jax.models.ffn import forward, permute
 
 
 def interleaved_times(baselines: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, by name; every turn begins with another one, and two turns before them warm up."""
+    """Seconds of each call, by name, after two turns that warm up.
+
+    Every turn has an order of its own: what follows a call that leaves nothing in the caches takes up to a sixth
+    longer, so that none may always follow the same one.
+    """
     names = list(baselines)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-2, repeats):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
+        for name in random.Random(turn).sample(names, len(names)):
             started = time.perf_counter()
             baselines[name]()
             if turn >= 0:
