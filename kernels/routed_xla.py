@@ -1,9 +1,9 @@
 """Narrow experts in XLA: tokens are sorted by expert, and each expert goes through its own rows, tile by tile.
 
-Rows are sorted without padding and computed in place: an expert takes large tiles while they fit and small ones for the
-rest, of which the last keeps the rows of the next expert as they are. All shapes are static but the number of tiles,
-so that nothing recompiles with the data, and no expert can overflow. Following a trial on a CPU: loops with weights of
-their own beat one loop that looks weights up, and two sizes of tiles beat one.
+Rows are sorted without padding and computed in place: an expert takes large tiles while they fit and ever smaller ones
+for the rest, of which the last keeps the rows of the next expert as they are. All shapes are static but the number of
+tiles, so that nothing recompiles with the data, and no expert can overflow. Following trials on a CPU: loops with
+weights of their own beat one loop that looks weights up, and several sizes of tiles beat one.
 """
 
 from functools import partial
@@ -17,9 +17,7 @@ from detr_jax.kernels.experts import Experts, group_tokens
 def tile_sizes(tokens: int, experts: int) -> tuple[int, ...]:
     """Tokens per tile, largest first. Small tiles waste fewer rows, large ones run at a higher rate; measured."""
     mean = tokens / max(experts, 1) if isinstance(tokens, int) else 256  # not a symbol of `jax.export`
-    if mean < 48:
-        return (16,)
-    return (64, 16) if mean < 192 else (128, 32)
+    return *(size for size in (1024, 256, 64) if size <= 1.5 * mean), 16
 
 
 def rows_computed(counts: jax.Array, tokens: int) -> jax.Array:
