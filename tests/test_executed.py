@@ -10,7 +10,7 @@ from tiny import TINY_CONFIG, every_selector, outputs, tiny_detector, tiny_ffn
 from detr_jax import fingerprint, load_sparse
 from detr_jax.commands.options import ExecutionOptions
 from detr_jax.kernels import Execution
-from detr_jax.methods import Executed, InputMagnitude, Oracle, PartitionedSelector, PooledStatistics, Thresholded
+from detr_jax.methods import Executed, InputMagnitude, LinearGate, Oracle, PartitionedSelector, Pooled, Thresholded
 from detr_jax.models.ffn import forward
 from detr_jax.plan import Plan, load_plan, save_plan
 from detr_jax.plan.checks import check_fit
@@ -77,7 +77,7 @@ def test_plans_run_in_every_type(dtype, implementation):
     model = tiny_detector(dtype=dtype)
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.random((1, 32, 40, 3)), jnp.float32)
-    pooled = PooledStatistics(jnp.float32(rng.standard_normal((48, 4))), jnp.zeros(4))
+    pooled = Pooled(LinearGate(jnp.float32(rng.standard_normal((16, 4))), jnp.zeros(4)), odds=False)
     selectors = {
         "encoder.0": Oracle(4),
         "decoder.0": PartitionedSelector(Thresholded(pooled, jnp.float32(0)), always=8, gated=16),

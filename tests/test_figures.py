@@ -72,8 +72,8 @@ def test_searches_with_and_without_points(empty, tmp_path):
     """A search among fixed sets that cannot become sparse enough has no point for its curves."""
     point = {"time": 0.5, "density": 0.3, "AP_minus_dense": -0.01, "AP_minus_dense_interval": (-0.02, 0.001)}
     curves = {unit: {"any": [] if empty else [point], "fixed sets": []} for unit in ("latency", "density")}
-    ffns = {"encoder.0": {"kind": "fixed", "always": 0.3, "density": 0.3}}
-    ffns["decoder.0"] = {"kind": "sketched, reconstructed", "always": 0.1, "density": 0.2}
+    ffns = {"encoder.0": {"kind": "fixed", "density": 0.3}}
+    ffns["decoder.0"] = {"kind": "experts", "density": 0.2}
     figure = plot_search("some data", curves, point, ffns)
     by_time, _, layers = figure.axes
     assert by_time.lines[-2].get_ydata() == pytest.approx([-1.0])

@@ -13,11 +13,11 @@ import detr_jax
 from detr_jax.data.features import backbone_features
 from detr_jax.data.registry import open_dataset
 from detr_jax.plan import load_plan
-from detr_jax.search.candidates import DYNAMIC
 from detr_jax.search.search import most_frequent_shape
 
 FEW = ("--statistics-images", 5, "--calibration-images", 4, "--accuracy-images", 3, "--eval-images", 6)
-FEW += ("--batch-size", 2, "--latency-images", 4, "--repeats", 1, "--fixed", 0.5, 0.25, "--dynamic", 0.25, "--rank", 4)
+FEW += ("--batch-size", 2, "--latency-images", 4, "--repeats", 1, "--fixed", 0.5, 0.25)
+FEW += ("--experts", 0.25, 0.1, "--experts-per-ffn", 2)
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +34,10 @@ def test_the_budget_is_kept_and_every_candidate_is_reported(folder):
     assert np.mean([ffn["density"] for ffn in results["ffns"].values()]) <= 0.4
     for name, candidates in results["candidates"].items():
         kinds = [c["kind"] for c in candidates]
-        assert kinds[:5] == ["dense", *["fixed", "fixed, reconstructed"] * 2]
-        assert set(kinds[5:]) <= {*DYNAMIC, *(f"{kind}, reconstructed" for kind in DYNAMIC)}
+        assert kinds == ["dense", *["fixed", "fixed, reconstructed"] * 2, *["experts"] * 2]
         assert candidates[0]["loss"] == 0 and all(c["seconds"] > 0 for c in candidates)
         chosen = results["ffns"][name]
         assert any(c["kind"] == chosen["kind"] and c["density"] == chosen["density"] for c in candidates)
-    assert any(c["kind"] in DYNAMIC for of in results["candidates"].values() for c in of)
     assert (folder / "search.png").stat().st_size > 10_000
 
 
@@ -56,11 +54,11 @@ def test_the_plan_computes_what_was_measured(folder):
 
 
 def test_a_loss_of_ap_is_a_budget(mixed_shapes, tmp_path, monkeypatch):
-    def times(weights, trace, selectors, permutations, repeats):
-        return [1.0 if selector is None else 0.5 for selector in selectors]
+    def times(weights, trace, ways, repeats):
+        return [1.0 if selector is None else 0.5 for selector, _ in ways]
 
     monkeypatch.setattr("detr_jax.search.search.measure_times", times)  # of so small FFNs nothing is faster than dense
-    options = ("--budget", "ap-loss=90", *FEW, "--dynamic", "--fixed", 0.5)
+    options = ("--budget", "ap-loss=90", *FEW, "--experts", "--fixed", 0.5)
     run("search_plan.py", *mixed_shapes.options, *options, "--out", tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["choices"]["any"]["density"] < 1 and results["choices"]["any"]["time"] < 1
@@ -95,7 +93,7 @@ def test_budgets_that_are_none(budget, tmp_path, capsys):
         (("--model", "mistyped"), "mistyped"),
         (("--coco", "nowhere"), "nowhere"),
         (("--statistics-images", 0), "--statistics-images must be at least 1, not 0"),
-        (("--block-size", 3), "32 hidden neurons cannot be divided into groups of 3"),
+        (("--experts-per-ffn", 0), "--experts-per-ffn must be at least 1, not 0"),
         (("--fixed", 1.5), "densities of candidates must be above 0 and below 1, not 1.5"),
         (("--repeats", 0), "--repeats must be at least 1, not 0"),
     ],

@@ -7,13 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from standalone import FFNInputs, StandaloneFFNs
 from tiny import TINY_CONFIG, every_selector, outputs, tiny_detector, tiny_ffn
 
 from detr_jax import kernels
 from detr_jax.calibration.activations import ActivationStatistics, measure
-from detr_jax.calibration.moments import measure_pooled
-from detr_jax.data.batches import CachedBatches
 from detr_jax.kernels import Execution, repeat_per_tile
 from detr_jax.methods import (
     Executed,
@@ -39,8 +36,6 @@ from detr_jax.methods import (
     low_rank_factors,
     sketch,
 )
-from detr_jax.methods.pooled_statistics import RIDGE, fit_pooled_statistics, pooled_statistics
-from detr_jax.methods.tiles import existing_tiles, mean_of_tokens
 from detr_jax.models import FFNWeights, Partition, Selection
 from detr_jax.models.ffn import forward, trace
 
@@ -287,35 +282,6 @@ def test_pooled_scores_are_means_over_the_tokens_of_a_window(window, odds):
     np.testing.assert_array_equal(pooled(WEIGHTS, disturbed, TOKENS), pooled(WEIGHTS, X, TOKENS))
 
 
-@pytest.mark.parametrize("window", [None, 4])
-def test_pooled_statistics_are_of_the_tokens_of_a_window(window):
-    pooled = np.asarray(pooled_statistics(X, TOKENS, window))
-    length = window or X.shape[1]
-    for i, tile in np.ndindex(pooled.shape[:2]):
-        members = [t for t in range(tile * length, min((tile + 1) * length, X.shape[1])) if TOKENS[i, t]]
-        of = np.asarray(X[i, np.array(members, int)], np.float64) if members else np.zeros((1, D))
-        np.testing.assert_allclose(pooled[i, tile], np.concatenate([of.mean(0), of.std(0), of.max(0)]), atol=1e-4)
-
-
-@pytest.mark.parametrize("window", [None, 4])
-def test_pooled_statistics_are_fitted_by_ridge_regression(window):
-    batches = CachedBatches([FFNInputs({"f": X[:2]}, {"f": TOKENS[:2]}), FFNInputs({"f": X[2:]}, {"f": TOKENS[2:]})])
-    moments = measure_pooled(StandaloneFFNs({"f": WEIGHTS}), batches, window)["f"]
-    scores = np.asarray(fit_pooled_statistics(moments, SIZE, window)(WEIGHTS, X, TOKENS))
-    exists = np.asarray(existing_tiles(TOKENS, window or X.shape[1]))
-    features = np.asarray(pooled_statistics(X, TOKENS, window), np.float64)[exists]
-    per_token = HIDDEN * np.linalg.norm(WEIGHTS.w_out, axis=1)
-    wanted = np.asarray(mean_of_tokens(jnp.asarray(per_token), TOKENS, window), np.float64)[exists]
-    wanted = wanted.reshape(len(wanted), -1, SIZE).sum(-1)
-    centred = (features - features.mean(0)) / np.maximum(features.std(0), 1e-6)
-    # Ridge as least squares with further observations.
-    weight = np.sqrt(RIDGE * len(features))
-    rows = np.concatenate([centred, weight * np.eye(features.shape[1])])
-    targets = np.concatenate([wanted - wanted.mean(0), np.zeros((features.shape[1], wanted.shape[1]))])
-    fitted = centred @ np.linalg.lstsq(rows, targets)[0] + wanted.mean(0)
-    np.testing.assert_allclose(scores[exists], fitted, atol=1e-3)
-
-
 def test_a_sketch_of_full_rank_knows_what_neurons_contribute():
     rng = np.random.default_rng(0)
     mean, root = rng.standard_normal(D), rng.standard_normal((D, D))
@@ -521,13 +487,11 @@ EXPECTED_TRAITS_AND_COST = {
     "share of largest": (Traits("training", "group", "both"), D * GROUPS),
     "pooled": (Traits("training", "image", "both", tile_size=None), D * GROUPS),
     "pooled windows": (Traits("training", "image", "both", tile_size=4), D * GROUPS),
-    "pooled statistics": (Traits("statistics", "image", "both", tile_size=None), D),
-    "statistics of windows": (Traits("statistics", "image", "both", tile_size=4), D + 3 * D * GROUPS / 4),
     "fixed set": (Traits("statistics", "group", "both", dynamic=False, tile_size=None), 0),
     "sketch": (Traits("statistics", "group", "both"), 3 * (D + F)),
     "fixed": (Traits("statistics", "neuron", "both", dynamic=False), 0),
     "sections": (Traits("training", "group", "both"), 2 * D),
-    "sections for images": (Traits("statistics", "image", "both", tile_size=None), D),
+    "sections for images": (Traits("training", "image", "both", tile_size=None), 4 * D),
     "oracle": (Traits("nothing", "group", "both"), 0),
     "sibs": (Traits("statistics", "neuron", "both"), 2 * F / 32),
     "compensated channels": (Traits("statistics", "channel", "first"), 2 * (D + F)),

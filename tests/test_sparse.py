@@ -23,7 +23,6 @@ from detr_jax.methods import (
     Oracle,
     PartitionedSelector,
     Pooled,
-    PooledStatistics,
     Random,
     Thresholded,
     TopK,
@@ -205,7 +204,7 @@ def test_implementations_by_name(sparse, name):
 
 def test_an_empty_batch_gives_an_empty_result(dense):
     rng = np.random.default_rng(0)
-    pooled = PooledStatistics(jnp.float32(rng.standard_normal((48, 4))), jnp.zeros(4))
+    pooled = Pooled(LinearGate(jnp.float32(rng.standard_normal((16, 4))), jnp.zeros(4)), odds=False)
     selectors = {"encoder.0": Thresholded(pooled, jnp.float32(0)), "decoder.0": gates()["decoder.0"]}
     model = detr_jax.load_sparse(dense, plan_of(dense, selectors), implementation="auto")
     outputs = model(np.zeros((0, 40, 56, 3), np.float32))

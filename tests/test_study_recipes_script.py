@@ -11,29 +11,22 @@ from detr_jax.models.ffn import forward, permute
 FEW = ("--train-images", 8, "--eval-images", 6, "--epochs", 1, "--allocation-images", 4, "--tuning.epochs", 1)
 FEW += ("--batch-size", 2, "--group-size", 4, "--tile-size", 4, "--thresholds", 0.5, "--densities", 0.3)
 FEW += ("--tuned-densities", 0.3, "--shares", 0.4)
-SEARCH = {
-    "statistics-images": 8,
-    "calibration-images": 4,
-    "latency-images": 4,
-    "rank": 4,
-    "batch-size": 2,
-    "repeats": 1,
-}
-SEARCH |= {"fixed": 0.3, "dynamic": 0.2}
+SEARCH = {"statistics-images": 8, "calibration-images": 4, "latency-images": 4, "batch-size": 2, "repeats": 1}
+SEARCH |= {"fixed": 0.3, "experts": 0.2, "experts-per-ffn": 2}
 FEW += tuple(part for option, value in SEARCH.items() for part in (f"--search.{option}", value))
 
 
-def traced_times(weights, trace, selectors, permutations, repeats):
+def traced_times(weights, trace, ways, repeats):
     """In the place of run times, which would take a compilation each: that every selector runs in its order."""
 
     def run_ffn(selector, permuted):
         return forward(permuted, trace.inputs, selector(permuted, trace.inputs, trace.tokens))
 
-    for selector, permutation in zip(selectors, permutations, strict=True):
+    for selector, permutation in ways:
         assert len(permutation) == len(weights.w_in)
         if selector is not None:
             jax.eval_shape(run_ffn, selector, permute(weights, permutation))
-    return [1.0 if selector is None else 0.3 for selector in selectors]
+    return [1.0 if selector is None else 0.3 for selector, _ in ways]
 
 
 def test_every_recipe_is_measured_in_three_ways(mixed_shapes, tmp_path, monkeypatch):
@@ -42,12 +35,11 @@ def test_every_recipe_is_measured_in_three_ways(mixed_shapes, tmp_path, monkeypa
     points = json.loads((tmp_path / "run" / "results.json").read_text())["points"]
     calibrated = {"+ a threshold for each FFN", "+ groups by co-activation", "labels by contribution"}
     calibrated |= {"the paper's recipe", "+ trained through the detector"}
-    searched = {"fixed sets", "fixed sets with reconstructed output layers", "whatever is best"}
-    searched |= {"an image's sets by a sketch", "that, with reconstructed output layers"}
+    searched = {"fixed sets", "fixed sets with reconstructed output layers", "narrow experts", "whatever is best"}
     found = {(point["recipe"], point["chosen_by"]) for point in points}
-    assert found >= {(recipe, None) for recipe in calibrated} | {(recipe, "latency") for recipe in searched}
-    # From so few images some FFNs have no sets to choose for an image, and those recipes no sparse points.
-    assert found >= {(recipe, "density") for recipe in searched if "fixed" in recipe}
+    assert found == {(recipe, None) for recipe in calibrated} | {
+        (recipe, unit) for recipe in searched for unit in ("latency", "density")
+    }
     for point in points:
         low, high = point["AP_minus_dense_interval"]
         assert 0 < point["density"] <= 1 and point["time"] > 0 and low <= high
@@ -80,7 +72,7 @@ def test_inputs_are_checked_before_the_folder_is_claimed(mixed_shapes, tmp_path,
         (("--model", "mistyped"), "mistyped"),
         (("--coco", "nowhere"), "nowhere"),
         (("--thresholds", 1.5), "--thresholds must be above 0 and at most 1, not 1.5"),
-        (("--search.block-size", 6), "--block-size must be a multiple of --group-size 4, not 6"),
+        (("--group-size", 6), "32 hidden neurons cannot be divided into groups of 6"),
     ):
         arguments = (*mixed_shapes.options, *FEW, *options, "--out", tmp_path / "run")
         assert message in refusal(capsys, "studies/recipes.py", *arguments)

@@ -98,20 +98,18 @@ def every_selector(weights: FFNWeights, group_size: int, seed: int = 1) -> dict[
         "share of largest": (selectors.ShareOfLargest(linear), 0.3),
         "pooled": (selectors.Pooled(linear, odds=True), 0.4),
         "pooled windows": (selectors.Pooled(linear, odds=False, window=4), 0.1),
-        "pooled statistics": (selectors.PooledStatistics(random(3 * d_model, groups), random(groups)), 0.1),
-        "statistics of windows": (selectors.PooledStatistics(random(3 * d_model, groups), random(groups), 4), 0.1),
         "sketch": (selectors.sketch(weights, np.ones(d_model), np.eye(d_model), 3, group_size), 2.0),
     }
     found = {name: Thresholded(score, jnp.float32(threshold)) for name, (score, threshold) in scores.items()}
     factors = low_rank_factors(weights, 2)
     of_part = Thresholded(selectors.LinearGate(random(d_model, 2), random(2)), jnp.float32(0.1))
     few = features // 3
-    pooled = selectors.PooledStatistics(random(3 * d_model, few), random(few))
+    pooled = selectors.Pooled(selectors.LinearGate(random(d_model, few), random(few)), odds=False)
     return found | {
         "fixed set": selectors.Fixed(jnp.arange(groups) != 0, OutputLayer(random(features, d_model), random(d_model))),
         "fixed": selectors.PartitionedSelector(None, few, second=OutputLayer(random(few, d_model), random(d_model))),
         "sections": selectors.PartitionedSelector(of_part, few, features // 2),
-        "sections for images": selectors.PartitionedSelector(Thresholded(pooled, jnp.float32(-4.5)), 0, few),
+        "sections for images": selectors.PartitionedSelector(Thresholded(pooled, jnp.float32(0.1)), 0, few),
         "oracle": selectors.Oracle(group_size),
         "top k": selectors.TopK(linear, jnp.int32(2)),
         "sibs": selectors.IndicatorSelector(

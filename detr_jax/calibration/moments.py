@@ -1,6 +1,5 @@
 """Means and covariances of activations: what closed-form fits need to know about the data."""
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -10,8 +9,6 @@ import numpy as np
 from detr_jax.calibration.accumulate import accumulate
 from detr_jax.data.batches import BatchSource
 from detr_jax.kernels import expand_groups
-from detr_jax.methods.pooled_statistics import pooled_statistics
-from detr_jax.methods.tiles import existing_tiles, mean_of_tokens
 from detr_jax.models import FFNTrace, FFNWeights, HasFFNs, Selector, Selectors
 from detr_jax.pytrees import Sums, pytree
 
@@ -94,27 +91,6 @@ def _measure_moments(model: HasFFNs, batch: Any) -> dict[tuple[str, str], Moment
         for what in ("inputs", "hidden")
         for name, trace in traces
     }
-
-
-def measure_pooled(model: HasFFNs, batches: BatchSource, window: int | None) -> dict[str, CrossMoments]:
-    """Cross moments of every FFN's `pooled_statistics`, (3 d,), and the means over the same tokens of h_j ||W_out[j]||.
-
-    All FFNs run dense; `window` consecutive tokens are pooled, None for all of an image. Raises as `accumulate`.
-    """
-    return accumulate(partial(_measure_pooled, window=window), model, batches, "measure pooled inputs")
-
-
-@partial(jax.jit, static_argnames="window")
-def _measure_pooled(model: HasFFNs, batch: Any, *, window: int | None) -> dict[str, CrossMoments]:
-    weights = model.ffn_weights()
-
-    def of_ffn(weights: FFNWeights, trace: FFNTrace) -> CrossMoments:
-        norms = jnp.linalg.norm(weights.w_out.astype(jnp.float32), axis=1)
-        contributed = mean_of_tokens(trace.hidden.astype(jnp.float32) * norms, trace.tokens, window)
-        counted = existing_tiles(trace.tokens, window or trace.tokens.shape[-1])
-        return cross_moments_of(pooled_statistics(trace.inputs, trace.tokens, window), contributed, counted)
-
-    return {name: of_ffn(weights[name], trace) for name, trace in model.traces(batch, {}).items()}
 
 
 def measure_kept(model: HasFFNs, batches: BatchSource, selectors: Selectors) -> dict[str, CrossMoments]:

@@ -16,8 +16,7 @@ from detr_jax.calibration.accumulate import accumulate
 from detr_jax.data.batches import BatchSource
 from detr_jax.errors import InputError
 from detr_jax.kernels import repeat_per_tile
-from detr_jax.mesh import replicate_like, to_host
-from detr_jax.methods.base import FitMaterial, Method, Score, SharedScore, Thresholded, ordered_bits
+from detr_jax.methods.base import FitMaterial, Method, Score, Thresholded, ordered_bits
 from detr_jax.methods.grouping import active_groups
 from detr_jax.methods.tiles import existing_tiles, existing_tokens
 from detr_jax.models import FFNTrace, FFNWeights, HasFFNs, Selector, Selectors
@@ -128,33 +127,6 @@ def _histograms(
 ) -> dict[str, ScoreHistogram]:
     weights, traces = model.ffn_weights(), model.traces(batch, running)
     return {name: score_histogram(score, weights[name], traces[name], tile_size) for name, score in scores.items()}
-
-
-def collect_scores(model: HasFFNs, batches: BatchSource, scores: Mapping[str, SharedScore]) -> dict[str, np.ndarray]:
-    """All scores of decisions that many tokens share, by FFN (decisions, G), those of padding alone left out.
-
-    One pass over the data is made, through the dense FFNs.
-
-    Raises:
-        InputError: if there are no images.
-    """
-    scores = replicate_like(model, dict(scores))
-    found = [to_host(_scores(model, batch, scores)) for batch in batches.batches()]
-    if not found:
-        raise InputError("there are no images to calibrate thresholds on")
-    return {name: np.concatenate([batch[name][0][batch[name][1]] for batch in found]) for name in scores}
-
-
-@jax.jit
-def _scores(model: HasFFNs, batch: Any, scores: Mapping[str, SharedScore]) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Scores (images, decisions, G), and which decisions are about any token."""
-    weights, traces = model.ffn_weights(), model.traces(batch, {})
-
-    def of_ffn(score: SharedScore, weights: FFNWeights, trace: FFNTrace) -> tuple[jax.Array, jax.Array]:
-        exists = existing_tiles(trace.tokens, score.traits.tile_size or trace.tokens.shape[-1])
-        return score(weights, trace.inputs, trace.tokens), exists
-
-    return {name: of_ffn(score, weights[name], traces[name]) for name, score in scores.items()}
 
 
 def calibrate(

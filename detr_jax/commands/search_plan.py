@@ -39,8 +39,8 @@ SHARES = tuple(np.geomspace(0.9, 0.04, 28).tolist())
 
 @dataclass(frozen=True)
 class Arguments:
-    """Searches a plan: whether each FFN stays dense, computes a fixed set of neurons, or a set chosen for each image or
-    window, and how many.
+    """Searches a plan: whether each FFN stays dense, computes a fixed set of neurons, or narrow experts, and how many
+    neurons of each.
 
     Accuracy is measured by the divergence of the detector's outputs, run time on this device, the selector's own work
     included. The budget is one of
@@ -101,7 +101,7 @@ def open_data(arguments: Arguments, model: Detector) -> dict[str, Dataset]:
 def comparison_on(dataset: Dataset, model: Detector, settings: SearchSettings, title: str) -> Comparison:
     """Measures the dense detector on images, and is ready for plans."""
     features = list(backbone_features(model, dataset, settings.batch_size, title))
-    return Comparison(model, dataset, features, settings.group_size)
+    return Comparison(model, dataset, features, 1)
 
 
 def measure(comparison: Comparison, search: PlanSearch, choice: dict[str, int]) -> Row:
@@ -135,7 +135,7 @@ def plan_of(
     """The plan of a choice, in the detector's own numbering of its neurons."""
     chosen = search.chosen(choice)
     selectors = {name: c.selector for name, c in chosen.items() if c.selector is not None}
-    permutations = {name: search.permutations[name][chosen[name].order] for name in selectors}
+    permutations = {name: chosen[name].order for name in selectors}
     training = {"budget": arguments.budget, "data": data} | cli.settings(arguments)
     return Plan("search", fingerprint, selectors, permutations, training, measured, versions())
 
@@ -162,7 +162,7 @@ def main(arguments: Arguments) -> None:
     kind, bound = read_budget(arguments.budget)
     model = detr_jax.load(arguments.model, preset=arguments.preset)
     settings = arguments.search
-    settings.check(model)
+    settings.check()
     data = open_data(arguments, model)
     names = {use: dataset.name for use, dataset in data.items()}
     fingerprint = detr_jax.fingerprint(model)
@@ -204,7 +204,6 @@ def main(arguments: Arguments) -> None:
     ffns = {
         name: {
             "kind": candidate.kind,
-            "always": candidate.always,
             "density": candidate.density,
             "dense_seconds": float(seconds[name][0]),
             "seconds": float(seconds[name][1]),
@@ -216,7 +215,7 @@ def main(arguments: Arguments) -> None:
     save_figure(plot_search(title, curves, measured["any"], ffns), arguments.out / "search.png")
     candidates = {
         name: [
-            {"kind": c.kind, "density": c.density, "always": c.always, "loss": float(loss), "seconds": float(time)}
+            {"kind": c.kind, "density": c.density, "loss": float(loss), "seconds": float(time)}
             for c, loss, time in zip(of, search.losses[name], search.seconds[name], strict=True)
         ]
         for name, of in search.candidates.items()
@@ -235,8 +234,8 @@ def report(measured: dict[str, Row], ffns: dict[str, dict[str, Any]]) -> None:
     lines = []
     for name, ffn in ffns.items():
         dense, plan = 1e3 * ffn["dense_seconds"], 1e3 * ffn["seconds"]
-        lines.append((name, ffn["kind"], ffn["always"], ffn["density"], dense, plan, dense / plan))
-    print(f"\n{table(('FFN', 'computes', 'always', 'neurons', 'dense ms', 'plan ms', 'faster'), lines)}\n")
+        lines.append((name, ffn["kind"], ffn["density"], dense, plan, dense / plan))
+    print(f"\n{table(('FFN', 'computes', 'neurons', 'dense ms', 'plan ms', 'faster'), lines)}\n")
     rows = [
         (title, row["numbers"]["AP"], points_of_ap(row), row["density"], 1 / row["time"])
         for title, row in measured.items()

@@ -25,7 +25,6 @@ from detr_jax.methods.executed import Executed, computation_of, executed
 from detr_jax.methods.experts import Experts, RoutedExperts
 from detr_jax.methods.mgs import MGS, PAPER_THRESHOLD, LinearGate, MGSContribution
 from detr_jax.methods.oracle import Oracle
-from detr_jax.methods.pooled_statistics import PooledStatistics
 from detr_jax.methods.random import Random
 from detr_jax.methods.rsparse import MGSRSparse, RSparse
 from detr_jax.methods.sibs import SIBS, IndicatorSelector, find_indicators

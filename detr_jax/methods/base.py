@@ -106,13 +106,6 @@ class Score(Described, Protocol):
         """(..., decisions, G) float32, of channels (..., tokens, d); arguments as of a selector."""
 
 
-class SharedScore(Score, Protocol):
-    """A score of decisions that many tokens share."""
-
-    def of_groups(self, groups: np.ndarray) -> "SharedScore":
-        """The score of some groups, (k,) indices, as if the FFN had no others."""
-
-
 @storable
 class Thresholded(Wrapper):
     """The selector "score >= threshold", () float32; minus infinity keeps everything."""

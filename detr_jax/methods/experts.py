@@ -89,6 +89,23 @@ class RoutedExperts(Free):
             self.b_out.astype(dtype),
         )
 
+    def padded(self, width: int) -> "RoutedExperts":
+        """The same outputs and densities from prepared experts of one width, which share a program with others.
+
+        They are filled up with rows of zeros of a neuron that no FFN has.
+        """
+        assert self.gathered is not None
+
+        def fill(stacks: Sequence[jax.Array], value: int = 0) -> jax.Array:
+            rest = [[(0, 0), (0, width - stack.shape[1])] + [(0, 0)] * (stack.ndim - 2) for stack in stacks]
+            pairs = zip(stacks, rest, strict=True)
+            return jnp.concatenate([jnp.pad(stack, pad, constant_values=value) for stack, pad in pairs])
+
+        w_in, b_in, w_out = ((fill(stacks),) for stacks in self.gathered[:3])
+        neurons = (fill(self.neurons, np.iinfo(np.int32).max),)
+        gathered = kernels.Experts(w_in, b_in, w_out, self.gathered.b_out)
+        return RoutedExperts(self.kernel, self.bias, neurons, w_out, self.b_out, gathered)
+
     def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> Selection:
         scores = jnp.matmul(x.astype(jnp.float32), self.kernel) + self.bias
         assignment = jnp.where(tokens, scores.argmax(-1), len(self.bias)).astype(jnp.int32)

@@ -40,12 +40,6 @@ class Sketch:
     def cost(self, d_model: int, features: int) -> float:
         return float(self.down.shape[1] * (d_model + features))
 
-    def of_groups(self, groups: np.ndarray) -> "Sketch":
-        """See `SharedScore`."""
-        neurons = (groups[:, None] * self.group_size + np.arange(self.group_size)).ravel()
-        part = (self.up[:, neurons], self.bias[neurons], self.norms[neurons])
-        return Sketch(self.down, *part, self.group_size)
-
 
 def sketch(ffn: FFNWeights, mean: np.ndarray, covariance: np.ndarray, rank: int, group_size: int) -> Sketch:
     """The sketch of rank r whose first product is closest to the FFN's on inputs of a mean and covariance.

@@ -2,14 +2,13 @@
 
 import dataclasses
 from dataclasses import field
-from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from detr_jax.errors import InputError
-from detr_jax.methods.base import MethodSelector, Score, SharedScore, Thresholded, Traits, Wrapper, storable
+from detr_jax.methods.base import MethodSelector, Score, Thresholded, Traits, Wrapper, storable
 from detr_jax.methods.tiles import mean_of_tokens
 from detr_jax.models import FFNWeights, LowRankFactors, OutputLayer, Partition, Selection
 
@@ -35,10 +34,6 @@ class Pooled(Wrapper):
     def __call__(self, ffn: FFNWeights, x: jax.Array, tokens: jax.Array) -> jax.Array:
         scores = self.of(ffn, x, tokens)
         return mean_of_tokens(jax.nn.sigmoid(scores) if self.odds else scores, tokens, self.window)
-
-    def of_groups(self, groups: np.ndarray) -> "Pooled":
-        """See `SharedScore`; of scores that can be taken apart."""
-        return dataclasses.replace(self, of=cast(SharedScore, self.of).of_groups(groups))
 
 
 @storable

@@ -4,7 +4,6 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -36,32 +35,26 @@ def _run(weights: FFNWeights, x: jax.Array, tokens: jax.Array, selector: Selecto
     return forward(weights, x, Selection() if selector is None else selector(weights, x, tokens))
 
 
-def measure_times(
-    weights: FFNWeights,
-    trace: FFNTrace,
-    selectors: Sequence[Selector | None],
-    permutations: Sequence[np.ndarray],
-    repeats: int,
-) -> list[float]:
-    """Run times of one FFN with each of several selectors, the selectors' own work included.
+Way = tuple[Selector | None, np.ndarray]
+"""A selector, None for the dense FFN, and the order (F,) of the neurons that it belongs to."""
+
+
+def measure_times(weights: FFNWeights, trace: FFNTrace, ways: Sequence[Way], repeats: int) -> list[float]:
+    """Run times of one FFN computed in several ways, the selectors' own work included.
 
     Args:
         weights: of the FFN.
         trace: its inputs, of a batch of images.
-        selectors: None for the dense FFN.
-        permutations: (F,) of the FFN's neurons, for each selector.
+        ways: to compute it.
         repeats: measured turns, in each of which all of them run once.
 
     Returns:
-        median seconds, in the order of the selectors.
+        median seconds, in the order of the ways.
     """
-    calls = {}
-    for index, (selector, permutation) in enumerate(zip(selectors, permutations, strict=True)):
-        permuted = jax.device_put(permute(weights, permutation))
-        calls[index] = partial(_wait, permuted, trace.inputs, trace.tokens, selector)
-    seconds = interleaved_times(calls, repeats)
-    return [statistics.median(seconds[index]) for index in calls]
 
+    def call(selector: Selector | None, order: np.ndarray) -> Callable[[], Any]:
+        permuted = jax.device_put(permute(weights, order))
+        return lambda: jax.block_until_ready(_run(permuted, trace.inputs, trace.tokens, selector))
 
-def _wait(*operands) -> None:
-    jax.block_until_ready(_run(*operands))
+    calls = {str(i): call(*way) for i, way in enumerate(ways)}
+    return [statistics.median(seconds) for seconds in interleaved_times(calls, repeats).values()]

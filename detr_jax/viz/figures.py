@@ -16,8 +16,7 @@ from detr_jax.files import replacing
 from detr_jax.search.candidates import CANDIDATE_KINDS
 
 COLOURS = [colormaps["tab10"](i) for i in range(10)]
-_PAIRS = [colormaps["tab20"](i) for i in (3, 2, 1, 0, 5, 4)]
-KIND_COLOURS = dict(zip(CANDIDATE_KINDS, ("0.6", *_PAIRS), strict=True))
+KIND_COLOURS = dict(zip(CANDIDATE_KINDS, ("0.6", *(colormaps["tab20"](i) for i in (3, 2, 4))), strict=True))
 
 
 def new_figure(title: str, size: tuple[float, float], *grid: int, **options: Any) -> tuple[Figure, Any]:
@@ -87,7 +86,7 @@ def plot_search(
     """Accuracy of searched plans against time and density, and the selection of each FFN.
 
     `curves` have, by budget ("latency" or "density") and kinds of candidates, points with `time` and `density` relative
-    to the dense FFNs, `AP_minus_dense` and its interval; `plan` is such a point. `ffns` have the `kind`, `always` and
+    to the dense FFNs, `AP_minus_dense` and its interval; `plan` is such a point. `ffns` have the `kind` and
     `density` of each FFN in the plan.
     """
     figure, (by_time, by_density, layers) = new_figure(title, (15, 4.4), 1, 3)
@@ -110,12 +109,8 @@ def plot_search(
 
     for i, ffn in enumerate(ffns.values()):
         layers.bar(i, ffn["density"], color=KIND_COLOURS[ffn["kind"]])
-        if 0 < ffn["always"] < ffn["density"]:
-            layers.bar(i, ffn["always"], color=KIND_COLOURS[ffn["kind"]], hatch="//", edgecolor="white")
     for kind in dict.fromkeys(ffn["kind"] for ffn in ffns.values()):
         layers.bar(0, 0, color=KIND_COLOURS[kind], label=kind)
-    if any(0 < ffn["always"] < ffn["density"] for ffn in ffns.values()):
-        layers.bar(0, 0, color="white", hatch="//", edgecolor="0.3", label="of that, always computed")
     label_ffns(layers, list(ffns))
     layers.set(ylabel="share of the neurons that the plan computes")
     layers.legend()

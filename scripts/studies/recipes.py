@@ -1,6 +1,5 @@
 """From the paper's recipe to the fastest plan: what each ingredient does for accuracy, tile density and FFN time."""
 
-import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,9 @@ from recipe_report import LOST, best_table, plot_recipes, points_table
 from tqdm import tqdm
 
 import detr_jax
+from detr_jax.calibration.activations import measure_activations
 from detr_jax.calibration.allocation import greedy
+from detr_jax.calibration.permutation import coactivation_permutation
 from detr_jax.calibration.sensitivity import OutputDivergence, SensitivityTable, layer_sensitivity
 from detr_jax.calibration.thresholds import density_threshold, measure_scores
 from detr_jax.commands import cli
@@ -25,6 +26,7 @@ from detr_jax.data.dataset import Subset
 from detr_jax.files import replacing, write_json
 from detr_jax.kernels import Execution
 from detr_jax.methods import MGS, Executed, MGSContribution, Thresholded, TrainedMethod, log_odds
+from detr_jax.methods.grouping import group_count
 from detr_jax.models import DETR, Selector
 from detr_jax.run_folder import RESULTS, open_run
 from detr_jax.search.candidates import CANDIDATE_KINDS
@@ -74,7 +76,7 @@ class Arguments:
     )
     tuning: GateTuning = field(default_factory=GateTuning)
     search: SearchSettings = field(default_factory=SearchSettings)
-    """Groups and windows are those of the gates and tiles."""
+    """Candidates of the search."""
     out: Path = Path("runs/recipes")
     """Folder for the results."""
     resume: bool = False
@@ -84,7 +86,7 @@ class Arguments:
 
 
 Timed = Mapping[str, tuple[Selector, np.ndarray]]
-"""By FFN its selector, and the order of the neurons of the search's model that it belongs to."""
+"""By FFN its selector, and the order of the detector's neurons that it belongs to."""
 
 
 class Study:
@@ -102,11 +104,12 @@ class Study:
 
         tokens = max(sum(rows * columns for rows, columns in batch.grids) for batch in self._calibration)
         window = arguments.tile_size if tokens > arguments.tile_size else None
-        settings = dataclasses.replace(settings, group_size=size, window=window)
         sample = Subset(splits.training, 0, min(settings.statistics_images, len(splits.training)))
         self.search = PlanSearch(own, sample, splits.calibration, settings)
-        self.model = self.search.model
-        self._execution = Execution(window, settings.block_size or size)
+        statistics = measure_activations(own, cached(embed(own, sample, settings.batch_size, "statistics")))
+        self._permutations = {name: coactivation_permutation(of.coactive, size) for name, of in statistics.items()}
+        self.model = own.with_permutations(self._permutations)
+        self._execution = Execution(window, size)
 
         self._rows = Rows(arguments.out / "progress.json")
         self.timed: dict[str, Timed] = {}
@@ -133,10 +136,8 @@ class Study:
     def gated(self, recipe: str, setting: str, model: DETR, gates: Mapping[str, Thresholded]) -> None:
         """Measures gates, whose tiles get what one of their tokens needs."""
         tiled = {name: StraightThrough(gate, tile_size=self._arguments.tile_size) for name, gate in gates.items()}
-        specs = model.ffn_specs()
-        order = {name: np.arange(specs[name].hidden) for name in gates}
-        if model is self.own:  # back from the search's order
-            order = {name: np.argsort(self.search.permutations[name]) for name in gates}
+        specs, permutations = model.ffn_specs(), {} if model is self.own else self._permutations
+        order = {name: permutations.get(name, np.arange(specs[name].hidden)) for name in gates}
         timed = {name: (Executed(gate, self._execution), order[name]) for name, gate in gates.items()}
         self.point(recipe, setting, model, tiled, timed)
 
@@ -149,7 +150,7 @@ class Study:
                 trials = {name: candidate.trial for name, candidate in chosen.items()}
                 timed = {name: (c.selector, c.order) for name, c in chosen.items() if c.selector is not None}
                 setting = f"by {unit} {search.cost(choice, unit):.2f}"
-                self.point(recipe, setting, self.model, trials, timed, unit)
+                self.point(recipe, setting, self.own, trials, timed, unit)
 
     def train(self, model: DETR, methods: Sequence[type[TrainedMethod]], folder: str) -> dict[str, Gates]:
         """Gates on labels."""
@@ -223,7 +224,9 @@ class Study:
 def check(arguments: Arguments, model: DETR) -> None:
     """Refuses what cannot be computed, before the output folder is claimed."""
     check_options(arguments, shares=("thresholds", "densities", "tuned_densities", "shares"), least={"tile_size": 1})
-    dataclasses.replace(arguments.search, group_size=arguments.training.group_size).check(model)
+    arguments.search.check()
+    for spec in model.ffn_specs().values():
+        group_count(spec.hidden, arguments.training.group_size)
 
 
 def main(arguments: Arguments) -> None:
@@ -245,10 +248,9 @@ def main(arguments: Arguments) -> None:
         sensitivity = study.calibrated("+ groups by co-activation", study.model, gates["mgs"])
         study.tuned("+ trained through the detector", sensitivity)
         study.calibrated("labels by contribution", study.model, gates["mgs-contribution"])
-        study.searched("an image's sets by a sketch", ("dense", "sketched"))
-        study.searched("that, with reconstructed output layers", ("dense", "sketched, reconstructed"))
         study.searched("fixed sets", ("dense", "fixed"))
         study.searched("fixed sets with reconstructed output layers", ("dense", "fixed, reconstructed"))
+        study.searched("narrow experts", ("dense", "experts"))
         study.searched("whatever is best", CANDIDATE_KINDS)
         points = study.points()
 
