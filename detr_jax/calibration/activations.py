@@ -65,16 +65,6 @@ class ActivationStatistics(Sums):
     hidden: Array
     """(K, F) sum of the activations h."""
 
-    def of_neurons(self, order: np.ndarray) -> "ActivationStatistics":
-        """The same neurons in another order, (F,) as in `detr_jax.calibration.permutation`."""
-        return dataclasses.replace(
-            self,
-            fired=self.fired[:, order],
-            coactive=self.coactive[order][:, order],
-            images_fired=self.images_fired[order],
-            hidden=self.hidden[:, order],
-        )
-
 
 def require_active(statistics: Mapping[str, ActivationStatistics], data: str) -> None:
     """Raises an InputError if the output of an FFN is a constant that no method can be fitted to: none is active.

@@ -14,7 +14,7 @@ import numpy as np
 from detr_jax.models import FFNWeights, OutputLayer
 
 if TYPE_CHECKING:
-    from detr_jax.calibration.moments import CrossMoments, Moments
+    from detr_jax.calibration.moments import Moments
 
 RIDGE = 1e-3
 """Of the mean variance, added to each: neurons that hardly ever fire are not relied on."""
@@ -84,32 +84,12 @@ def reconstruct_output(weights: FFNWeights, moments: "Moments", kept: np.ndarray
         raise ValueError(f"{len(weights.w_in)} neurons are kept or not: a bool for each, not {kept.dtype} {kept.shape}")
     own = np.asarray(weights.w_out, np.float64)
     covariance = moments.covariance
-    fitted = _fitted(own, kept, covariance[np.ix_(kept, kept)], covariance[np.ix_(kept, ~kept)] @ own[~kept])
-    bias = np.asarray(weights.b_out, np.float64) + moments.mean @ (own - fitted)
-    return OutputLayer(jnp.asarray(fitted, jnp.float32), jnp.asarray(bias, jnp.float32))
-
-
-def reconstruct_from_kept(weights: FFNWeights, moments: "CrossMoments") -> OutputLayer:
-    """The output layer of an FFN that computes other neurons for other tokens; 0 for those that it never computes.
-
-    `moments` are those of the hidden activations (F,), 0 where they are left out, and of h W_out (d,) as outputs.
-    """
-    _check(weights, moments.inputs)
-    own = np.asarray(weights.w_out, np.float64)
-    kept = np.diag(moments.inputs.products) > 0
-    among = moments.inputs.covariance[np.ix_(kept, kept)]
-    fitted = _fitted(own, kept, among, moments.cross_covariance[kept] - among @ own[kept])
-    bias = np.asarray(weights.b_out, np.float64) + moments.output_mean - moments.inputs.mean @ fitted
-    return OutputLayer(jnp.asarray(fitted, jnp.float32), jnp.asarray(bias, jnp.float32))
-
-
-def _fitted(own: np.ndarray, kept: np.ndarray, among: np.ndarray, missing: np.ndarray) -> np.ndarray:
-    """(F, d): the detector's own rows and what makes up for the rest; `among` (k, k) is the covariance of the
-    activations that are kept, `missing` (k, d) that with what their own rows leave of the output."""
     fitted = np.zeros_like(own)
     if kept.any():
-        fitted[kept] = own[kept] + np.linalg.solve(_ridged(among), missing)
-    return fitted
+        missing = covariance[np.ix_(kept, ~kept)] @ own[~kept]
+        fitted[kept] = own[kept] + np.linalg.solve(_ridged(covariance[np.ix_(kept, kept)]), missing)
+    bias = np.asarray(weights.b_out, np.float64) + moments.mean @ (own - fitted)
+    return OutputLayer(jnp.asarray(fitted, jnp.float32), jnp.asarray(bias, jnp.float32))
 
 
 def _ridged(covariance: np.ndarray) -> np.ndarray:

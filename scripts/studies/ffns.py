@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from detr_jax.calibration.activations import ActivationStatistics, measure_activations, require_active
 from detr_jax.calibration.inputs import draw_inputs
-from detr_jax.calibration.moments import measure_kept, measure_moments
+from detr_jax.calibration.moments import measure_moments
 from detr_jax.calibration.permutation import coactivation_permutation, kmeans_permutation
 from detr_jax.calibration.thresholds import selectors_at_densities
 from detr_jax.commands import cli
@@ -45,7 +45,6 @@ from detr_jax.methods import (
     HiddenMagnitude,
     Method,
     Oracle,
-    PartitionedSelector,
     Pooled,
     Score,
     TopK,
@@ -55,7 +54,7 @@ from detr_jax.methods import (
     sketch,
 )
 from detr_jax.methods.grouping import group_count
-from detr_jax.methods.reconstruction import obs_ranking, reconstruct_from_kept, reconstruct_output
+from detr_jax.methods.reconstruction import obs_ranking, reconstruct_output
 from detr_jax.models.ffn import permute
 from detr_jax.training.gates import Gates, GateTraining
 from detr_jax.viz.figures import save_figure
@@ -187,8 +186,7 @@ EXPERTS = Experts(experts=8, rounds=0, ranking="obs")
 def shared_sets(ffns: StandaloneFFNs, halves: Halves) -> dict[str, dict[str, dict[str, float]]]:
     """By share of the neurons and how they are chosen, of each FFN the error of its output.
 
-    Fixed sets, then for whole images and for windows sets by a sketch, without and with an output layer that is fitted
-    to them, and the best.
+    Fixed sets, narrow experts, then for whole images and for windows sets by a sketch, and the best.
     """
     statistics = measure_activations(ffns, halves.calibration)
     inputs, hidden = measure_moments(ffns, halves.calibration)
@@ -211,17 +209,6 @@ def shared_sets(ffns: StandaloneFFNs, halves: Halves) -> dict[str, dict[str, dic
             kept = np.isin(np.arange(len(order)), order[: count[name]])
             return Fixed(jnp.asarray(kept), reconstruct_output(ffns.weights[name], hidden[name], kept))
 
-        def measure_reconstructed(scores: Mapping[str, Score], count: dict[str, int] = count) -> dict[str, float]:
-            selectors = {name: TopK(scores[name], jnp.int32(k)) for name, k in count.items()}
-            kept = measure_kept(ffns, halves.calibration, selectors)
-            fitted = {
-                name: PartitionedSelector(
-                    selectors[name], 0, len(weights.w_in), reconstruct_from_kept(weights, kept[name])
-                )
-                for name, weights in ffns.weights.items()
-            }
-            return {n: e.error for n, e in measure_effects(ffns, halves.test.batches(), fitted).items()}
-
         of_share = {"fixed": measure(lambda name: by_contribution(statistics[name], ffns.weights[name], 1))}
         effects = measure_effects(ffns, halves.test.batches(), {name: reconstructed(name) for name in ffns.weights})
         of_share["fixed, reconstructed"] = {name: effect.error for name, effect in effects.items()}
@@ -232,7 +219,6 @@ def shared_sets(ffns: StandaloneFFNs, halves: Halves) -> dict[str, dict[str, dic
             by_sketch = {name: Pooled(of_one, False, window) for name, of_one in sketches.items()}
             of_share |= {
                 f"sketch, {title}": measure(by_sketch.get),
-                f"sketch, reconstructed, {title}": measure_reconstructed(by_sketch),
                 f"best, {title}": measure(lambda name, window=window: Pooled(contributions, False, window)),
             }
         errors[f"{share:g}"] = of_share
