@@ -29,6 +29,8 @@ def main(inputs: Path, out: Path, *options: str) -> None:
     sizes = ["--split.calib", 3, "--group-size", 4, "--batch-size", BATCH, "--epochs", EPOCHS]
     data = ["--model", detector, "--coco", inputs, *sizes, "--checkpoint-steps", 5]
     run("train_gates.py", *data, "--learning-rate", 0.05, "--out", out, *options)
+    experts = ["--method", "experts", "--options", "experts=3", "rounds=1", "router_steps=50", "--density", 0.3]
+    run("train_gates.py", *data, "--neuron-order", "own", *experts, "--out", out / "experts")
 
     model, dataset = replicate(detr_jax.load(detector)), CocoDataset(inputs, "val2017")
     plan = load_plan(out / "plan.safetensors", model)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from detr_jax.data.features import BackboneFeatures
+from detr_jax.mesh import mesh_of, replicate_like, shard_batch, to_host
 from detr_jax.models import Detector, Outputs, Selector, Selectors
 
 
@@ -24,18 +25,21 @@ def output_divergence(model: Detector, dense: Outputs, sparse: Outputs) -> jax.A
 
 
 class OutputDivergence:
-    """How much selectors change a detector's outputs on images whose backbone features are given."""
+    """How much selectors change a detector's outputs on images whose backbone features are given.
+
+    Devices that the detector was replicated over share every batch, see `detr_jax.mesh`.
+    """
 
     def __init__(self, model: Detector, embedded: Sequence[BackboneFeatures]):
-        self._model, self._embedded = model, embedded
-        self._dense = [_outputs(model, batch.tokens, {}) for batch in embedded]
+        self._model, self._mesh, self._embedded = model, mesh_of(model), embedded
+        self._dense = [_outputs(model, shard_batch(self._mesh, batch.tokens), {}) for batch in embedded]
 
     def __call__(self, selectors: Mapping[str, Selector]) -> float:
         """The mean over images of `Detector.divergence`."""
-        changes = []
+        changes, selectors = [], replicate_like(self._model, dict(selectors))
         for batch, dense in zip(self._embedded, self._dense, strict=True):
-            sparse = _outputs(self._model, batch.tokens, dict(selectors))
-            changes.append(np.asarray(output_divergence(self._model, dense, sparse))[batch.valid])
+            sparse = _outputs(self._model, shard_batch(self._mesh, batch.tokens), selectors)
+            changes.append(to_host(output_divergence(self._model, dense, sparse))[batch.valid])
         return float(np.concatenate(changes).mean())
 
 
