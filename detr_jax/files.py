@@ -45,8 +45,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Deletes what killed processes had begun to write into a folder; nobody may be writing into it."""
-    for path in folder.glob(f"{_TEMPORARY}*"):
+    """Deletes what killed processes had begun to write into a folder or below it; nobody may be writing there."""
+    for path in folder.rglob(f"{_TEMPORARY}*"):
         path.unlink()
 
 

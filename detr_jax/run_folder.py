@@ -4,16 +4,21 @@ import importlib.metadata
 import json
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
+from detr_jax import safetensors_io
 from detr_jax.errors import ExistingFileError, InputError, MissingFileError, OutputError, UserError
 from detr_jax.files import remove_leftovers, write_json
 from detr_jax.mesh import first_process_agrees, is_first_process
+from detr_jax.safetensors_io import Arrays, Format
 
 RESULTS = "results.json"
 """Written last: a folder that holds it holds a finished run."""
+_PART = Format("detr-jax-part", 1, "a part of a fit", "a fit leaves it")
 _LOCKS: dict[Path, IO[str]] = {}
 """Held until `release_run`, or until this process ends, however it does."""
 
@@ -77,6 +82,29 @@ def _claim(
         for path in (folder / name for name in ("settings.json", RESULTS, *outputs)):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         write_json(stored, settings)
+
+
+def resumable_parts(
+    folder: Path, report: Callable[[], object] = lambda: None
+) -> Callable[[str, Callable[[], Arrays]], Arrays]:
+    """A function that computes arrays by name, or reads those that an interrupted run has left in `folder`.
+
+    It calls `report` after each.
+    """
+
+    def part(name: str, compute: Callable[[], Arrays]) -> Arrays:
+        path = folder / f"{name}.safetensors"
+        if first_process_agrees(path.exists()):
+            _, arrays = safetensors_io.read(path, _PART)
+        else:
+            # In the order of the file: BLAS adds up what is transposed in another order.
+            arrays = {key: np.asarray(array, order="C") for key, array in compute().items()}
+            if is_first_process():
+                safetensors_io.write(path, _PART, {}, arrays)
+        report()
+        return arrays
+
+    return part
 
 
 def _lock(folder: Path) -> None:

@@ -44,8 +44,8 @@ from detr_jax.run_folder import RESULTS, open_run
 from detr_jax.training.gates import Gates, GateTraining
 
 SCENES_TRAINING_IMAGES = 4096
-OUTPUTS = ("gates-own", "gates-ordered", "gates-tuned", "progress.json", "plan.safetensors", "comparison.md")
-OUTPUTS += ("activations.safetensors", "activations-ordered.safetensors")
+OUTPUTS = ("gates-own", "gates-ordered", "gates-tuned", "parts", "progress.json", "plan.safetensors")
+OUTPUTS += ("comparison.md", "activations.safetensors", "activations-ordered.safetensors")
 OUTPUTS += ("accuracy.png", "tile_density.png", "activations.png", "sizes.png", "layers.png")
 
 

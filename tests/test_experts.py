@@ -1,7 +1,9 @@
 """Narrow experts: the fit, its special cases, their plans, and every way to use them."""
 
+import contextlib
 import dataclasses
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +16,16 @@ from tiny import tiny_detector, tiny_ffn
 import detr_jax
 from detr_jax.calibration.inputs import draw_inputs
 from detr_jax.calibration.moments import moments_of
+from detr_jax.calibration.sensitivity import OutputDivergence
 from detr_jax.data.batches import CachedBatches
 from detr_jax.errors import InputError
 from detr_jax.kernels import Execution, ffn
 from detr_jax.methods import Executed, Experts, FitMaterial, RoutedExperts
-from detr_jax.methods.expert_fitting import WIDTHS, fit_experts
+from detr_jax.methods.expert_fitting import WIDTHS, _Layer, fit_experts
 from detr_jax.methods.reconstruction import obs_ranking, reconstruct_output
 from detr_jax.models.ffn import forward, trace
 from detr_jax.plan import load_plan, save_plan
+from detr_jax.training import fit
 
 F, D = 64, 12
 WEIGHTS, X, TOKENS = tiny_ffn(F, D, images=40)
@@ -150,6 +154,43 @@ def sparse():
     method = Experts(experts=3, rounds=1, router_steps=20, images=4, dtype="bfloat16")
     data = detr_jax.open_dataset("scenes", "train", 12)
     return detr_jax.sparsify(tiny_detector(), data, method, detr_jax.Density(0.3), calibration=4, progress=False)
+
+
+def test_an_interrupted_fit_goes_on_where_it_stopped_to_the_same_experts(tmp_path, monkeypatch):
+    method = Experts(experts=3, rounds=1, router_steps=20, images=4, ranking="obs")
+    data, budget = detr_jax.open_dataset("scenes", "train", 12), detr_jax.Density(0.3)
+    left, computed = math.inf, []
+
+    def watch(owner, name):
+        step = getattr(owner, name)
+
+        def watched(*arguments, **options):
+            if len(computed) >= left:
+                raise KeyboardInterrupt
+            computed.append(name)
+            return step(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(fit, "draw_inputs")
+    watch(OutputDivergence, "__call__")
+    for name in ("start", "ranked_by_elimination", "reconstructed", "trained"):
+        watch(_Layer, name)
+
+    def run(folder, resume):
+        options = {"calibration": 4, "folder": tmp_path / folder, "resume": resume, "progress": False}
+        return detr_jax.sparsify(tiny_detector(), data, method, budget, **options).plan.selectors
+
+    whole, every = run("whole", False), computed.copy()
+    assert every.count("trained") == 2 and every.count("reconstructed") == 6
+    computed.clear()
+    for left in [*range(1, len(every), 4), math.inf]:  # each goes on where the one before was interrupted
+        with contextlib.nullcontext() if left == math.inf else pytest.raises(KeyboardInterrupt):
+            resumed = run("interrupted", (tmp_path / "interrupted").exists())
+    assert computed == every  # none of the interruptions is between divergences, which are one part
+    assert jax.tree.structure(resumed) == jax.tree.structure(whole)
+    for one, other in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(one, other, strict=True)
 
 
 def test_a_plan_file_keeps_neurons_and_output_rows_alone(sparse, tmp_path):

@@ -41,11 +41,12 @@ def test_finished_results_are_refused(tmp_path):
 
 
 def test_what_a_killed_process_began_to_write_is_removed(tmp_path):
-    write_json(tmp_path / "result.json", {})
-    with replacing(tmp_path / "result.json") as temporary:
+    path = tmp_path / "parts" / "result.json"
+    write_json(path, {})
+    with replacing(path) as temporary:
         temporary.write_text("half")
         remove_leftovers(tmp_path)
-        assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+        assert list(path.parent.iterdir()) == [path]
         temporary.write_text("{}")
 
 

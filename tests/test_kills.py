@@ -1,10 +1,11 @@
 """Runs that are killed at random moments go on to the same results, bit for bit, and leave no broken file.
 
-`pytest -m slow tests/test_kills.py -s --kills 20` kills twenty times: gate training, a pass of statistics and the
-comparison of selectors, on generated scenes. Without the option only the pass of statistics is killed; the others take
-minutes.
+`pytest -m slow tests/test_kills.py -s --kills 20` kills twenty times: gate training, a pass of statistics, a fit of
+experts and the comparison of selectors, on generated scenes. Without the option only the pass of statistics is killed;
+the others take minutes.
 """
 
+import dataclasses
 import json
 import random
 import signal
@@ -18,9 +19,10 @@ import pytest
 from commands import SCRIPTS
 from PIL import Image
 from safetensors import safe_open
-from tiny import tiny_detector
+from tiny import TINY_CONFIG, tiny_detector
 
 import detr_jax
+from detr_jax.models.labels import SCENES_LABELS
 
 pytestmark = pytest.mark.slow
 
@@ -45,9 +47,10 @@ profile_activations(model, ScenesDataset("train", 200), 2, path, lambda images: 
 def commands(tmp_path_factory) -> dict[str, list[str]]:
     """One for each kind of run, as small as it can be."""
     detector = tmp_path_factory.mktemp("detector") / "detector.safetensors"
-    detr_jax.save(tiny_detector(), detector)
+    detr_jax.save(tiny_detector(config=dataclasses.replace(TINY_CONFIG, labels=SCENES_LABELS)), detector)
     comparison = ["--train-images", "40", "--calibration-images", "4", "--eval-images", "8"]
     training = ["--group-size", "4", "--batch-size", "2", "--checkpoint-steps", "3", "--epochs"]
+    experts = ["--method", "experts", "--density", "0.3", "--options", "experts=3", "ranking=obs", "images=16"]
     few = ["--split.train", "40", "--split.calib", "4", "--split.val", "8", "--split.statistics", "8"]
     comparison += [*training, "1", "--tuning-epochs", "1", "--statistics-images", "8", "--allocation-images", "4"]
     comparison += ["--methods", "mgs", "--densities", "0.5", "--sibs-taus", "0.9", "--sibs-indicators", "4"]
@@ -58,6 +61,7 @@ def commands(tmp_path_factory) -> dict[str, list[str]]:
     return {
         "statistics": [sys.executable, "-c", STATISTICS, str(detector)],
         "gate training": script("train_gates.py", *few, *training, "5"),
+        "experts": script("train_gates.py", *few, *training, "1", *experts),
         "comparison": script("compare_selectors.py", *comparison),
     }
 
@@ -125,7 +129,7 @@ def assert_same(one: object, other: object) -> None:
         assert one == other
 
 
-@pytest.mark.parametrize("name", ["statistics", "gate training", "comparison"])
+@pytest.mark.parametrize("name", ["statistics", "gate training", "experts", "comparison"])
 def test_killed_runs_go_on_to_the_same_results(commands, tmp_path, name, request):
     wanted = request.config.getoption("kills")
     if wanted is None and name != "statistics":

@@ -42,9 +42,9 @@ TINY_CONFIG = DetrConfig(
 )
 
 
-def tiny_detector(seed: int = 0, dtype: jnp.dtype = jnp.float32) -> DETR:
+def tiny_detector(seed: int = 0, dtype: jnp.dtype = jnp.float32, config: DetrConfig = TINY_CONFIG) -> DETR:
     """A detector with random parameters, stride 8. They come from numpy, because JAX would compile for each shape."""
-    graph, parameters, statistics = nnx.split(abstract_detector(TINY_CONFIG, dtype), nnx.Param, nnx.BatchStat)
+    graph, parameters, statistics = nnx.split(abstract_detector(config, dtype), nnx.Param, nnx.BatchStat)
     rng = np.random.default_rng(seed)
     parameters = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype), parameters)
     statistics = jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(0.5, 1, leaf.shape), leaf.dtype), statistics)

@@ -24,6 +24,7 @@ from detr_jax.errors import InputError, require_counts
 from detr_jax.kernels import Execution
 from detr_jax.models import FFNTrace, FFNWeights, LowRankFactors, OutputLayer, Selection, Selector, Selectors
 from detr_jax.pytrees import frozen, pytree
+from detr_jax.safetensors_io import Arrays
 
 if TYPE_CHECKING:
     from detr_jax.calibration.activations import ActivationStatistics
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 Class = TypeVar("Class", bound=type)
 AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
 Unit = Literal["log-odds", "probability"]
+Part = Callable[[str, Callable[[], Arrays]], Arrays]
 
 STORABLE: dict[str, type] = {cls.__name__: cls for cls in (Execution, LowRankFactors, OutputLayer)}
 """Classes that plan files may hold, by the names they have there."""
@@ -260,7 +262,7 @@ class Method:
         material: Mapping[str, FitMaterial],
         density: float,
         divergence: Callable[[Mapping[str, Selector]], float],
-        progress: Callable[[], object],
+        part: Part,
     ) -> dict[str, Selector]:
         """Selectors of all FFNs at a mean density, where `shares_density`.
 
@@ -268,12 +270,13 @@ class Method:
             material: of each FFN by name.
             density: mean share of the neurons that is computed.
             divergence: of the detector's outputs with some selectors, on held-out images.
-            progress: called after each of `steps` parts.
+            part: computes arrays by name, each of `parts` under a name of its own, or returns those of an interrupted
+                run.
         """
         raise NotImplementedError
 
-    def steps(self, ffns: int) -> int:
-        """Parts of `at_mean_density` for its progress bar."""
+    def parts(self, ffns: int) -> int:
+        """Number of parts of `at_mean_density`."""
         return ffns
 
 

@@ -6,7 +6,7 @@ over its own tokens. Then the router is trained to the lowest sum of error and p
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from detr_jax.methods.base import Part
 from detr_jax.methods.reconstruction import eliminate
 from detr_jax.models import FFNWeights
+from detr_jax.safetensors_io import Arrays
 
 if TYPE_CHECKING:
     from detr_jax.methods.experts import Experts
@@ -51,8 +53,8 @@ def fit_experts(
     ffns: Mapping[str, tuple[FFNWeights, np.ndarray]],
     density: float,
     method: "Experts",
-    importance: Callable[[dict[str, FittedExperts], dict[str, float]], Mapping[str, float]] | None = None,
-    progress: Callable[[], object] = lambda: None,
+    importance: Callable[[dict[str, FittedExperts], dict[str, float]], Arrays] | None = None,
+    part: Part = lambda name, compute: compute(),
 ) -> dict[str, FittedExperts]:
     """Experts of some FFNs that together compute a share of the hidden neurons.
 
@@ -60,29 +62,16 @@ def fit_experts(
         ffns: by name, the FFN and (tokens, d) inputs.
         density: mean over FFNs of the share of neurons that a token gets.
         method: options.
-        importance: weights of the FFNs' errors, from first experts and the share of each output's variance that they
+        importance: weights () of the FFNs' errors, from first experts and the share of each output's variance that they
             miss; None weighs all alike.
-        progress: called after each FFN and round.
+        part: see `Method.at_mean_density`.
     """
     layers = {name: _Layer(*ffn, method) for name, ffn in ffns.items()}
     weights = dict.fromkeys(layers, 1.0)
-    for turn in range(method.rounds + 1):
-        price = _fit_to(layers, density, weights, method)
-        if turn == 0 and importance is not None:
-            fitted = {name: layer.fitted() for name, layer in layers.items()}
-            weights = dict(importance(fitted, {name: layer.missed() for name, layer in layers.items()}))
-            price = _fit_to(layers, density, weights, method)
+
+    def each(title: str, step: Callable[[_Layer, float], Arrays], price: float = 0.0) -> None:
         for name, layer in layers.items():
-            if turn < method.rounds:
-                layer.train_router(price / weights[name], turn)
-            progress()
-    return {name: layer.fitted() for name, layer in layers.items()}
-
-
-def _fit_to(layers: Mapping[str, "_Layer"], density: float, weights: Mapping[str, float], method: "Experts") -> float:
-    """Chooses neurons at one price for all FFNs, fits the output layers, and returns the price."""
-    for layer in layers.values():
-        layer.rank_by_energy()
+            layer.take(part(f"{title}-{name}", partial(step, layer, price / weights[name])))
 
     def price_of() -> float:
         if density >= 1:
@@ -94,39 +83,93 @@ def _fit_to(layers: Mapping[str, "_Layer"], density: float, weights: Mapping[str
             low, high = (middle, high) if found > density else (low, middle)
         return float(high)
 
-    price = price_of()
-    if method.ranking == "obs":
-        for name, layer in layers.items():
-            layer.rank_by_elimination(price / weights[name])
+    def fit(turn: str) -> float:
+        """Chooses neurons at one price for all FFNs, fits the output layers, and returns the price."""
+        for layer in layers.values():
+            layer.take(layer.ranked_by_energy())
         price = price_of()
-    for name, layer in layers.items():
-        layer.reconstruct(price / weights[name])
-    return price
+        if method.ranking == "obs":
+            each(f"{turn}-order", _Layer.ranked_by_elimination, price)
+            price = price_of()
+        each(f"{turn}-experts", _Layer.reconstructed, price)
+        return price
+
+    each("start", _Layer.start)
+    if importance is not None:
+        fit(f"{density}-first")
+
+        def weigh() -> Arrays:
+            fitted = {name: layer.fitted() for name, layer in layers.items()}
+            return importance(fitted, {name: layer.missed() for name, layer in layers.items()})
+
+        weights = {name: float(of) for name, of in part(f"{density}-weights", weigh).items()}
+    for turn in range(method.rounds):
+        price = fit(f"{density}-{turn}")
+        each(f"{density}-{turn}-router", partial(_Layer.trained, turn=turn), price)
+    fit(f"{density}-{method.rounds}")
+    return {name: layer.fitted() for name, layer in layers.items()}
 
 
 class _Layer:
-    """The experts of one FFN while they are fitted; errors are shares of the variance of its output."""
+    """The experts of one FFN while they are fitted; errors are shares of the variance of its output.
+
+    Steps return the arrays by which they change it, see `take`; the rest follows from the inputs.
+    """
+
+    covariance: np.ndarray
+    """(F, F) of the hidden activations of all tokens, towards which those of few tokens are shrunk."""
+    kernel: np.ndarray
+    bias: np.ndarray
+    ids: np.ndarray
+    """(tokens,) the expert of each."""
+    energies: np.ndarray
+    """(C, F) variance of what a neuron adds to the outputs of an expert's tokens."""
+    ranks: np.ndarray
+    """(C, F) neurons in the order in which an expert keeps them."""
+    gains: np.ndarray
+    """(C, F) worth of each of `ranks`."""
+    widths: np.ndarray
+    """(C,) neurons of each expert."""
+    neurons: np.ndarray
+    """(sum of widths,) of one expert after the other."""
+    rows: np.ndarray
+    """(sum of widths, d) of W_out."""
+    biases: np.ndarray
+    """(C, d)."""
 
     def __init__(self, weights: FFNWeights, inputs: np.ndarray, method: "Experts"):
         self._w_in, self._b_in, self._w_out, self._b_out = (np.asarray(array, np.float32) for array in weights)
         self._x, self._method = np.asarray(inputs, np.float32), method
-        self._y = np.concatenate([self._hidden(part) @ self._w_out for part in _chunks(self._x)])
-        self._variance = max(float(self._y.var(0, dtype=np.float64).sum()), np.finfo(np.float32).tiny)
-        self._covariance = self._covariance_of_all()
         self._count = min(method.experts, len(self._x))
-        centres = np.asarray(_kmeans(self._x, _start(self._x, self._count, method.seed)))
+
+    def take(self, arrays: Arrays) -> None:
+        vars(self).update(arrays)
+
+    @cached_property
+    def _y(self) -> np.ndarray:
+        return np.concatenate([self._hidden(part) @ self._w_out for part in _chunks(self._x)])
+
+    @cached_property
+    def _variance(self) -> float:
+        return max(float(self._y.var(0, dtype=np.float64).sum()), float(np.finfo(np.float32).tiny))
+
+    def _tokens_of(self, ids: np.ndarray) -> list[np.ndarray]:
+        return [np.flatnonzero(ids == expert) for expert in range(self._count)]
+
+    def start(self, _: float) -> Arrays:
+        """A router by k-means."""
+        self.covariance = self._covariance_of_all()
+        centres = np.asarray(_kmeans(self._x, _start(self._x, self._count, self._method.seed)))
         kernel, bias = 2 * centres.T, -(centres**2).sum(1)
         # Neither a flat nor a hard softmax to start from.
         scores = np.sort(self._x[:4096] @ kernel + bias, axis=-1)
         gap = np.median(scores[:, -1] - scores[:, -2]) if self._count > 1 else 1.0
-        self._kernel, self._bias = kernel / max(gap, 1e-6), bias / max(gap, 1e-6)
-        self._assign()
+        return {"covariance": self.covariance} | self._routed(kernel / max(gap, 1e-6), bias / max(gap, 1e-6))
 
     def _hidden(self, x: np.ndarray, neurons: np.ndarray | slice = slice(None)) -> np.ndarray:
         return np.maximum(x @ self._w_in[neurons].T + self._b_in[neurons], 0)
 
     def _covariance_of_all(self) -> np.ndarray:
-        """(F, F) of the hidden activations of all tokens, towards which those of few tokens are shrunk."""
         size = len(self._w_in)
         products, sums = np.zeros((size, size)), np.zeros(size)
         for part in _chunks(self._x):
@@ -141,58 +184,57 @@ class _Layer:
         weight = self._method.prior / (self._method.prior + len(tokens))
         return (1 - weight) * own + weight * general
 
-    def _assign(self) -> None:
-        ids = (self._x @ self._kernel + self._bias).argmax(-1)
-        self._tokens = [np.flatnonzero(ids == expert) for expert in range(self._count)]
-        self._shares = np.array([len(tokens) for tokens in self._tokens]) / len(self._x)
+    def _routed(self, kernel: np.ndarray, bias: np.ndarray) -> Arrays:
+        ids = (self._x @ kernel + bias).argmax(-1)
         norms = (self._w_out.astype(np.float64) ** 2).sum(1) / self._variance
-        self._energies = np.zeros((self._count, len(self._w_in)))
-        for expert, tokens in enumerate(self._tokens):
+        energies = np.zeros((self._count, len(self._w_in)))
+        for expert, tokens in enumerate(self._tokens_of(ids)):
             if len(tokens):
                 variances = self._hidden(self._x[tokens]).var(0)
-                self._energies[expert] = norms * self._shrunk(variances, np.diag(self._covariance), tokens)
+                energies[expert] = norms * self._shrunk(variances, np.diag(self.covariance), tokens)
+        return {"kernel": kernel, "bias": bias, "ids": ids, "energies": energies}
 
-    def rank_by_energy(self) -> None:
+    def ranked_by_energy(self) -> Arrays:
         """Neurons of each expert by the variance of what they add to its tokens' outputs."""
-        energies = self._energies
-        self._ranks = np.argsort(-energies, axis=1, kind="stable")
-        self._gains = np.take_along_axis(energies, self._ranks, axis=1)
-        self._equalise()
+        ranks = np.argsort(-self.energies, axis=1, kind="stable")
+        return self._ranked(ranks, np.take_along_axis(self.energies, ranks, axis=1))
 
-    def rank_by_elimination(self, price: float) -> None:
+    def ranked_by_elimination(self, price: float) -> Arrays:
         """Orders those of highest energy again, by what each costs once the others make up for it."""
-        for expert, (tokens, width) in enumerate(zip(self._tokens, self._widths_at(price), strict=True)):
-            candidates = self._ranks[expert, : min(2 * width + 32, len(self._w_in))]
+        ranks, gains = self.ranks.copy(), np.zeros_like(self.gains)
+        for expert, (tokens, width) in enumerate(zip(self._tokens_of(self.ids), self._widths_at(price), strict=True)):
+            candidates = ranks[expert, : min(2 * width + 32, len(self._w_in))].copy()
             hidden = self._hidden(self._x[tokens], candidates)
             centred = (hidden - hidden.mean(0)).astype(np.float64) if len(tokens) else np.zeros((1, len(candidates)))
             covariance = centred.T @ centred / len(centred)
-            covariance = self._shrunk(covariance, self._covariance[np.ix_(candidates, candidates)], tokens)
+            covariance = self._shrunk(covariance, self.covariance[np.ix_(candidates, candidates)], tokens)
             order, costs = eliminate(covariance, self._w_out[candidates].astype(np.float64))
-            self._ranks[expert, : len(candidates)] = candidates[order]
-            self._gains[expert] = 0
-            self._gains[expert, : len(order)] = costs / self._variance
-        self._equalise()
+            ranks[expert, : len(candidates)] = candidates[order]
+            gains[expert, : len(order)] = costs / self._variance
+        return self._ranked(ranks, gains)
 
-    def _equalise(self) -> None:
+    def _ranked(self, ranks: np.ndarray, gains: np.ndarray) -> Arrays:
         if self._method.widths == "equal":  # what a neuron is worth is its rank
-            self._gains[:] = np.arange(len(self._w_in), 0, -1) / len(self._w_in)
+            gains[:] = np.arange(len(self._w_in), 0, -1) / len(self._w_in)
+        return {"ranks": ranks, "gains": gains}
 
     def _widths_at(self, price: float) -> np.ndarray:
         """(C,) neurons of each expert that are worth the price, rounded to the nearest of `WIDTHS`."""
-        wanted = (self._gains >= price).sum(1)
+        wanted = (self.gains >= price).sum(1)
         above = WIDTHS[np.minimum(np.searchsorted(WIDTHS, wanted), len(WIDTHS) - 1)]
         below = WIDTHS[np.maximum(np.searchsorted(WIDTHS, wanted, side="right") - 1, 0)]
         return np.minimum(np.where(above - wanted < wanted - below, above, below), len(self._w_in))
 
     def density(self, price: float) -> float:
-        return float(self._shares @ self._widths_at(price)) / len(self._w_in)
+        shares = np.bincount(self.ids, minlength=self._count) / len(self._x)
+        return float(shares @ self._widths_at(price)) / len(self._w_in)
 
-    def reconstruct(self, price: float) -> None:
+    def reconstructed(self, price: float) -> Arrays:
         """Output layers of the neurons that are worth the price."""
         mean = self._y.mean(0)
-        self._neurons, self._rows, self._biases = [], [], []
-        for expert, (tokens, width) in enumerate(zip(self._tokens, self._widths_at(price), strict=True)):
-            neurons = np.sort(self._ranks[expert, :width])
+        found: dict[str, list[Any]] = {"widths": [], "neurons": [], "rows": [], "biases": []}
+        for expert, (tokens, width) in enumerate(zip(self._tokens_of(self.ids), self._widths_at(price), strict=True)):
+            neurons = np.sort(self.ranks[expert, :width])
             own = self._w_out[neurons].astype(np.float64)
             if not len(tokens):  # no token of the sample; the mean is a guess for one that comes later
                 neurons, own = neurons[:0], own[:0]
@@ -202,9 +244,11 @@ class _Layer:
                 hidden_mean, output_mean = hidden.mean(0), outputs.mean(0, dtype=np.float64)
                 hidden, outputs = hidden - hidden_mean, outputs - output_mean
                 rows = self._regressed(own, neurons, tokens, hidden, outputs)
-            self._neurons.append(neurons)
-            self._rows.append(rows.astype(np.float32))
-            self._biases.append((output_mean - hidden_mean @ rows + self._b_out).astype(np.float32))
+            found["widths"].append([len(neurons)])
+            found["neurons"].append(neurons)
+            found["rows"].append(rows.astype(np.float32))
+            found["biases"].append((output_mean - hidden_mean @ rows + self._b_out).astype(np.float32)[None])
+        return {name: np.concatenate(of) for name, of in found.items()}
 
     def _regressed(
         self, own: np.ndarray, neurons: np.ndarray, tokens: np.ndarray, hidden: np.ndarray, outputs: np.ndarray
@@ -213,7 +257,7 @@ class _Layer:
         if not len(own):
             return own
         covariance, cross = (hidden.T @ others / len(hidden) for others in (hidden, outputs))
-        general = self._covariance[neurons]
+        general = self.covariance[neurons]
         covariance = self._shrunk(covariance, general[:, neurons], tokens)
         missing = self._shrunk(cross, general @ self._w_out, tokens) - covariance @ own
         strength = self._method.ridge * (1 + _FEW_TOKENS * len(own) / len(tokens))
@@ -222,33 +266,40 @@ class _Layer:
 
     def _errors(self, expert: int, tokens: np.ndarray | slice = slice(None)) -> np.ndarray:
         """Squared error of each token's output with an expert."""
+        neurons, rows = (of[expert] for of in self._by_expert())
         parts = zip(_chunks(self._x[tokens]), _chunks(self._y[tokens]), strict=True)
-        bias = self._biases[expert] - self._b_out
-        missed = [self._hidden(x, self._neurons[expert]) @ self._rows[expert] + bias - y for x, y in parts]
+        bias = self.biases[expert] - self._b_out
+        missed = [self._hidden(x, neurons) @ rows + bias - y for x, y in parts]
         return np.concatenate([np.einsum("td,td->t", part, part) for part in missed]) / self._variance
 
     def missed(self) -> float:
         """Share of the output's variance that the experts miss."""
-        errors = (self._errors(expert, tokens).sum() for expert, tokens in enumerate(self._tokens) if len(tokens))
-        return float(sum(errors)) / len(self._x)
+        of_each = enumerate(self._tokens_of(self.ids))
+        return float(sum(self._errors(expert, tokens).sum() for expert, tokens in of_each if len(tokens))) / len(
+            self._x
+        )
 
-    def train_router(self, price: float, turn: int) -> None:
-        """Trains the router to the lowest expected sum of error and price, and splits the tokens by it."""
-        experts = range(self._count)
-        prices = np.stack([self._errors(expert) + price * len(self._neurons[expert]) for expert in experts], axis=1)
+    def trained(self, price: float, turn: int) -> Arrays:
+        """A router with the lowest expected sum of error and price, and the tokens that it gives each expert."""
+        errors = np.stack([self._errors(expert) for expert in range(self._count)], axis=1)
+        prices = errors + price * self.widths
         mean, deviation = self._x.mean(0), self._x.std(0) + 1e-6
-        start = (self._kernel * deviation[:, None], self._bias + mean @ self._kernel)
+        start = (self.kernel * deviation[:, None], self.bias + mean @ self.kernel)
         inputs = ((self._x - mean) / deviation, prices - prices.min(1, keepdims=True))
         key = jax.random.key(self._method.seed + turn)
         start, inputs = jax.tree.map(partial(jnp.asarray, dtype=jnp.float32), (start, inputs))
         kernel, bias = jax.device_get(_train(start, *inputs, key, steps=self._method.router_steps))
-        self._kernel = kernel / deviation[:, None]
-        self._bias = bias - mean @ self._kernel
-        self._assign()
+        kernel = kernel / deviation[:, None]
+        return self._routed(kernel, bias - mean @ kernel)
+
+    def _by_expert(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Neurons and output rows of each expert."""
+        ends = np.cumsum(self.widths)[:-1]
+        return np.split(self.neurons, ends), np.split(self.rows, ends)
 
     def fitted(self) -> FittedExperts:
-        router = (np.asarray(self._kernel, np.float32), np.asarray(self._bias, np.float32))
-        return FittedExperts(*router, self._neurons, self._rows, np.stack(self._biases))
+        router = (np.asarray(self.kernel, np.float32), np.asarray(self.bias, np.float32))
+        return FittedExperts(*router, *self._by_expert(), self.biases)
 
 
 def _chunks(array: np.ndarray) -> list[np.ndarray]:

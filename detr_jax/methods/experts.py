@@ -12,10 +12,11 @@ import numpy as np
 from detr_jax import kernels
 from detr_jax.errors import InputError, require_choices, require_counts
 from detr_jax.kernels import Execution
-from detr_jax.methods.base import FitMaterial, Free, Method, Traits, register, storable
+from detr_jax.methods.base import FitMaterial, Free, Method, Part, Traits, register, storable
 from detr_jax.methods.executed import Executed
 from detr_jax.methods.expert_fitting import FittedExperts, fit_experts
 from detr_jax.models import FFNWeights, Routed, Selection, Selector
+from detr_jax.safetensors_io import Arrays
 
 
 @storable
@@ -166,28 +167,29 @@ class Experts(Method):
         found = [fit_experts(ffn, density, self)[material.name] for density in densities]
         return tuple(self._selector(fitted, material.weights) for fitted in found)
 
-    def steps(self, ffns: int) -> int:
-        return ffns * (self.rounds + 1)
+    def parts(self, ffns: int) -> int:
+        fits = (self.rounds + 2) * (1 + (self.ranking == "obs"))
+        return ffns * (1 + fits + self.rounds) + 1
 
     def at_mean_density(
         self,
         material: Mapping[str, FitMaterial],
         density: float,
         divergence: Callable[[Mapping[str, Selector]], float],
-        progress: Callable[[], object],
+        part: Part,
     ) -> dict[str, Selector]:
         """See `Method.at_mean_density`: one price for all FFNs, in units of the divergence that an error causes."""
 
-        def importance(fitted: dict[str, FittedExperts], missed: dict[str, float]) -> dict[str, float]:
+        def importance(fitted: dict[str, FittedExperts], missed: dict[str, float]) -> Arrays:
             selectors = {name: self._selector(of, material[name].weights) for name, of in fitted.items()}
             # Experts of other widths are another program, and the definition is compiled soonest.
             once = {name: Executed(of, Execution(implementation="reference")) for name, of in selectors.items()}
             caused = {name: divergence({name: of}) / max(missed[name], 1e-9) for name, of in once.items()}
             mean = max(float(np.mean(list(caused.values()))), 1e-12)
-            return {name: max(of / mean, 1e-3) for name, of in caused.items()}
+            return {name: np.array(max(of / mean, 1e-3)) for name, of in caused.items()}
 
         ffns = {name: (of.weights, of.inputs) for name, of in material.items()}
-        found = fit_experts(ffns, density, self, importance, progress)
+        found = fit_experts(ffns, density, self, importance, part)
         return {name: self._selector(fitted, material[name].weights) for name, fitted in found.items()}
 
     def _selector(self, fitted: FittedExperts, weights: FFNWeights) -> RoutedExperts:

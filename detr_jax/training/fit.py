@@ -32,7 +32,7 @@ from detr_jax.methods.tiles import TileCounts, count_kept
 from detr_jax.models import Detector, HasFFNs, Selector, Selectors
 from detr_jax.models.parameters import fingerprint
 from detr_jax.plan import Plan
-from detr_jax.run_folder import versions
+from detr_jax.run_folder import resumable_parts, versions
 from detr_jax.training.budgets import (
     Budget,
     Density,
@@ -46,7 +46,7 @@ from detr_jax.training.budgets import (
 )
 from detr_jax.training.gates import train_gates
 
-OUTPUTS = ("checkpoints", "tuned", "activations.safetensors", "plan.safetensors")
+OUTPUTS = ("checkpoints", "tuned", "parts", "activations.safetensors", "plan.safetensors")
 GRID = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03, 0.02, 0.01)
 """Densities that an allocation among FFNs chooses from."""
 _HALVINGS = 10
@@ -92,7 +92,7 @@ def hold_out(data: Dataset, calibration: Dataset | int) -> tuple[Dataset, Datase
 class Fit:
     """A method fitted to a detector, which can be given several budgets.
 
-    An interrupted fit in the same folder is resumed from its statistics and checkpoints.
+    An interrupted fit in the same folder is resumed from its statistics, checkpoints and finished parts.
 
     Args:
         detector: frozen, its neurons in their own order.
@@ -188,7 +188,7 @@ class Fit:
             if "activations" in requires:
                 found["activations"] = measure_activations(self.permuted, batches)
             if "inputs" in requires:
-                found["inputs"] = self._drawn_inputs()
+                found["inputs"] = resumable_parts(self._folder / "parts")("inputs", self._drawn_inputs)
             if requires & {"input_moments", "hidden_moments"}:
                 found["input_moments"], found["hidden_moments"] = measure_moments(self.permuted, batches)
         return {
@@ -307,8 +307,9 @@ class Fit:
 
         @cache
         def shared(density: float) -> dict[str, Selector]:
-            with self._bar(method.steps(len(material)), f"fitting to a density of {density:.3g}", "FFN") as bar:
-                return method.at_mean_density(material, density, divergence, bar.update)
+            with self._bar(method.parts(len(material)), f"fitting to a density of {density:.3g}", "part") as bar:
+                part = resumable_parts(self._folder / "parts", bar.update)
+                return method.at_mean_density(material, density, divergence, part)
 
         return shared
 

@@ -19,6 +19,7 @@ from detr_jax.data.dataset import Dataset, Subset
 from detr_jax.evaluation.comparison import Comparison, Row
 from detr_jax.methods import METHODS, FitMaterial, Thresholded, TrainedMethod
 from detr_jax.models import DETR, Selector, Selectors
+from detr_jax.run_folder import resumable_parts
 from detr_jax.training.gates import Gates
 
 if TYPE_CHECKING:
@@ -133,8 +134,9 @@ class Workbench:
             count = sum(int(batch.valid.sum()) for batch in sample)
             self._drawn[name] = draw_inputs(self.ordered, cached(sample), method.tokens, count, method.seed)
         material = {ffn: FitMaterial(w, inputs=self._drawn[name][ffn], name=ffn) for ffn, w in self.weights.items()}
-        with tqdm(total=method.steps(len(material)), desc=f"{name}, density {density:g}", unit="FFN") as bar:
-            return method.at_mean_density(material, density, self.divergence, bar.update)
+        with tqdm(total=method.parts(len(material)), desc=f"{name}, density {density:g}", unit="part") as bar:
+            part = resumable_parts(self.arguments.out / "parts" / name, bar.update)
+            return method.at_mean_density(material, density, self.divergence, part)
 
     def sensitivity(self, name: str, gates: Mapping[str, Gates]) -> SensitivityTable:
         """A method at every density of the grid in each FFN."""
