@@ -17,7 +17,6 @@ import detr_jax
 from detr_jax.calibration.inputs import draw_inputs
 from detr_jax.calibration.moments import moments_of
 from detr_jax.calibration.sensitivity import OutputDivergence
-from detr_jax.data.batches import CachedBatches
 from detr_jax.errors import InputError
 from detr_jax.kernels import Execution, ffn
 from detr_jax.methods import Executed, Experts, FitMaterial, RoutedExperts
@@ -137,7 +136,7 @@ def test_prepared_experts_compute_the_same_and_out_of_range_is_refused():
 
 
 def test_inputs_are_drawn_without_padding_and_evenly():
-    batches = CachedBatches([FFNInputs({"f": X[i : i + 8]}, {"f": TOKENS[i : i + 8]}) for i in range(0, 40, 8)])
+    batches = [FFNInputs({"f": X[i : i + 8]}, {"f": TOKENS[i : i + 8]}) for i in range(0, 40, 8)]
     drawn = draw_inputs(StandaloneFFNs({"f": WEIGHTS}), batches, 80, 40, seed=0)["f"]
     assert drawn.shape == (80, D) and drawn.dtype == np.float32
     rows = {row.tobytes(): image for image, of in enumerate(np.asarray(X)) for row in of[np.asarray(TOKENS[image])]}
@@ -146,7 +145,16 @@ def test_inputs_are_drawn_without_padding_and_evenly():
     again = draw_inputs(StandaloneFFNs({"f": WEIGHTS}), batches, 80, 40, seed=0)["f"]
     np.testing.assert_array_equal(drawn, again)
     with pytest.raises(InputError, match="no images to draw tokens from"):
-        draw_inputs(StandaloneFFNs({"f": WEIGHTS}), CachedBatches([]), 80, 40, seed=0)
+        draw_inputs(StandaloneFFNs({"f": WEIGHTS}), [], 80, 40, seed=0)
+
+
+def test_features_of_the_images_to_fit_on_are_not_kept(monkeypatch):
+    kept, embed = [], fit.Fit._embedded
+    monkeypatch.setattr(fit.Fit, "_embedded", lambda self, data, use: kept.append(use) or embed(self, data, use))
+    data = detr_jax.open_dataset("scenes", "train", 12)
+    method = Experts(experts=1, rounds=0, images=4)
+    detr_jax.sparsify(tiny_detector(), data, method, detr_jax.Density(0.3), calibration=4, progress=False)
+    assert kept == ["calibration"]
 
 
 @pytest.fixture(scope="module")

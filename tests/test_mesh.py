@@ -96,7 +96,7 @@ def assert_same_experts(inputs: Path, one: Path, other: Path) -> None:
     few tokens see. Experts of equal width have no certain order.
     """
     model, images = detr_jax.load(inputs / "detector.safetensors"), CocoDataset(inputs, "val2017")
-    drawn = draw_inputs(model, ImageBatches(model, images, 11), 2**16, len(images), seed=0)
+    drawn = draw_inputs(model, ImageBatches(model, images, 11).batches(), 2**16, len(images), seed=0)
     plans = [load_plan(out / "experts" / "plan.safetensors", model).selectors for out in (one, other)]
     for name, weights in model.ffn_weights().items():
         x, tokens = drawn[name][None], np.ones((1, len(drawn[name])), bool)

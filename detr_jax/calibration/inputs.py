@@ -1,5 +1,6 @@
 """Random samples of the FFNs' inputs, for methods that are fitted to tokens."""
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -7,18 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from detr_jax.data.batches import BatchSource
 from detr_jax.errors import InputError
 from detr_jax.mesh import to_host
 from detr_jax.models import FFNTrace, HasFFNs
 
 
-def draw_inputs(model: HasFFNs, batches: BatchSource, count: int, images: int, seed: int) -> dict[str, np.ndarray]:
+def draw_inputs(model: HasFFNs, batches: Iterable[Any], count: int, images: int, seed: int) -> dict[str, np.ndarray]:
     """Inputs of every FFN while all run dense, drawn without replacement and without padding.
 
     Args:
         model: the FFNs.
-        batches: data; one pass is made.
+        batches: data, each of which is needed once.
         count: tokens of each FFN at most, equally many of each image as far as it has so many.
         images: in `batches`.
         seed: of the draw.
@@ -31,7 +31,7 @@ def draw_inputs(model: HasFFNs, batches: BatchSource, count: int, images: int, s
     """
     parts: dict[str, list[np.ndarray]] = {}
     each = max(count // max(images, 1), 1)
-    for i, batch in enumerate(batches.batches()):
+    for i, batch in enumerate(batches):
         key = jax.random.fold_in(jax.random.key(seed), i)
         for name, (inputs, exists) in to_host(_draw(model, batch, key, each=each)).items():
             parts.setdefault(name, []).append(inputs[exists])

@@ -183,12 +183,12 @@ class Fit:
         found: dict[str, Mapping[str, Any]] = {}
         if isinstance(self.method, TrainedMethod):
             found["gate"] = self._train(self.method)
-        if requires - {"gate"}:
+        if "inputs" in requires:
+            found["inputs"] = resumable_parts(self._folder / "parts")("inputs", self._drawn_inputs)
+        if requires & {"activations", "input_moments", "hidden_moments"}:
             batches = self._cached(self._embedded(self._sample, "training"))
             if "activations" in requires:
                 found["activations"] = measure_activations(self.permuted, batches)
-            if "inputs" in requires:
-                found["inputs"] = resumable_parts(self._folder / "parts")("inputs", self._drawn_inputs)
             if requires & {"input_moments", "hidden_moments"}:
                 found["input_moments"], found["hidden_moments"] = measure_moments(self.permuted, batches)
         return {
@@ -199,7 +199,8 @@ class Fit:
     def _drawn_inputs(self) -> dict[str, np.ndarray]:
         method: Any = self.method  # it says how many
         sample = Subset(self._data, 0, min(method.images, len(self._data)))
-        batches = self._cached(self._embedded(sample, "training"))
+        source = ImageBatches(self.permuted, sample, self._options.batch_size)  # features of so many fill the memory
+        batches = tqdm(source.batches(), "drawing inputs", len(source), unit="batch", disable=not self._progress)
         return draw_inputs(self.permuted, batches, method.tokens, len(sample), method.seed)
 
     def _train(self, method: TrainedMethod) -> dict[str, Score]:

@@ -228,7 +228,7 @@ def shared_sets(ffns: StandaloneFFNs, halves: Halves) -> dict[str, dict[str, dic
 def tokens_for(method: Experts, ffns: StandaloneFFNs, halves: Halves) -> dict[str, FitMaterial]:
     """The tokens of each FFN that experts are fitted to."""
     images = sum(len(next(iter(batch.x.values()))) for batch in halves.calibration.batches())
-    drawn = draw_inputs(ffns, halves.calibration, method.tokens, images, method.seed)
+    drawn = draw_inputs(ffns, halves.calibration.batches(), method.tokens, images, method.seed)
     return {name: FitMaterial(weights, inputs=drawn[name], name=name) for name, weights in ffns.weights.items()}
 
 

@@ -132,7 +132,7 @@ class Workbench:
         if name not in self._drawn:
             sample = self.training[: -(-method.images // self.arguments.training.batch_size)]
             count = sum(int(batch.valid.sum()) for batch in sample)
-            self._drawn[name] = draw_inputs(self.ordered, cached(sample), method.tokens, count, method.seed)
+            self._drawn[name] = draw_inputs(self.ordered, cached(sample).batches(), method.tokens, count, method.seed)
         material = {ffn: FitMaterial(w, inputs=self._drawn[name][ffn], name=ffn) for ffn, w in self.weights.items()}
         with tqdm(total=method.parts(len(material)), desc=f"{name}, density {density:g}", unit="part") as bar:
             part = resumable_parts(self.arguments.out / "parts" / name, bar.update)
