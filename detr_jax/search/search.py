@@ -101,7 +101,7 @@ class PlanSearch:
         require_active(statistics, images.name)
         _, hidden = measure_moments(self.model, sample)
         method = Experts(experts=settings.experts_per_ffn, images=len(images))
-        inputs = draw_inputs(self.model, sample, method.tokens, method.images, method.seed)
+        inputs = draw_inputs(self.model, sample.batches(), method.tokens, method.images, method.seed)
         found = {}
         with tqdm(total=len(weights) * (1 + len(settings.experts)), desc="making candidates", unit="fit") as bar:
             for name in self.names:
