@@ -9,11 +9,12 @@ A token of no expert, a(t) = C, gets 0.
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 
 class Experts(NamedTuple):
@@ -54,6 +55,12 @@ def routed_ffn(
         hidden = jax.nn.relu(jnp.einsum("...d,nkd->...nk", x, w_in) + b_in)
         outputs += jnp.einsum("...nk,nkd->...d", jnp.where(own[..., None], hidden, 0), w_out)
     return outputs.astype(x.dtype)
+
+
+def join_rows(stacks: Sequence[Shaped[Array, "_ _ *rest"]], multiple: int) -> Shaped[Array, "rows *rest"]:
+    """Neurons of all experts below each other, those of each padded with zeros to a multiple."""
+    padded = (jnp.pad(s, ((0, 0), (0, -s.shape[1] % multiple), *[(0, 0)] * (s.ndim - 2))) for s in stacks)
+    return jnp.concatenate([s.reshape(-1, *s.shape[2:]) for s in padded])
 
 
 class TokenGroups(NamedTuple):

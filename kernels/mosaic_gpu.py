@@ -8,8 +8,7 @@ second product stay in registers until the list is done.
 Neurons are on rows of both matrices, and 8 rows are one row of tiles of the 128-byte swizzle: a block of as few as 8
 neurons can be copied on its own, and blocks copied below each other are an operand of the matrix unit.
 
-No warpgroup is set aside for copying: sums for 64 tokens need more registers than each of three warpgroups gets unless
-registers are shared out with `set_max_registers`.
+No warpgroup is set aside for copying: see `hopper`.
 """
 
 from functools import partial
@@ -18,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from detr_jax.kernels import hopper
 from detr_jax.kernels.backend import Backend, FFNShape, FFNWeights
 from detr_jax.kernels.block_masks import BlockLists, pad_tokens
 from detr_jax.kernels.reference import expand_groups
@@ -30,28 +30,17 @@ TOKENS = 2 * ROWS
 """Tokens of a thread block; larger tiles are divided."""
 STAGES = 2
 """Chunks in shared memory at once: one in use, the next on its way."""
-MAX_FEATURES = 256
-"""Model features whose sums for 64 tokens fit the registers of a warpgroup."""
 
 
 def unsupported_reason(shape: FFNShape) -> str | None:
     """Why this cannot compute an FFN on the default device; None if it can."""
-    if jax.default_backend() != "gpu":
-        return f"it runs on Hopper GPUs, not on {jax.default_backend()}"
-    capability = getattr(jax.devices()[0], "compute_capability", "unknown")
-    if capability != "9.0":
-        return f"it runs on Hopper GPUs, of compute capability 9.0, not {capability}"
-    return unsupported(shape)
+    return hopper.unsupported_device() or unsupported(shape)
 
 
 def unsupported(shape: FFNShape) -> str | None:
     """Why this cannot compute an FFN on any Hopper GPU; None if it can."""
-    if shape.dtype != jnp.bfloat16:
-        return f"it computes in bfloat16, not in {shape.dtype}"
-    if shape.d_model % 64:
-        return f"{shape.d_model} features are not a multiple of 64"
-    if shape.d_model > MAX_FEATURES:
-        return f"sums of {shape.d_model} features do not fit its registers, up to {MAX_FEATURES} do"
+    if reason := hopper.unsupported_inputs(shape.dtype, shape.d_model):
+        return reason
     if shape.hidden % CHUNK:
         return f"{shape.hidden} hidden neurons are not whole chunks of {CHUNK}"
     if shape.block_size % CHUNK and shape.block_size not in (8, 16, 32):
@@ -78,8 +67,7 @@ def block_sparse_ffn(
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu  # half a second: not where it does not run
 
-    # Layout of operands of the matrix unit in shared memory: tiles of 8 rows of 128 bytes, which is 64 bfloat16.
-    swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    swizzled = hopper.swizzle()
     tiles, tile_size, d = x.shape
     tokens = ROWS if tile_size <= ROWS else TOKENS
     # The parts of a tile share its list.
@@ -168,15 +156,6 @@ def _kernel(block_size, features, sparse, exact, x, w_in, b_in, w_out, b_out, *r
     def copy_out(chunk):
         copy_rows(chunk, w_out, chunk_out, out_loaded.at[chunk % STAGES])
 
-    def along_rows(row, shape):
-        """The same numbers for every row of an accumulator, in float32."""
-        row = plgpu.layout_cast(row, plgpu.Layout.WGMMA.reduce(0)).astype(jnp.float32)
-        return jax.lax.broadcast_in_dim(row, shape, [1])
-
-    def transposed(ref):
-        """A matrix in shared memory seen as its transpose: a method since JAX 0.11, a function before."""
-        return ref.transpose((1, 0)) if hasattr(ref, "transpose") else plgpu.transpose_ref(ref, (1, 0))
-
     def replace(chunk, used, copy):
         """Once all warpgroups have used a chunk, its place is given to the next that belongs there."""
 
@@ -208,12 +187,12 @@ def _kernel(block_size, features, sparse, exact, x, w_in, b_in, w_out, b_out, *r
 
             def first_product(sums):
                 plgpu.barrier_wait(in_loaded.at[stage])
-                plgpu.wgmma(sums, x_rows.at[group], transposed(chunk_in.at[stage]))
+                plgpu.wgmma(sums, x_rows.at[group], hopper.transposed(chunk_in.at[stage]))
                 replace(chunk - 1, out_used, copy_out)  # while it is computed
                 return sums[...]
 
             h = pl.run_scoped(first_product, plgpu.ACC((ROWS, CHUNK), jnp.float32))
-            h = jnp.maximum(h + along_rows(chunk_bias[stage], h.shape), 0)
+            h = jnp.maximum(h + hopper.along_rows(chunk_bias[stage], h.shape), 0)
             if size < CHUNK:
                 neuron = plgpu.broadcasted_iota(jnp.int32, h.shape, 1, layout=plgpu.Layout.WGMMA)
                 h = jnp.where(neuron < neurons - chunk * CHUNK, h, 0)
@@ -234,7 +213,7 @@ def _kernel(block_size, features, sparse, exact, x, w_in, b_in, w_out, b_out, *r
         return total[...]
 
     y = pl.run_scoped(add_chunks, plgpu.ACC(x_rows.shape[1:], jnp.float32))
-    x_rows[group] = (y + along_rows(out_bias[group], y.shape)).astype(x_rows.dtype)
+    x_rows[group] = (y + hopper.along_rows(out_bias[group], y.shape)).astype(x_rows.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(x_rows.at[group], out.at[part, rows])
     plgpu.wait_smem_to_gmem(0)

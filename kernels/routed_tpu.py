@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from detr_jax.kernels.backend import ExpertsShape
-from detr_jax.kernels.experts import Experts, group_tokens
+from detr_jax.kernels.experts import Experts, group_tokens, join_rows
 
 CHUNK = 128
 """Neurons whose activations are computed at once. Experts are padded to whole chunks with rows of zeros."""
@@ -102,8 +102,7 @@ def _resident(experts: Experts) -> tuple[jax.Array, ...]:
     """W_in (F', d), b_in (F' / CHUNK, CHUNK), W_out (F', d), b_out (C + 1, d): whole chunks, and one group more."""
 
     def rows(stacks):
-        padded = (jnp.pad(s, ((0, 0), (0, -s.shape[1] % CHUNK), *[(0, 0)] * (s.ndim - 2))) for s in stacks)
-        joined = jnp.concatenate([s.reshape(-1, *s.shape[2:]) for s in padded])
+        joined = join_rows(stacks, CHUNK)
         return joined if len(joined) else jnp.zeros((CHUNK, *joined.shape[1:]), joined.dtype)  # all of width 0
 
     b_in = rows(experts.b_in).reshape(-1, CHUNK).astype(jnp.float32)

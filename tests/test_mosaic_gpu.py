@@ -1,6 +1,5 @@
 """The Hopper kernel: interpreted, with a check for races, lowered, and compiled for a GPU that is not here."""
 
-import re
 from functools import partial
 from types import SimpleNamespace
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ffn_baselines import fused_dense, sparse_ffn
+from hopper_target import ahead_of_time, check_registers, lowered
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernel_cases import change_backend, close, definition, random_case
 from random_gates import RandomGate
@@ -130,9 +130,6 @@ def test_it_runs_on_hopper_only(capability, reason, monkeypatch):
     assert answer is None if reason is None else reason in answer
 
 
-H200 = jax.sharding.AbstractDevice("NVIDIA H200", 132, "gpu")
-
-
 def operands(block_size, *, exact=False, tiles=17, tile=64, d=256, features=2048, sharding=None):
     """Shapes of x, weights and lists; dense without a block size."""
 
@@ -157,9 +154,7 @@ def operands(block_size, *, exact=False, tiles=17, tile=64, d=256, features=2048
 )
 def test_lowers_for_hopper(block_size, tile, exact):
     run, shapes = operands(block_size, tile=tile, exact=exact)
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=H200)):
-        lowered = jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",))
-    assert "mosaic_gpu" in lowered.as_text()
+    assert "mosaic_gpu" in lowered(run, *shapes)
 
 
 def test_the_operation_lowers_for_two_gpus(monkeypatch):
@@ -174,27 +169,7 @@ def test_the_operation_lowers_for_two_gpus(monkeypatch):
     _, (_, weights, _) = operands(64)
     x = jax.ShapeDtypeStruct((4, 1050, 256), jnp.bfloat16)
     needed = jax.ShapeDtypeStruct((4, 17, 32), bool)
-    mesh = jax.sharding.AbstractMesh((2,), ("images",), (jax.sharding.AxisType.Auto,), abstract_device=H200)
-    with jax.sharding.use_abstract_mesh(mesh):
-        lowered = jax.jit(run).trace(x, weights, needed).lower(lowering_platforms=("cuda",))
-    assert "mosaic_gpu" in lowered.as_text()
-
-
-HOPPER = """
-    gpu_device_info {
-      cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
-      core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
-      threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-      block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-      shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-      registers_per_core_limit: 65536 registers_per_block_limit: 65536
-      memory_bandwidth: 4800000000000 l2_cache_size: 52428800 device_memory_size: 150754820096
-    }
-    platform_name: "CUDA"
-    dnn_version_info { major: 9 minor: 1 }
-    runtime_version { major: 12 minor: 9 }
-    device_description_str: "NVIDIA H200"
-"""
+    assert "mosaic_gpu" in lowered(run, x, weights, needed, mesh=((2,), ("images",)))
 
 
 @pytest.mark.sm_90a
@@ -213,23 +188,10 @@ def test_compiles_for_hopper(block_size, tile, exact, monkeypatch, capfd):
     thread, most for blocks of 8 neurons, and no spills; in the exact mode, with JAX 0.12.0.1, 232 to 252 and no spills.
     Shared memory of a thread block: 215040 bytes for 128 tokens, 174080 for 64, of 232448.
     """
-    pytest.importorskip("jax_cuda12_plugin", reason="compiling for GPUs needs jax-cuda12-plugin[with-cuda]")
-    from jax.experimental import topologies
-
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    try:
-        topology = topologies.get_topology_desc("one", "cuda", topology="1x1x1", target_config=HOPPER)
-    except NotImplementedError:
-        pytest.skip("without a GPU its plugin answers only under JAX_PLATFORMS=cpu")
-    mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("one",))
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    run, shapes = operands(block_size, tile=tile, exact=exact, sharding=replicated)
+    run, shapes = operands(block_size, tile=tile, exact=exact, sharding=ahead_of_time())
     jax.jit(run).lower(*shapes).compile()
-    report = capfd.readouterr()
-    report = report.out + report.err
-    assert re.search(r"Used \d+ registers", report)
-    assert "0 bytes spill stores, 0 bytes spill loads" in report
-    assert "serialized" not in report
+    check_registers(capfd.readouterr())
 
 
 def test_what_is_benchmarked_lowers_for_hopper(monkeypatch):
@@ -243,7 +205,5 @@ def test_what_is_benchmarked_lowers_for_hopper(monkeypatch):
         (sparse_ffn(RandomGate(64, "tile"), "mosaic_gpu"), (x, weights, kernel, threshold)),
         (sparse_ffn(RandomGate(128, "token", ordered=True), "mosaic_gpu"), (x, weights, kernel, threshold)),
     ]
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=H200)):
-        for program, shapes in programs:
-            lowered = jax.jit(program).trace(*shapes).lower(lowering_platforms=("cuda",))
-            assert "mosaic_gpu" in lowered.as_text()
+    for program, shapes in programs:
+        assert "mosaic_gpu" in lowered(program, *shapes)
