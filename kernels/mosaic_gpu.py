@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from detr_jax.kernels import hopper
+from detr_jax.kernels import hopper, routed_gpu
 from detr_jax.kernels.backend import Backend, FFNShape, FFNWeights
 from detr_jax.kernels.block_masks import BlockLists, pad_tokens
 from detr_jax.kernels.reference import expand_groups
@@ -219,4 +219,13 @@ def _kernel(block_size, features, sparse, exact, x, w_in, b_in, w_out, b_out, *r
     plgpu.wait_smem_to_gmem(0)
 
 
-BACKEND = Backend("mosaic_gpu", ("gpu",), block_sparse_ffn, unsupported_reason, break_even=0.6)
+BACKEND = Backend(
+    "mosaic_gpu",
+    ("gpu",),
+    block_sparse_ffn,
+    unsupported_reason,
+    break_even=0.6,
+    run_routed=routed_gpu.run,
+    routed_rows=routed_gpu.rows_computed,
+    routed_unsupported_reason=routed_gpu.unsupported_reason,
+)
