@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from detr_jax.kernels.block_masks import BlockLists
+from detr_jax.kernels.block_masks import BlockLists, pad_tokens
 from detr_jax.kernels.experts import Experts
 
 
@@ -42,10 +43,24 @@ class FFNShape:
     tokens: int
 
 
-KernelFn = Callable[[jax.Array, FFNWeights, BlockLists, jax.Array | None], jax.Array]
-"""The FFN of tiles that each compute their own blocks: x (tiles, tile tokens, d), weights, lists whose `indices`
-(tiles, B) have permutations of the blocks as rows, active (tiles, tile tokens, G) bool or None -> like x. `active` are
-the groups that each token gets of its tile's blocks, None for all of them."""
+KernelFn = Callable[[jax.Array, FFNWeights, BlockLists, jax.Array | None, int], jax.Array]
+"""The FFN of tiles that each compute their own blocks: x (images, tokens, d), weights, lists whose `indices` (images *
+tiles, B) have permutations of the blocks as rows, active (images, tokens, G) bool or None, tokens per tile, of which
+the last one of an image may have fewer -> like x. `active` are the groups that each token gets of its tile's blocks,
+None for all of them."""
+TilesFn = Callable[[jax.Array, FFNWeights, BlockLists, jax.Array | None], jax.Array]
+"""The same for whole tiles: x (tiles, tile tokens, d), active (tiles, tile tokens, G) or None."""
+
+
+def in_tiles(run: TilesFn) -> KernelFn:
+    """The FFN of images whose tokens are padded to whole tiles."""
+
+    def of_images(x, weights, lists, active, tile_size):
+        images, tokens, d = x.shape
+        tiles = partial(jax.tree.map, lambda a: pad_tokens(a, tile_size).reshape(-1, tile_size, a.shape[-1]))
+        return run(tiles(x), weights, lists, tiles(active)).reshape(images, -1, d)[:, :tokens]
+
+    return of_images
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ import jax.numpy as jnp
 MAX_FEATURES = 256
 """Model features whose sums for 64 tokens fit the registers of a warpgroup."""
 
+LAYOUT_ROWS = 8
+"""Rows of a tile of the layout of operands in shared memory."""
+
 
 def unsupported_device() -> str | None:
     """Why the default device cannot run these kernels; None if it can."""
@@ -40,7 +43,7 @@ def swizzle() -> tuple[Any, ...]:
     """The layout of the matrix unit's operands in shared memory: tiles of 8 rows of 128 bytes, which is 64 bfloat16."""
     from jax.experimental.pallas import mosaic_gpu as plgpu  # half a second: not where it does not run
 
-    return plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+    return plgpu.TilingTransform((LAYOUT_ROWS, 64)), plgpu.SwizzleTransform(128)
 
 
 def transposed(ref: Any) -> Any:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from detr_jax.kernels import hopper, routed_gpu
-from detr_jax.kernels.backend import Backend, FFNShape, FFNWeights
+from detr_jax.kernels.backend import Backend, FFNShape, FFNWeights, in_tiles
 from detr_jax.kernels.block_masks import BlockLists, pad_tokens
 from detr_jax.kernels.reference import expand_groups
 
@@ -53,25 +53,33 @@ def block_sparse_ffn(
     weights: FFNWeights,
     lists: BlockLists | None,
     active: jax.Array | None = None,
+    tile_size: int | None = None,
     *,
     interpret: Any = False,
 ) -> jax.Array:
     """The FFN as `backend.KernelFn` in bfloat16, in one launch.
 
     Args:
-        x: (tiles, tile tokens, d) bfloat16.
+        x: (images, tokens, d) bfloat16.
         weights: of the FFN.
         lists: the blocks of each tile; None for all neurons, the dense FFN that sparsity has to beat.
         active: groups of each token; unlike the hidden activations they pass through global memory.
+        tile_size: tokens per tile; None for all of an image.
         interpret: for tests on other devices, the `InterpretGPUParams` of the newest JAX.
     """
     from jax.experimental.pallas import mosaic_gpu as plgpu  # half a second: not where it does not run
 
     swizzled = hopper.swizzle()
-    tiles, tile_size, d = x.shape
+    images, image_tokens, d = x.shape
+    tile_size = min(tile_size or image_tokens, image_tokens)
     tokens = ROWS if tile_size <= ROWS else TOKENS
+    if tile_size < image_tokens and (tile_size % tokens or active is not None):
+        # Parts of a tile would reach into the next one, or the mask depends on the tile: each tile is an image.
+        return in_tiles(partial(block_sparse_ffn, interpret=interpret))(x, weights, lists, active, tile_size)
     # The parts of a tile share its list.
-    parts = pad_tokens(x, tokens).reshape(-1, tokens, d)
+    tiles, parts = -(-image_tokens // tile_size), -(-tile_size // tokens)
+    # Copies are clipped to the tokens of an image, if these are whole tiles of the layout.
+    x = pad_tokens(x, hopper.LAYOUT_ROWS)
     features, groups = len(weights.w_in), tokens // ROWS
     block_size = CHUNK if lists is None else features // lists.indices.shape[-1]
     copies = max(CHUNK // block_size, 1)
@@ -79,17 +87,16 @@ def block_sparse_ffn(
     if block_size < CHUNK:
         # Fewer numbers than can be copied at once: the biases are brought into the order of each list beforehand.
         b_in = b_in.reshape(-1, block_size)[lists.indices].reshape(-1)
-    operands = [parts, weights.w_in, b_in, weights.w_out, weights.b_out, *(lists or ())]
+    operands = [x, weights.w_in, b_in, weights.w_out, weights.b_out, *(lists or ())]
     if active is not None:
         # The neurons that each token gets, in the order in which its tile lists their blocks.
-        by_block = active.reshape(tiles, tile_size, lists.indices.shape[-1], -1)
+        by_block = active.reshape(images, image_tokens, lists.indices.shape[-1], -1)
         listed = jnp.take_along_axis(by_block, lists.indices[:, None, :, None], axis=2).reshape(active.shape)
-        mask = pad_tokens(expand_groups(listed, features), tokens).astype(x.dtype)
-        operands.append(mask.reshape(*parts.shape[:2], features))
+        operands.append(pad_tokens(expand_groups(listed, features), hopper.LAYOUT_ROWS).astype(x.dtype))
     run = plgpu.kernel(
-        partial(_kernel, block_size, features, lists is not None, active is not None),
-        out_type=jax.ShapeDtypeStruct(parts.shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type),
-        grid=(len(parts),),
+        partial(_kernel, block_size, features, tiles, parts, lists is not None, active is not None),
+        out_type=jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type),
+        grid=(images * tiles * parts,),
         grid_names=("part",),
         num_threads=groups,
         thread_name="group",
@@ -113,10 +120,10 @@ def block_sparse_ffn(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
     )
-    return run(*operands).reshape(tiles, -1, d)[:, :tile_size]
+    return run(*operands)[:, :image_tokens]
 
 
-def _kernel(block_size, features, sparse, exact, x, w_in, b_in, w_out, b_out, *refs):
+def _kernel(block_size, features, tiles, parts, sparse, exact, x, w_in, b_in, w_out, b_out, *refs):
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -125,7 +132,7 @@ def _kernel(block_size, features, sparse, exact, x, w_in, b_in, w_out, b_out, *r
     out, x_rows, out_bias, hidden, chunk_in, chunk_bias, chunk_out, *barriers = refs
     x_loaded, in_loaded, out_loaded, in_used, out_used, *mask_loaded = barriers
     part, group = jax.lax.axis_index("part"), jax.lax.axis_index("group")
-    tile = part // (x.shape[0] // counts.shape[0]) if sparse else 0
+    tile = part // parts
     neurons = counts[tile] * block_size if sparse else features
     chunks = pl.cdiv(neurons, CHUNK)
     size = min(block_size, CHUNK)
@@ -171,8 +178,9 @@ def _kernel(block_size, features, sparse, exact, x, w_in, b_in, w_out, b_out, *r
             copy_in(chunk)
             copy_out(chunk)
 
-    rows = pl.ds(group * ROWS, ROWS)
-    plgpu.copy_gmem_to_smem(x.at[part, rows], x_rows.at[group], x_loaded.at[group])
+    image, place = part // (tiles * parts), part % (tiles * parts) * x_rows.shape[0] + group
+    rows = pl.ds(pl.multiple_of(place * ROWS, ROWS), ROWS)
+    plgpu.copy_gmem_to_smem(x.at[image, rows], x_rows.at[group], x_loaded.at[group])
     plgpu.copy_gmem_to_smem(b_out, out_bias.at[group], x_loaded.at[group])
     plgpu.barrier_wait(x_loaded.at[group])
 
@@ -182,7 +190,7 @@ def _kernel(block_size, features, sparse, exact, x, w_in, b_in, w_out, b_out, *r
             if exact:
                 # It comes to where the activations will be, once all warps are done with those of the last chunk.
                 plgpu.commit_smem()
-                listed = mask.at[part, rows, pl.ds(pl.multiple_of(chunk * CHUNK, CHUNK), CHUNK)]
+                listed = mask.at[image, rows, pl.ds(pl.multiple_of(chunk * CHUNK, CHUNK), CHUNK)]
                 plgpu.copy_gmem_to_smem(listed, hidden.at[group], mask_loaded[0].at[group])
 
             def first_product(sums):
@@ -215,7 +223,7 @@ def _kernel(block_size, features, sparse, exact, x, w_in, b_in, w_out, b_out, *r
     y = pl.run_scoped(add_chunks, plgpu.ACC(x_rows.shape[1:], jnp.float32))
     x_rows[group] = (y + hopper.along_rows(out_bias[group], y.shape)).astype(x_rows.dtype)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(x_rows.at[group], out.at[part, rows])
+    plgpu.copy_smem_to_gmem(x_rows.at[group], out.at[image, rows])
     plgpu.wait_smem_to_gmem(0)
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from detr_jax.kernels import routed_tpu
-from detr_jax.kernels.backend import Backend, FFNShape, FFNWeights
+from detr_jax.kernels.backend import Backend, FFNShape, FFNWeights, in_tiles
 from detr_jax.kernels.block_masks import BlockLists, pad_tokens
 from detr_jax.kernels.reference import expand_groups
 
@@ -56,7 +56,7 @@ def unsupported(shape: FFNShape) -> str | None:
 def block_sparse_ffn(
     x: jax.Array, weights: FFNWeights, lists: BlockLists, active: jax.Array | None = None, *, interpret: Any = False
 ) -> jax.Array:
-    """The FFN as `backend.KernelFn`; for tests on other devices, `interpret` takes `pltpu.InterpretParams`."""
+    """The FFN as `backend.TilesFn`; for tests on other devices, `interpret` takes `pltpu.InterpretParams`."""
     tiles, tile_size, d = x.shape
     features, blocks = len(weights.w_in), lists.indices.shape[-1]
     # Whole registers, and no more tokens at once than fit; the parts of a tile share its list.
@@ -166,7 +166,7 @@ def _kernel(exact, copied, indices, counts, x, *refs):
 BACKEND = Backend(
     "mosaic_tpu",
     ("tpu",),
-    block_sparse_ffn,
+    in_tiles(block_sparse_ffn),
     unsupported_reason,
     break_even=0.7,
     run_routed=routed_tpu.run,

@@ -11,14 +11,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 from detr_jax.errors import InputError
 from detr_jax.kernels import reference
 from detr_jax.kernels.backend import FFNShape, FFNWeights
-from detr_jax.kernels.block_masks import (
-    BlockLists,
-    any_per_tile,
-    indices_to_mask,
-    mask_to_indices,
-    pad_tokens,
-    repeat_per_tile,
-)
+from detr_jax.kernels.block_masks import BlockLists, any_per_tile, indices_to_mask, mask_to_indices, repeat_per_tile
 from detr_jax.kernels.dispatch import Dispatch, choose
 from detr_jax.kernels.token_sorting import signature_order
 from detr_jax.kernels.transforms import batched, on_each_shard
@@ -186,13 +179,10 @@ def _tangents(dispatch, tile_size, primals, tangents):
 
 def _compute(dispatch, tile_size, x, weights: FFNWeights, needed, active):
     """x (batch, tokens, d), needed (batch, tiles, B), active (batch, tokens, G) or None."""
-    batch, tokens, d = x.shape
 
     def sparse():
         lists = mask_to_indices(needed.reshape(-1, needed.shape[-1]))
-        tiles = partial(jax.tree.map, lambda a: pad_tokens(a, tile_size).reshape(-1, tile_size, a.shape[-1]))
-        outputs = dispatch.backend.run(tiles(x), weights, lists, tiles(active))
-        return outputs.reshape(batch, -1, d)[:, :tokens].astype(x.dtype)
+        return dispatch.backend.run(x, weights, lists, active, tile_size).astype(x.dtype)
 
     def masked():
         return reference.block_sparse_ffn(x, weights, needed, tile_size, active).astype(x.dtype)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
 from detr_jax.kernels import experts
-from detr_jax.kernels.backend import Backend, FFNWeights
+from detr_jax.kernels.backend import Backend, FFNWeights, in_tiles
 from detr_jax.kernels.block_masks import BlockLists, indices_to_mask, repeat_per_tile
 
 
@@ -73,7 +73,7 @@ def block_sparse_ffn(
 
 
 def _run(x: jax.Array, weights: FFNWeights, lists: BlockLists, active: jax.Array | None) -> jax.Array:
-    """The definition as a back end, see `backend.KernelFn`."""
+    """The definition as a back end, see `backend.TilesFn`."""
     tiles, tile_size, d = x.shape
     needed = indices_to_mask(lists, lists.indices.shape[-1])
     per_token = None if active is None else active.reshape(tiles * tile_size, -1)
@@ -83,7 +83,7 @@ def _run(x: jax.Array, weights: FFNWeights, lists: BlockLists, active: jax.Array
 BACKEND = Backend(
     "reference",
     platforms=(),
-    run=_run,
+    run=in_tiles(_run),
     unsupported_reason=lambda shape: None,
     break_even=0.0,
     run_routed=experts.routed_ffn,

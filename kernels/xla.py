@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from detr_jax.kernels import routed_xla
-from detr_jax.kernels.backend import Backend, FFNWeights
+from detr_jax.kernels.backend import Backend, FFNWeights, in_tiles
 from detr_jax.kernels.block_masks import BlockLists, indices_to_mask, mask_to_indices
 from detr_jax.kernels.reference import expand_groups, ffn
 
@@ -104,7 +104,7 @@ def _block_by_block(x, weights, lists, active):
 BACKEND = Backend(
     "xla",
     platforms=("cpu",),
-    run=_run,
+    run=in_tiles(_run),
     unsupported_reason=lambda shape: None,
     break_even=0.75,
     run_routed=routed_xla.run,

@@ -1,5 +1,6 @@
 """The Hopper kernel: interpreted, with a check for races, lowered, and compiled for a GPU that is not here."""
 
+import re
 from functools import partial
 from types import SimpleNamespace
 
@@ -50,6 +51,18 @@ def test_equals_the_definition(shape):
     ours = block_sparse_ffn(tiles, weights, mask_to_indices(needed), interpret=params())
     assert ours.dtype == jnp.bfloat16
     close(ours.reshape(-1, x.shape[-1])[: len(x)], definition(x, weights, needed, tile), jnp.bfloat16)
+
+
+@interpreted
+@pytest.mark.parametrize(("tokens", "tile"), [(136, 64), (150, 128), (100, 96), (264, 256), (130, 200)])
+def test_images_whose_tokens_fill_no_tile(tokens, tile):
+    """Nothing of one image gets into the next, whether copies are clipped or tokens padded."""
+    x, weights, needed = random_case(
+        34, batch=(2,), tokens=tokens, tile=tile, d=64, features=128, blocks=2, dtype=jnp.bfloat16
+    )
+    lists = mask_to_indices(needed.reshape(-1, 2))
+    ours = block_sparse_ffn(x, weights, lists, tile_size=tile, interpret=params())
+    close(ours, definition(x, weights, needed, tile), jnp.bfloat16)
 
 
 @interpreted
@@ -155,6 +168,18 @@ def operands(block_size, *, exact=False, tiles=17, tile=64, d=256, features=2048
 def test_lowers_for_hopper(block_size, tile, exact):
     run, shapes = operands(block_size, tile=tile, exact=exact)
     assert "mosaic_gpu" in lowered(run, *shapes)
+
+
+@pytest.mark.parametrize(("tokens", "tile", "rows"), [(8400, 128, 8400), (8400, 64, 8400), (1050, 64, 1056)])
+def test_tokens_are_padded_to_multiples_of_8_alone(tokens, tile, rows, monkeypatch):
+    change_backend(monkeypatch, "mosaic_gpu", unsupported_reason=unsupported)
+    _, (_, weights, _) = operands(64)
+    x = jax.ShapeDtypeStruct((tokens, 256), jnp.bfloat16)
+    needed = jax.ShapeDtypeStruct((-(-tokens // tile), 32), bool)
+    run = partial(operation, tile_size=tile, implementation="mosaic_gpu")
+    program = lowered(run, x, weights, needed)
+    assert "mosaic_gpu" in program
+    assert max(map(int, re.findall(r"tensor<1x(\d+)x256xbf16>", program))) == rows
 
 
 def test_the_operation_lowers_for_two_gpus(monkeypatch):

@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernel_cases import change_backend, close, definition, random_case
 
 from detr_jax.kernels import BlockLists, FFNWeights, mask_to_indices
-from detr_jax.kernels.backend import FFNShape
+from detr_jax.kernels.backend import FFNShape, in_tiles
 from detr_jax.kernels.dispatch import choose
 from detr_jax.kernels.mosaic_tpu import TOKENS, block_sparse_ffn, unsupported
 from detr_jax.kernels.operation import block_sparse_ffn as operation
@@ -62,7 +62,7 @@ def test_outputs_are_poisoned_before_the_call():
 
 def test_lists_in_any_order_with_repetitions(monkeypatch):
     """Through the operation, and as the kernel gets them: whole permutations, not sorted."""
-    run = partial(block_sparse_ffn, interpret=INTERPRET)
+    run = in_tiles(partial(block_sparse_ffn, interpret=INTERPRET))
     change_backend(monkeypatch, "mosaic_tpu", unsupported_reason=unsupported, run=run)
     x, weights, _ = random_case(23, tokens=30, tile=16, d=128, features=64, blocks=8)
     lists = BlockLists(indices=jnp.array([[5, 2, 5, 0, 7, 2], [1, -3, 8, 99, 4, 6]]), counts=jnp.array([6, 5]))

@@ -9,15 +9,12 @@ import numpy as np
 from random_gates import RandomGate, random_inputs
 
 from detr_jax.kernels import FFNWeights, block_sparse_ffn, mosaic_gpu
-from detr_jax.kernels.block_masks import pad_tokens
 from detr_jax.kernels.reference import block_sparse_ffn as definition
 
 TOLERANCES = {"float32": 1e-5, "bfloat16": 1e-2}
 """Norm of the difference to the definition over the norm of the outputs."""
 FUSED = "fused dense"
 """The Hopper kernel without lists."""
-FUSED_TILE = 128
-"""Its tokens per tile."""
 
 
 def random_weights(d_model: int, features: int, dtype: str) -> FFNWeights:
@@ -31,8 +28,7 @@ def random_weights(d_model: int, features: int, dtype: str) -> FFNWeights:
 
 def fused_dense(x: jax.Array, weights: FFNWeights) -> jax.Array:
     """The dense FFN by the Hopper kernel: (tokens, d) -> (tokens, d)."""
-    tiles = pad_tokens(x, FUSED_TILE).reshape(-1, FUSED_TILE, x.shape[-1])
-    return mosaic_gpu.block_sparse_ffn(tiles, weights, None).reshape(-1, x.shape[-1])[: len(x)]
+    return mosaic_gpu.block_sparse_ffn(x[None], weights, None)[0]
 
 
 def sparse_ffn(gate: RandomGate, implementation: str | None) -> Callable[..., jax.Array]:
