@@ -59,3 +59,10 @@ def along_rows(row: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
     row = plgpu.layout_cast(row, plgpu.Layout.WGMMA.reduce(0)).astype(jnp.float32)
     return jax.lax.broadcast_in_dim(row, shape, [1])
+
+
+def along_columns(column: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The same numbers for every column of an accumulator."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return jax.lax.broadcast_in_dim(plgpu.layout_cast(column, plgpu.Layout.WGMMA.reduce(1)), shape, [0])

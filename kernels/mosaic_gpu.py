@@ -28,6 +28,8 @@ ROWS = 64
 """Tokens of a warpgroup: the rows of an instruction of the matrix unit."""
 TOKENS = 2 * ROWS
 """Tokens of a thread block; larger tiles are divided."""
+WORD = 32
+"""Neurons of a word of the mask of the exact mode."""
 STAGES = 2
 """Chunks in shared memory at once: one in use, the next on its way."""
 
@@ -63,7 +65,7 @@ def block_sparse_ffn(
         x: (images, tokens, d) bfloat16.
         weights: of the FFN.
         lists: the blocks of each tile; None for all neurons, the dense FFN that sparsity has to beat.
-        active: groups of each token; unlike the hidden activations they pass through global memory.
+        active: groups of each token.
         tile_size: tokens per tile; None for all of an image.
         interpret: for tests on other devices, the `InterpretGPUParams` of the newest JAX.
     """
@@ -89,10 +91,13 @@ def block_sparse_ffn(
         b_in = b_in.reshape(-1, block_size)[lists.indices].reshape(-1)
     operands = [x, weights.w_in, b_in, weights.w_out, weights.b_out, *(lists or ())]
     if active is not None:
-        # The neurons that each token gets, in the order in which its tile lists their blocks.
-        by_block = active.reshape(images, image_tokens, lists.indices.shape[-1], -1)
-        listed = jnp.take_along_axis(by_block, lists.indices[:, None, :, None], axis=2).reshape(active.shape)
-        operands.append(pad_tokens(expand_groups(listed, features), hopper.LAYOUT_ROWS).astype(x.dtype))
+        # The neurons that each token gets, in the order in which its tile lists their blocks; none behind the list.
+        blocks = lists.indices.shape[-1]
+        by_block = active.reshape(images, image_tokens, blocks, -1)
+        listed = jnp.take_along_axis(by_block, lists.indices[:, None, :, None], axis=2)
+        listed &= (jnp.arange(blocks) < lists.counts[:, None])[:, None, :, None]
+        listed = listed.reshape(active.shape)
+        operands.append(_words(pad_tokens(expand_groups(listed, features), hopper.LAYOUT_ROWS)))
     run = plgpu.kernel(
         partial(_kernel, block_size, features, tiles, parts, lists is not None, active is not None),
         out_type=jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type),
@@ -103,7 +108,7 @@ def block_sparse_ffn(
         scratch_types=[
             plgpu.SMEM((groups, ROWS, d), x.dtype, transforms=swizzled),  # tokens, in the end their outputs
             plgpu.SMEM((groups, d), x.dtype),  # b_out
-            plgpu.SMEM((groups, ROWS, CHUNK), x.dtype, transforms=swizzled),  # hidden activations, before them the mask
+            plgpu.SMEM((groups, ROWS, CHUNK), x.dtype, transforms=swizzled),  # hidden activations
             plgpu.SMEM((STAGES, CHUNK, d), x.dtype, transforms=swizzled),  # rows of w_in
             plgpu.SMEM((STAGES, CHUNK), x.dtype),  # b_in
             plgpu.SMEM((STAGES, CHUNK, d), x.dtype, transforms=swizzled),  # rows of w_out
@@ -114,8 +119,9 @@ def block_sparse_ffn(
             # What all warpgroups have used: w_in and b_in, w_out.
             plgpu.Barrier(num_arrivals=groups, num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=groups, num_barriers=STAGES),
-            # That the mask has arrived.
-            *([] if active is None else [plgpu.Barrier(num_arrivals=1, num_barriers=groups)]),
+            # Bits of the mask, and that they have arrived.
+            *(() if active is None else (plgpu.SMEM((groups, CHUNK // WORD, ROWS), jnp.uint32),)),
+            *(() if active is None else (plgpu.Barrier(num_arrivals=1, num_barriers=groups),)),
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
@@ -130,7 +136,8 @@ def _kernel(block_size, features, tiles, parts, sparse, exact, x, w_in, b_in, w_
     (indices, counts), refs = (refs[:2], refs[2:]) if sparse else ((None, None), refs)
     mask, refs = (refs[0], refs[1:]) if exact else (None, refs)
     out, x_rows, out_bias, hidden, chunk_in, chunk_bias, chunk_out, *barriers = refs
-    x_loaded, in_loaded, out_loaded, in_used, out_used, *mask_loaded = barriers
+    x_loaded, in_loaded, out_loaded, in_used, out_used, *of_mask = barriers
+    chunk_mask, mask_loaded = of_mask or (None, None)
     part, group = jax.lax.axis_index("part"), jax.lax.axis_index("group")
     tile = part // parts
     neurons = counts[tile] * block_size if sparse else features
@@ -188,10 +195,8 @@ def _kernel(block_size, features, tiles, parts, sparse, exact, x, w_in, b_in, w_
         def add_chunk(chunk, _):
             stage = chunk % STAGES
             if exact:
-                # It comes to where the activations will be, once all warps are done with those of the last chunk.
-                plgpu.commit_smem()
-                listed = mask.at[image, rows, pl.ds(pl.multiple_of(chunk * CHUNK, CHUNK), CHUNK)]
-                plgpu.copy_gmem_to_smem(listed, hidden.at[group], mask_loaded[0].at[group])
+                words = pl.ds(chunk * (CHUNK // WORD), CHUNK // WORD)
+                plgpu.copy_gmem_to_smem(mask.at[image, words, rows], chunk_mask.at[group], mask_loaded.at[group])
 
             def first_product(sums):
                 plgpu.barrier_wait(in_loaded.at[stage])
@@ -201,12 +206,14 @@ def _kernel(block_size, features, tiles, parts, sparse, exact, x, w_in, b_in, w_
 
             h = pl.run_scoped(first_product, plgpu.ACC((ROWS, CHUNK), jnp.float32))
             h = jnp.maximum(h + hopper.along_rows(chunk_bias[stage], h.shape), 0)
-            if size < CHUNK:
-                neuron = plgpu.broadcasted_iota(jnp.int32, h.shape, 1, layout=plgpu.Layout.WGMMA)
-                h = jnp.where(neuron < neurons - chunk * CHUNK, h, 0)
+            neuron = plgpu.broadcasted_iota(jnp.int32, h.shape, 1, layout=plgpu.Layout.WGMMA)
             if exact:
-                plgpu.barrier_wait(mask_loaded[0].at[group])
-                h = jnp.where(hidden[group].astype(jnp.float32) > 0, h, 0)
+                plgpu.barrier_wait(mask_loaded.at[group])
+                first, second = (hopper.along_columns(chunk_mask[group, i], h.shape) for i in range(2))
+                word = jnp.where(neuron < WORD, first, second)
+                h = jnp.where((word >> (neuron & (WORD - 1)).astype(jnp.uint32)) & 1 > 0, h, 0)
+            elif size < CHUNK:
+                h = jnp.where(neuron < neurons - chunk * CHUNK, h, 0)
             hidden[group] = h.astype(hidden.dtype)
             plgpu.commit_smem()
             # Only now: the bias, too, must have been read before a copy may overwrite it.
@@ -225,6 +232,12 @@ def _kernel(block_size, features, tiles, parts, sparse, exact, x, w_in, b_in, w_
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(x_rows.at[group], out.at[image, rows])
     plgpu.wait_smem_to_gmem(0)
+
+
+def _words(bits: jax.Array) -> jax.Array:
+    """(images, tokens, F) bool -> (images, F / WORD, tokens) words, of which the lowest bit is the first neuron."""
+    split = bits.reshape(*bits.shape[:-1], -1, WORD).astype(jnp.uint32)
+    return (split << jnp.arange(WORD, dtype=jnp.uint32)).sum(-1, dtype=jnp.uint32).mT
 
 
 BACKEND = Backend(
