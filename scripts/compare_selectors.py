@@ -53,7 +53,7 @@ OUTPUTS += ("accuracy.png", "tile_density.png", "activations.png", "sizes.png", 
 class Arguments:
     """Compares every selector on one frozen detector: accuracy against density, with paired confidence intervals.
 
-    Without options: detr-tiny on 500 generated scenes, less than 20 minutes on two cores. On COCO, for example:
+    Without options: detr-tiny on 500 generated scenes, about half an hour on two cores. On COCO, for example:
     `python scripts/compare_selectors.py --model detr-r50 --coco coco --eval-images 500 --out runs/compare-r50`.
     Writes results.json, comparison.md and figures into the output folder.
     """
