@@ -17,6 +17,10 @@ COMPILATION = {
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     # XLA's earlier code for loops compiles in a third of the time; later versions do not have it.
     COMPILATION["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+else:
+    # A warpgroup of an interpreted GPU kernel holds a thread of XLA's pool while it waits for a barrier. With a thread
+    # per core there may be none left for the warpgroup that it waits for.
+    COMPILATION["NPROC"] = "8"
 for name, value in COMPILATION.items():
     os.environ.setdefault(name, value)
 
