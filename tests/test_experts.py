@@ -79,6 +79,22 @@ def test_equal_widths():
     assert set(found.widths) == {16} and kept_share(found) == pytest.approx(0.25)
 
 
+@pytest.mark.parametrize("widths", ["equal", "price"])
+def test_equal_widths_are_equal_in_all_ffns(widths):
+    """What an error of an FFN causes decides about its widths only where these have a price."""
+    method = dataclasses.replace(FEW, widths=widths)
+    material = {name: FitMaterial(WEIGHTS, inputs=INPUTS, name=name) for name in ("a", "b")}
+    parts = []
+
+    def part(name, compute):
+        parts.append(name)
+        return compute()
+
+    found = method.at_mean_density(material, 0.25, lambda selectors: 1.0 if "a" in selectors else 1e-3, part)
+    assert len(parts) == len(set(parts)) == method.parts(2)
+    assert (found["a"].widths == found["b"].widths == (16,) * 4) == (widths == "equal")
+
+
 def test_without_neurons_an_expert_is_the_mean_of_its_tokens():
     found = selector(density=0.0)
     assert set(found.widths) == {0}

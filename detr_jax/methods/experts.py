@@ -136,7 +136,7 @@ class Experts(Method):
     ranking: Literal["energy", "obs"] = "energy"
     """How an expert's neurons are chosen: by the variance of what they add to the output, or by elimination."""
     widths: Literal["price", "equal"] = "price"
-    """Whether a neuron is kept by an expert for what it is worth, or all experts are equally wide."""
+    """Whether a neuron is kept by an expert for what it is worth, or all experts of all FFNs are equally wide."""
     tokens: int = 65536
     """Inputs of each FFN that experts are fitted to, at most."""
     images: int = 1024
@@ -168,8 +168,9 @@ class Experts(Method):
         return tuple(self._selector(fitted, material.weights) for fitted in found)
 
     def parts(self, ffns: int) -> int:
-        fits = (self.rounds + 2) * (1 + (self.ranking == "obs"))
-        return ffns * (1 + fits + self.rounds) + 1
+        priced = self.widths == "price"
+        fits = (self.rounds + 1 + priced) * (1 + (self.ranking == "obs"))
+        return ffns * (1 + fits + self.rounds) + priced
 
     def at_mean_density(
         self,
@@ -189,7 +190,8 @@ class Experts(Method):
             return {name: np.array(max(of / mean, 1e-3)) for name, of in caused.items()}
 
         ffns = {name: (of.weights, of.inputs) for name, of in material.items()}
-        found = fit_experts(ffns, density, self, importance, part)
+        # What an error causes must not make some FFNs wider than others where all widths are to be equal.
+        found = fit_experts(ffns, density, self, importance if self.widths == "price" else None, part)
         return {name: self._selector(fitted, material[name].weights) for name, fitted in found.items()}
 
     def _selector(self, fitted: FittedExperts, weights: FFNWeights) -> RoutedExperts:
