@@ -146,7 +146,7 @@ CHOICES = {
     "fixed sets": ("dense", "fixed"),
 }
 """Kinds of candidates of the search, and of two narrower ones beside it."""
-CURVE = (0.6, 0.5, 0.4, 0.33, 0.27, 0.22, 0.18, 0.14)
+CURVE = (0.6, 0.5, 0.4, 0.33, 0.27, 0.22, 0.18, 0.14, 0.1, 0.06, 0.04)
 """Shares of the dense FFNs' time and density at which the figure shows the accuracy."""
 
 
