@@ -14,7 +14,7 @@ from detr_jax import safetensors_io
 from detr_jax.errors import ExistingFileError, InputError, MissingFileError, OutputError, UserError
 from detr_jax.files import remove_leftovers, write_json
 from detr_jax.mesh import first_process_agrees, is_first_process
-from detr_jax.safetensors_io import Arrays, Format
+from detr_jax.safetensors_io import Arrays, Format, Part
 
 RESULTS = "results.json"
 """Written last: a folder that holds it holds a finished run."""
@@ -84,9 +84,7 @@ def _claim(
         write_json(stored, settings)
 
 
-def resumable_parts(
-    folder: Path, report: Callable[[], object] = lambda: None
-) -> Callable[[str, Callable[[], Arrays]], Arrays]:
+def resumable_parts(folder: Path, report: Callable[[], object] = lambda: None) -> Part:
     """A function that computes arrays by name, or reads those that an interrupted run has left in `folder`.
 
     It calls `report` after each.

@@ -17,6 +17,8 @@ Header = dict[str, str]
 Arrays = dict[str, np.ndarray]
 Migration = Callable[[Header, Arrays], tuple[Header, Arrays]]
 """Header and arrays of one version of a format -> of the next."""
+Part = Callable[[str, Callable[[], Arrays]], Arrays]
+"""Computes the arrays of a name, or returns them if they have been computed before."""
 
 
 @dataclass(frozen=True)

@@ -57,9 +57,15 @@ def routed_ffn(
     return outputs.astype(x.dtype)
 
 
+def pad_neurons(stack: Shaped[Array, "n _ *rest"], width: int, value: int = 0) -> Shaped[Array, "n width *rest"]:
+    """Experts of a stack filled up to a width."""
+    pad = ((0, 0), (0, width - stack.shape[1]), *[(0, 0)] * (stack.ndim - 2))
+    return jnp.pad(stack, pad, constant_values=value)
+
+
 def join_rows(stacks: Sequence[Shaped[Array, "_ _ *rest"]], multiple: int) -> Shaped[Array, "rows *rest"]:
     """Neurons of all experts below each other, those of each padded with zeros to a multiple."""
-    padded = (jnp.pad(s, ((0, 0), (0, -s.shape[1] % multiple), *[(0, 0)] * (s.ndim - 2))) for s in stacks)
+    padded = (pad_neurons(s, s.shape[1] + -s.shape[1] % multiple) for s in stacks)
     return jnp.concatenate([s.reshape(-1, *s.shape[2:]) for s in padded])
 
 

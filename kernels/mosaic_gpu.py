@@ -98,6 +98,10 @@ def block_sparse_ffn(
         listed &= (jnp.arange(blocks) < lists.counts[:, None])[:, None, :, None]
         listed = listed.reshape(active.shape)
         operands.append(_words(pad_tokens(expand_groups(listed, features), hopper.LAYOUT_ROWS)))
+    mask_types = [
+        plgpu.SMEM((groups, CHUNK // WORD, ROWS), jnp.uint32),
+        plgpu.Barrier(num_arrivals=1, num_barriers=groups),
+    ]
     run = plgpu.kernel(
         partial(_kernel, block_size, features, tiles, parts, lists is not None, active is not None),
         out_type=jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=jax.typeof(x).manual_axis_type),
@@ -120,8 +124,7 @@ def block_sparse_ffn(
             plgpu.Barrier(num_arrivals=groups, num_barriers=STAGES),
             plgpu.Barrier(num_arrivals=groups, num_barriers=STAGES),
             # Bits of the mask, and that they have arrived.
-            *(() if active is None else (plgpu.SMEM((groups, CHUNK // WORD, ROWS), jnp.uint32),)),
-            *(() if active is None else (plgpu.Barrier(num_arrivals=1, num_barriers=groups),)),
+            *([] if active is None else mask_types),
         ],
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,

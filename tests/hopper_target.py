@@ -45,7 +45,7 @@ def ahead_of_time():
 
 
 def check_registers(report):
-    """What ptxas says under `MOSAIC_GPU_DUMP_PTXAS`: nothing is spilled, no products wait for each other."""
+    """Checks the report of ptxas under `MOSAIC_GPU_DUMP_PTXAS`: no spills, no products that wait for each other."""
     report = report.out + report.err
     assert re.search(r"Used \d+ registers", report)
     assert "0 bytes spill stores, 0 bytes spill loads" in report

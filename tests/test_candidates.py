@@ -11,9 +11,9 @@ from detr_jax.calibration.allocation import undominated
 from detr_jax.calibration.moments import moments_of
 from detr_jax.evaluation.counts import count_activity
 from detr_jax.kernels import ffn
-from detr_jax.methods import Experts
+from detr_jax.methods import Experts, FitMaterial
 from detr_jax.models.ffn import forward, permute, trace
-from detr_jax.search.candidates import CANDIDATE_KINDS, Candidate, Material, fixed_sets, narrow_experts
+from detr_jax.search.candidates import CANDIDATE_KINDS, Candidate, fixed_sets, narrow_experts
 from detr_jax.search.search import SearchSettings
 
 F, SIZE = 24, 2
@@ -25,7 +25,7 @@ def candidates() -> list[Candidate]:
     of = trace(WEIGHTS, X, TOKENS)
     statistics = measure(of, jnp.zeros(TOKENS.shape, int), kinds_count=1)
     inputs = np.asarray(X)[np.asarray(TOKENS)]
-    material = Material(WEIGHTS, statistics, moments_of(of.hidden, TOKENS), inputs)
+    material = FitMaterial(WEIGHTS, statistics, hidden_moments=moments_of(of.hidden, TOKENS), inputs=inputs)
     fitted = []
     experts = narrow_experts(material, (0.5, 0.2), Experts(experts=3, router_steps=50), lambda: fitted.append(1))
     assert len(fitted) == 2

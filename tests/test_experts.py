@@ -81,7 +81,7 @@ def test_equal_widths():
 
 @pytest.mark.parametrize("widths", ["equal", "price"])
 def test_equal_widths_are_equal_in_all_ffns(widths):
-    """What an error of an FFN causes decides about its widths only where these have a price."""
+    """The divergence that an FFN's error causes decides about its widths only where these have a price."""
     method = dataclasses.replace(FEW, widths=widths)
     material = {name: FitMaterial(WEIGHTS, inputs=INPUTS, name=name) for name in ("a", "b")}
     parts = []

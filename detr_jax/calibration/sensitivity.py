@@ -25,7 +25,7 @@ def output_divergence(model: Detector, dense: Outputs, sparse: Outputs) -> jax.A
 
 
 class OutputDivergence:
-    """How much selectors change a detector's outputs on images whose backbone features are given.
+    """Divergence of a detector's outputs with selectors from the dense ones, on images with given backbone features.
 
     Devices that the detector was replicated over share every batch, see `detr_jax.mesh`.
     """

@@ -101,7 +101,7 @@ def open_data(arguments: Arguments, model: Detector) -> dict[str, Dataset]:
 def comparison_on(dataset: Dataset, model: Detector, settings: SearchSettings, title: str) -> Comparison:
     """Measures the dense detector on images, and is ready for plans."""
     features = list(backbone_features(model, dataset, settings.batch_size, title))
-    return Comparison(model, dataset, features, 1)
+    return Comparison(model, dataset, features, group_size=1)
 
 
 def measure(comparison: Comparison, search: PlanSearch, choice: dict[str, int]) -> Row:

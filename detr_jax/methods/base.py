@@ -24,7 +24,7 @@ from detr_jax.errors import InputError, require_counts
 from detr_jax.kernels import Execution
 from detr_jax.models import FFNTrace, FFNWeights, LowRankFactors, OutputLayer, Selection, Selector, Selectors
 from detr_jax.pytrees import frozen, pytree
-from detr_jax.safetensors_io import Arrays
+from detr_jax.safetensors_io import Part
 
 if TYPE_CHECKING:
     from detr_jax.calibration.activations import ActivationStatistics
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 Class = TypeVar("Class", bound=type)
 AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
 Unit = Literal["log-odds", "probability"]
-Part = Callable[[str, Callable[[], Arrays]], Arrays]
 
 STORABLE: dict[str, type] = {cls.__name__: cls for cls in (Execution, LowRankFactors, OutputLayer)}
 """Classes that plan files may hold, by the names they have there."""

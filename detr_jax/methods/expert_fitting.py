@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from detr_jax.methods.base import Part
 from detr_jax.methods.reconstruction import eliminate
 from detr_jax.models import FFNWeights
-from detr_jax.safetensors_io import Arrays
+from detr_jax.safetensors_io import Arrays, Part
 
 if TYPE_CHECKING:
     from detr_jax.methods.experts import Experts
@@ -275,9 +274,8 @@ class _Layer:
     def missed(self) -> float:
         """Share of the output's variance that the experts miss."""
         of_each = enumerate(self._tokens_of(self.ids))
-        return float(sum(self._errors(expert, tokens).sum() for expert, tokens in of_each if len(tokens))) / len(
-            self._x
-        )
+        total = sum(self._errors(expert, tokens).sum() for expert, tokens in of_each if len(tokens))
+        return float(total) / len(self._x)
 
     def trained(self, price: float, turn: int) -> Arrays:
         """A router with the lowest expected sum of error and price, and the tokens that it gives each expert."""

@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import jax
@@ -12,11 +12,12 @@ import numpy as np
 from detr_jax import kernels
 from detr_jax.errors import InputError, require_choices, require_counts
 from detr_jax.kernels import Execution
-from detr_jax.methods.base import FitMaterial, Free, Method, Part, Traits, register, storable
+from detr_jax.kernels.experts import pad_neurons
+from detr_jax.methods.base import FitMaterial, Free, Method, Traits, register, storable
 from detr_jax.methods.executed import Executed
 from detr_jax.methods.expert_fitting import FittedExperts, fit_experts
 from detr_jax.models import FFNWeights, Routed, Selection, Selector
-from detr_jax.safetensors_io import Arrays
+from detr_jax.safetensors_io import Arrays, Part
 
 
 @storable
@@ -98,9 +99,7 @@ class RoutedExperts(Free):
         assert self.gathered is not None
 
         def fill(stacks: Sequence[jax.Array], value: int = 0) -> jax.Array:
-            rest = [[(0, 0), (0, width - stack.shape[1])] + [(0, 0)] * (stack.ndim - 2) for stack in stacks]
-            pairs = zip(stacks, rest, strict=True)
-            return jnp.concatenate([jnp.pad(stack, pad, constant_values=value) for stack, pad in pairs])
+            return jnp.concatenate([pad_neurons(stack, width, value) for stack in stacks])
 
         w_in, b_in, w_out = ((fill(stacks),) for stacks in self.gathered[:3])
         neurons = (fill(self.neurons, np.iinfo(np.int32).max),)
@@ -136,7 +135,7 @@ class Experts(Method):
     ranking: Literal["energy", "obs"] = "energy"
     """How an expert's neurons are chosen: by the variance of what they add to the output, or by elimination."""
     widths: Literal["price", "equal"] = "price"
-    """Whether a neuron is kept by an expert for what it is worth, or all experts of all FFNs are equally wide."""
+    """How wide experts are: as many neurons as are worth one price for all FFNs, or all experts of all FFNs alike."""
     tokens: int = 65536
     """Inputs of each FFN that experts are fitted to, at most."""
     images: int = 1024
@@ -163,9 +162,20 @@ class Experts(Method):
     def at_densities(
         self, material: FitMaterial, threshold_of: Callable[[float], float], densities: Sequence[float]
     ) -> tuple[RoutedExperts, ...]:
+        return tuple(self.fits(material, densities))
+
+    def fits(self, material: FitMaterial, densities: Iterable[float]) -> Iterator[RoutedExperts]:
+        """Experts of one FFN at each density; what does not depend on it is computed once."""
+        computed: dict[str, Arrays] = {}
+
+        def part(name: str, compute: Callable[[], Arrays]) -> Arrays:
+            if name not in computed:
+                computed[name] = compute()
+            return computed[name]
+
         ffn = {material.name: (material.weights, material.inputs)}
-        found = [fit_experts(ffn, density, self)[material.name] for density in densities]
-        return tuple(self._selector(fitted, material.weights) for fitted in found)
+        for density in densities:
+            yield self._selector(fit_experts(ffn, density, self, part=part)[material.name], material.weights)
 
     def parts(self, ffns: int) -> int:
         priced = self.widths == "price"

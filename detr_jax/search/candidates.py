@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-from detr_jax.calibration.activations import ActivationStatistics
-from detr_jax.calibration.moments import Moments
 from detr_jax.kernels import Execution, FFNWeights
 from detr_jax.methods import Executed, Experts, FitMaterial, Fixed, PartitionedSelector, RoutedExperts, by_contribution
 from detr_jax.methods.base import MethodSelector
@@ -41,48 +39,29 @@ class Candidate:
     selector: Selector | None
 
 
-@dataclass(frozen=True)
-class Material:
-    """What the candidates of one FFN are made from, on training images.
-
-    Attributes:
-        weights: of the FFN.
-        statistics: of its activations.
-        hidden: moments of its hidden activations.
-        inputs: (tokens, d) of its inputs.
-    """
-
-    weights: FFNWeights
-    statistics: ActivationStatistics
-    hidden: Moments
-    inputs: np.ndarray
-
-
-def fixed_sets(material: Material, densities: Sequence[float]) -> list[Candidate]:
+def fixed_sets(material: FitMaterial, densities: Sequence[float]) -> list[Candidate]:
     """The dense FFN, and fixed sets at some densities: of the neurons with the highest contribution, and of those that
-    survive elimination, with a reconstructed output layer."""
-    weights = material.weights
+    survive elimination, with a reconstructed output layer. `material` has activations and hidden moments."""
+    weights, moments = material.weights, material.hidden_moments
     features = len(weights.w_in)
-    ranked = np.argsort(-np.asarray(by_contribution(material.statistics, weights, 1).importance), kind="stable")
-    survivors = obs_ranking(weights, material.hidden)
+    ranked = np.argsort(-np.asarray(by_contribution(material.activations, weights, 1).importance), kind="stable")
+    survivors = obs_ranking(weights, moments)
     everything = Fixed(jnp.ones(features, bool), OutputLayer(weights.w_out, weights.b_out))
     found = [Candidate("dense", 1.0, everything, np.arange(features), None)]
     for density in densities:
         count = max(round(density * features), 1)
-        found.append(_fixed(weights, ranked[:count]))
-        kept = np.isin(np.arange(features), survivors[:count])
-        found.append(_fixed(weights, survivors[:count], reconstruct_output(weights, material.hidden, kept)))
+        first, lasting = (np.isin(np.arange(features), neurons[:count]) for neurons in (ranked, survivors))
+        found.append(_fixed(weights, first))
+        found.append(_fixed(weights, lasting, reconstruct_output(weights, moments, lasting)))
     return found
 
 
-def _fixed(weights: FFNWeights, neurons: np.ndarray, second: OutputLayer | None = None) -> Candidate:
-    features, count = len(weights.w_in), len(neurons)
-    kept = np.isin(np.arange(features), neurons)
-    order = np.argsort(~kept, kind="stable")
+def _fixed(weights: FFNWeights, kept: np.ndarray, second: OutputLayer | None = None) -> Candidate:
+    order, count = np.argsort(~kept, kind="stable"), int(kept.sum())
     rows = None if second is None else OutputLayer(second.w_out[order[:count]], second.b_out)
     return Candidate(
         "fixed" if second is None else "fixed, reconstructed",
-        count / features,
+        float(kept.mean()),
         Fixed(jnp.asarray(kept), second or OutputLayer(weights.w_out, weights.b_out)),
         order,
         Executed(PartitionedSelector(None, count, 0, rows), Execution()),
@@ -90,16 +69,15 @@ def _fixed(weights: FFNWeights, neurons: np.ndarray, second: OutputLayer | None 
 
 
 def narrow_experts(
-    material: Material, densities: Sequence[float], method: Experts, progress: Callable[[], object]
+    material: FitMaterial, densities: Sequence[float], method: Experts, progress: Callable[[], object]
 ) -> list[Candidate]:
-    """Narrow experts at some densities; `progress` is called after each."""
-    weights = material.weights
-    found: list[RoutedExperts] = []
-    for density in densities:
-        found += method.at_densities(FitMaterial(weights, inputs=material.inputs), float, (density,))
+    """Narrow experts at some densities; `material` has inputs, and `progress` is called after each density."""
+    found = []
+    for selector in method.fits(material, densities):
+        found.append(selector)
         progress()
     widest = max((width for selector in found for width in selector.widths), default=0)
-    order = np.arange(len(weights.w_in))
+    order = np.arange(len(material.weights.w_in))
 
     def candidate(selector: RoutedExperts) -> Candidate:
         ids = (material.inputs @ np.asarray(selector.kernel) + np.asarray(selector.bias)).argmax(-1)

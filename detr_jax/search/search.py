@@ -19,9 +19,9 @@ from detr_jax.data.batches import CachedBatches
 from detr_jax.data.dataset import Dataset
 from detr_jax.data.features import BackboneFeatures, backbone_features
 from detr_jax.errors import InputError
-from detr_jax.methods import Experts
+from detr_jax.methods import Experts, FitMaterial
 from detr_jax.models import Detector
-from detr_jax.search.candidates import Candidate, Material, fixed_sets, narrow_experts
+from detr_jax.search.candidates import Candidate, fixed_sets, narrow_experts
 from detr_jax.search.timing import Way, measure_times
 
 
@@ -105,7 +105,9 @@ class PlanSearch:
         found = {}
         with tqdm(total=len(weights) * (1 + len(settings.experts)), desc="making candidates", unit="fit") as bar:
             for name in self.names:
-                material = Material(weights[name], statistics[name], hidden[name], inputs[name])
+                material = FitMaterial(
+                    *(weights[name], statistics[name]), hidden_moments=hidden[name], inputs=inputs[name], name=name
+                )
                 found[name] = fixed_sets(material, settings.fixed)
                 bar.update()
                 found[name] += narrow_experts(material, settings.experts, method, bar.update)
