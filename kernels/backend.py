@@ -80,6 +80,25 @@ class ExpertsShape:
     widths: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class SamplingShape:
+    """What a back end has to know of a multi-scale sampling.
+
+    Attributes:
+        dtype: of the values.
+        queries: of an image.
+        levels: rows and columns of each.
+        heads: H.
+        features: D, of a head.
+    """
+
+    dtype: jnp.dtype
+    queries: int
+    levels: tuple[tuple[int, int], ...]
+    heads: int
+    features: int
+
+
 RoutedFn = Callable[[jax.Array, Experts, jax.Array], jax.Array]
 """Narrow experts: x (T, d), experts, assignment (T,) int32 -> like x. See `experts.routed_ffn`."""
 

@@ -16,6 +16,7 @@ from detr_jax.kernels import routed_tpu
 from detr_jax.kernels.backend import Backend, FFNShape, FFNWeights, in_tiles
 from detr_jax.kernels.block_masks import BlockLists, pad_tokens
 from detr_jax.kernels.reference import expand_groups
+from detr_jax.kernels.tpu import LANES, absent
 
 CHUNK = 128
 """Neurons whose activations are computed at once: the width of the matrix unit."""
@@ -27,14 +28,11 @@ SCALARS = 1 << 15
 """Entries of the lists of a grid step in scalar memory, which has 1 MiB and holds those of the next step, too."""
 VECTOR_MEMORY = 12 << 20
 """Bytes of weights that may stay in vector memory, of the 16 MiB that the smallest supported TPU gives a kernel."""
-LANES = 128
 
 
 def unsupported_reason(shape: FFNShape) -> str | None:
     """Why this cannot compute an FFN on the default device; None if it can."""
-    if jax.default_backend() != "tpu":
-        return f"it runs on TPUs, not on {jax.default_backend()}"
-    return unsupported(shape)
+    return absent() or unsupported(shape)
 
 
 def unsupported(shape: FFNShape) -> str | None:

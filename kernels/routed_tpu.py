@@ -22,6 +22,7 @@ import numpy as np
 
 from detr_jax.kernels.backend import ExpertsShape
 from detr_jax.kernels.experts import Experts, group_tokens, join_rows
+from detr_jax.kernels.tpu import LANES, SMALLEST_MEMORY, absent, vector_memory
 
 CHUNK = 128
 """Neurons whose activations are computed at once. Experts are padded to whole chunks with rows of zeros."""
@@ -29,18 +30,13 @@ TILE = 64
 """Tokens of one expert that are computed at once. Larger tiles take fewer bundles a row and are less full."""
 WINDOW = 8192
 """Tokens of a window at most. In larger windows fewer tiles are partly empty."""
-LANES = 128
-SMALLEST_MEMORY = 16 << 20
-"""Bytes of vector memory of the smallest supported TPU."""
 RESERVE = 2 << 20
 """Bytes of vector memory left to the compiler."""
 
 
 def unsupported_reason(shape: ExpertsShape) -> str | None:
     """Why this cannot compute some experts on the default device; None if it can."""
-    if jax.default_backend() != "tpu":
-        return f"it runs on TPUs, not on {jax.default_backend()}"
-    return unsupported(shape, _vector_memory())
+    return absent() or unsupported(shape, vector_memory())
 
 
 def unsupported(shape: ExpertsShape, memory: int = SMALLEST_MEMORY) -> str | None:
@@ -71,7 +67,7 @@ def run(
     """
     tokens, d = x.shape
     shape = ExpertsShape(x.dtype, tokens, d, experts.widths)
-    window = _window(shape, memory or _vector_memory())
+    window = _window(shape, memory or vector_memory())
     count, windows = len(experts.b_out), -(-tokens // window)
     # Tokens of no expert, and places behind the last token, are a group of their own without neurons.
     ids = jnp.pad(assignment, (0, windows * window - tokens), constant_values=count)
@@ -225,12 +221,6 @@ def _word_columns(d: int, dtype: jnp.dtype) -> int:
 
 def _padded(width: int) -> int:
     return -(-width // CHUNK) * CHUNK
-
-
-def _vector_memory() -> int:
-    from jax.experimental.pallas import tpu as pltpu
-
-    return pltpu.get_tpu_info().vmem_capacity_bytes if jax.default_backend() == "tpu" else SMALLEST_MEMORY
 
 
 def _resident_bytes(shape: ExpertsShape) -> int:

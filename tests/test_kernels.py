@@ -277,6 +277,7 @@ close(jax.jit(sharded)(model, images), expected)
 """
 
 
+@pytest.mark.slow
 def test_runs_over_a_mesh_of_devices():
     environment = os.environ | cpu_devices(8)
     root = Path(__file__).parent.parent
