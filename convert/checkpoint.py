@@ -15,7 +15,7 @@ import numpy as np
 from detr_jax.convert.layouts import SAME, Place, Shape
 from detr_jax.errors import InputError
 from detr_jax.files import replacing
-from detr_jax.models import DetrConfig, preset_config
+from detr_jax.models import preset_config
 from detr_jax.models.registry import ARCHITECTURES, architecture_of, config_from_json
 from detr_jax.safetensors_io import Header, checked_version, write_arrays
 
@@ -32,6 +32,12 @@ class Entry(Protocol):
     def shape(self) -> Shape: ...
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray: ...
+
+
+def length_of(entries: Mapping[str, Entry], name: str, default: int) -> int:
+    """Length of an entry; the default leaves it to the checkpoint to report one that is missing or has no axes."""
+    entry = entries.get(name)
+    return entry.shape[0] if entry is not None and entry.shape else default
 
 
 @dataclass(frozen=True)
@@ -88,9 +94,10 @@ def check_preset(source: str, config: Any, preset: str | None) -> None:
     """Raises an InputError if a configuration is not of a preset's architecture, or there is no such preset."""
     if preset is None:
         return
-    if not isinstance(config, DetrConfig):
+    described = preset_config(preset)
+    if type(config) is not type(described):
         raise InputError(f"{source} is not a {preset}: it is a {type(config).__name__}")
-    found, wanted = (dataclasses.asdict(one) for one in (config, preset_config(preset)))
+    found, wanted = (dataclasses.asdict(one) for one in (config, described))
     found, wanted = found.pop("backbone") | found, wanted.pop("backbone") | wanted
     names = [name for name in wanted if name not in FINE_TUNED and found[name] != wanted[name]]
     if differing := [f"{name} is {found[name]}, not {wanted[name]}" for name in names]:

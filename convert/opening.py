@@ -6,8 +6,7 @@ import json
 import pathlib
 import pickle
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +20,33 @@ from detr_jax.convert.layouts import Shape
 from detr_jax.convert.published import published_checkpoint
 from detr_jax.errors import InputError, MissingDependencyError, MissingFileError
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_WHOLE = ("model.safetensors", "pytorch_model.bin")
+_TORCH = (".pth", ".pt", ".bin", ".ckpt")
 
 
-def open_checkpoint(path: Path, preset: str | None = None, labels: tuple[str, ...] | None = None) -> Checkpoint:
+def open_checkpoint(path: Path, preset: str | None = None, facts: Facts | None = None) -> Checkpoint:
     """A checkpoint in a recognised layout, whose arrays are read later; arguments and errors as for `detr_jax.load`.
 
-    `labels` are class names for where nothing in the files tells them.
+    `facts` are used instead of those in the files beside the weights.
     """
     if not path.exists():
         raise MissingFileError(f"there is no checkpoint {path}")
-    entries: Mapping[str, Entry]
-    if path.is_dir() or path.suffix == ".safetensors":
-        entries, header = _read_folder(path) if path.is_dir() else _read_safetensors(path)
-        if header.get("format") == FORMAT:
-            return own_checkpoint(str(path), entries, header, preset)
-        facts = read_facts(path if path.is_dir() else path.parent)
-    elif path.suffix in (".pth", ".pt"):
-        entries, facts = _read_official(path, read_facts(path.parent))
-    else:
-        raise InputError(f"{path} is neither a folder nor a .safetensors, .pth or .pt file")
-    if facts.labels is None:
-        facts = replace(facts, labels=labels)
+    files = _files_of(path) if path.is_dir() else [path]
+    entries: dict[str, Entry] = {}
+    arguments: dict[str, Any] = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            arrays, header = _read_safetensors(file)
+            if header.get("format") == FORMAT:
+                return own_checkpoint(str(path), arrays, header, preset)
+        elif file.suffix in _TORCH:
+            arrays, arguments = _read_torch(file)
+        else:
+            raise InputError(f"{path} is neither a folder nor a .safetensors, {', '.join(_TORCH)} file")
+        entries |= arrays
+    facts = facts or read_facts(files[0].parent)
+    if arguments:
+        facts = official_facts(path, arguments, facts)
     return published_checkpoint(str(path), entries, preset, facts)
 
 
@@ -69,26 +73,30 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     return entries, file.metadata() or {}
 
 
-def _read_folder(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    if (path / SINGLE).exists():
-        return _read_safetensors(path / SINGLE)
-    if not (path / INDEX).exists():
-        present = ", ".join(sorted(p.name for p in path.iterdir())) or "nothing"
-        raise MissingFileError(f"{path} holds neither {SINGLE} nor {INDEX}; it holds {present}")
+def _files_of(folder: Path) -> list[Path]:
+    """The file of weights in a Hugging Face folder, or its shards; safetensors where there are torch's too."""
+    for name in _WHOLE:
+        if (folder / name).exists():
+            return [folder / name]
+        if (index := folder / f"{name}.index.json").exists():
+            break
+    else:
+        present = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing"
+        raise MissingFileError(f"{folder} holds neither {' nor '.join(_WHOLE)}, whole or in shards; it holds {present}")
     try:
-        shards = sorted(set(json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path / INDEX} is no index of safetensors files: {error!r}") from error
-    if absent := [shard for shard in shards if not (path / shard).exists()]:
-        raise MissingFileError(f"{path / INDEX} names {', '.join(absent)}, but {path} does not hold it")
-    entries: dict[str, Entry] = {}
-    for shard in shards:
-        entries |= _read_safetensors(path / shard)[0]
-    return entries, {}
+        raise InputError(f"{index} is no index of shards: {error!r}") from error
+    if absent := [shard for shard in shards if not (folder / shard).exists()]:
+        raise MissingFileError(f"{index} names {', '.join(absent)}, but {folder} does not hold it")
+    return [folder / shard for shard in shards]
 
 
-def _read_official(path: Path, beside: Facts) -> tuple[Mapping[str, Entry], Facts]:
-    """Entries and facts of an official `.pth` or a fork's; `beside` are the facts from the files beside it."""
+def _read_torch(path: Path) -> tuple[dict[str, Entry], dict[str, Any]]:
+    """Entries of a file that torch wrote, and the arguments of the official training script if it holds them.
+
+    The tensors are at the top, or where DETR's training script (`model`) or Lightning (`state_dict`) puts them.
+    """
     try:
         import torch
     except ImportError as error:
@@ -99,14 +107,18 @@ def _read_official(path: Path, beside: Facts) -> tuple[Mapping[str, Entry], Fact
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise InputError(_torch_problem(path, str(error))) from error
-    state = checkpoint.get("model") if isinstance(checkpoint, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise InputError(f"{path} is no official checkpoint: it must hold a dictionary of tensors under 'model'")
-    arguments = checkpoint.get("args")
+    content = checkpoint if isinstance(checkpoint, dict) else {}
+    state = content.get("model", content.get("state_dict", content))
+    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(
+            f"{path} is no checkpoint of a detector: it must hold a dictionary of tensors, or one under 'model' or "
+            "'state_dict'"
+        )
+    arguments = content.get("args")
     arguments = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
-    facts = official_facts(path, arguments if isinstance(arguments, dict) else {}, beside)
     entries = {name: value.detach() for name, value in state.items()}
-    return {name: (v.float() if v.is_floating_point() else v).numpy() for name, v in entries.items()}, facts
+    arrays: dict[str, Entry] = {n: (v.float() if v.is_floating_point() else v).numpy() for n, v in entries.items()}
+    return arrays, arguments if isinstance(arguments, dict) else {}
 
 
 def _harmless() -> list[Any]:
@@ -129,4 +141,4 @@ def _torch_problem(path: Path, message: str) -> str:
         )
     # torch frames the reason with advice to load the file unsafely.
     reason = re.sub(r".*WeightsUnpickler error:|Check the documentation of torch\.load.*", "", message, flags=re.DOTALL)
-    return f"{path} is damaged or cut short: {' '.join(reason.split()) or 'it ends too early'}"
+    return f"{path} is damaged or cut short, or no file of torch: {' '.join(reason.split()) or 'it ends too early'}"

@@ -124,6 +124,17 @@ def map_shards(mesh: Mesh | None, function: Callable[[Any, Any], Any]) -> Callab
     return jax.shard_map(function, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(AXIS), check_vma=False)
 
 
+def sum_shards(mesh: Mesh | None, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """As `map_shards`, but outputs are sums over images, and on each device those over all."""
+    if mesh is None:
+        return function
+
+    def summed(replicated: Any, images: Any) -> Any:
+        return jax.lax.psum(function(replicated, images), AXIS)
+
+    return jax.shard_map(summed, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(), check_vma=False)
+
+
 def to_host(tree: Tree) -> Tree:
     """Results as numpy arrays, whole on every host."""
     mesh = mesh_of(tree)

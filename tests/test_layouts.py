@@ -47,8 +47,8 @@ def test_missing(name, entry):
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_left_over(name):
-    entries = empty_entries(name) | {"mask_head.lay1.weight": np.zeros((8, 8, 3, 3), np.float32)}
-    with pytest.raises(ValueError, match=r"left over: mask_head\.lay1\.weight \(8, 8, 3, 3\)"):
+    entries = empty_entries(name) | {"mask.lay1.weight": np.zeros((8, 8, 3, 3), np.float32)}
+    with pytest.raises(ValueError, match=r"left over: mask\.lay1\.weight \(8, 8, 3, 3\)"):
         read(entries)
 
 
@@ -88,7 +88,7 @@ def test_damaged_values():
 
 
 def test_unknown_layout():
-    with pytest.raises(ValueError, match=r"the file is no detector in a known layout \(official DETR, .*\['encoder.w'"):
+    with pytest.raises(ValueError, match=r"the file is no detector in a known layout \(official DETR; .*\['encoder.w'"):
         convert.published_checkpoint("the file", {"encoder.w": np.zeros(1)})
 
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from coco_images import padded, small_images
 from flax import nnx
-from published import empty_entries, parameter_shapes, small_entries
+from published import GOLDEN, empty_entries, parameter_shapes, small_entries, telling_entry
 from tiny import outputs
 
 import detr_jax
@@ -197,11 +198,11 @@ def test_nothing_there(tmp_path):
         detr_jax.load("detr-r52")
     with pytest.raises(FileNotFoundError, match=r"no file or folder '.*absent\.pth'"):
         detr_jax.load(tmp_path / "absent.pth")
-    (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(FileNotFoundError, match=r"holds neither model\.safetensors.* it holds pytorch_model\.bin"):
+    (tmp_path / "tf_model.h5").touch()
+    with pytest.raises(FileNotFoundError, match=r"holds neither model\.safetensors nor .* it holds tf_model\.h5"):
         detr_jax.load(tmp_path)
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin is neither a folder nor a \.safetensors, \.pth"):
-        detr_jax.load(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"tf_model\.h5 is neither a folder nor a \.safetensors, \.pth"):
+        detr_jax.load(tmp_path / "tf_model.h5")
 
 
 def test_preset_from_the_hub(tmp_path, monkeypatch):
@@ -332,3 +333,34 @@ def test_script_help(monkeypatch, capsys):
     printed = capsys.readouterr().out
     for text in ("--preset", "--overwrite", "hub id"):
         assert text in printed
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in GOLDEN.glob("small_*.npz")))
+def test_small_detectors_of_transformers(name, tmp_path):
+    """Outputs that `golden/make_small.py` wrote, where neither torch nor transformers is needed."""
+    golden = np.load(GOLDEN / f"{name}.npz")
+    (tmp_path / "config.json").write_text(str(golden["config"]))
+    shapes = json.loads(str(golden["shapes"]))
+    entries = {key: telling_entry(key, tuple(shape)) for key, shape in shapes.items()}
+    safetensors.numpy.save_file(entries, tmp_path / "model.safetensors")
+    model = detr_jax.load(tmp_path)
+    found = model(*padded(small_images(model.config)))
+    np.testing.assert_allclose(found.logits, golden["logits"], rtol=0, atol=2e-4)
+    np.testing.assert_allclose(found.boxes, golden["boxes"], rtol=0, atol=2e-5)
+
+
+def test_presets_of_table_transformer(tmp_path):
+    """Its file, without a configuration, has the classes and the preprocessing of the preset."""
+    golden = np.load(GOLDEN / "small_table_transformer.npz")
+    shapes = {key: tuple(shape) for key, shape in json.loads(str(golden["shapes"])).items()}
+    entries = {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
+    safetensors.numpy.save_file(entries, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"is not a table-transformer-detection: depths is \(2, 1, 1, 1\), not \(2, 2"):
+        detr_jax.load(tmp_path, preset="table-transformer-detection")
+    for name, classes, queries, side in (("detection", 2, 15, 800), ("structure", 6, 125, 1000)):
+        config = detr_jax.preset_config(f"table-transformer-{name}")
+        shapes = parameter_shapes(config)
+        assert (config.classes, config.queries, config.preprocessing.longest_side) == (classes, queries, side)
+        assert shapes["transformer.encoder_norm.scale"] == (256,)
+        assert shapes["input_projection.kernel"] == (512, 256)
+        assert "backbone.stages.0.0.downsample.conv.kernel" not in shapes

@@ -6,9 +6,6 @@ import warnings
 import numpy as np
 import pytest
 import safetensors.numpy
-from coco_images import padded, small_images
-from flax import nnx
-from golden.recipe import fill
 from published import recipe_entries
 
 import detr_jax
@@ -17,6 +14,9 @@ from detr_jax.load import build
 from detr_jax.methods import Oracle
 
 torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from torch_detectors import LABELS, assert_same_outputs, with_recipe  # noqa: E402 - needs both
 
 
 @pytest.fixture(scope="module")
@@ -52,41 +52,23 @@ def test_damaged_official_files(official_file, tmp_path):
         with pytest.raises(ValueError, match=r"bad\.pth is damaged or cut short"):
             detr_jax.load(path)
     torch.save({"weights": {}}, path)
-    with pytest.raises(ValueError, match=r"bad\.pth is no official checkpoint: .* under 'model'"):
+    with pytest.raises(ValueError, match=r"bad\.pth is no checkpoint of a detector: .* under 'model'"):
         detr_jax.load(path)
 
 
-@nnx.jit
-def forward(model, pixels, mask):
-    outputs = model(pixels, mask)
-    return outputs.logits, outputs.boxes
-
-
-def random_detector(transformers, **config):
-    """A detector whose every parameter and statistic matters, unlike those of a fresh one."""
-    labels = {0: "N/A", 1: "cat", 2: "dog"}
+def random_detector(**config):
     layers = {"encoder_layers": 2, "decoder_layers": 2}
-    config = transformers.DetrConfig(num_queries=30, id2label=labels, **layers | config)
-    model = transformers.DetrForObjectDetection(config).eval()
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if tensor.is_floating_point():
-                tensor.copy_(torch.from_numpy(fill(name, tuple(tensor.shape))))
-                if any(part in name for part in ("q_proj", "k_proj", "query_position")):
-                    tensor.mul_(3)  # so that attention tells tokens and queries apart
-                elif "layer.2.convolution" in name:
-                    tensor.mul_(0.3)  # as the recipe does with conv3, its name elsewhere
-    return model
+    config = transformers.DetrConfig(num_queries=30, id2label=LABELS, **layers | config)
+    return with_recipe(transformers.DetrForObjectDetection(config))
 
 
 @pytest.mark.parametrize("backbone", ["native", "timm", "timm-dc5"])
 def test_transformers(backbone, tmp_path):
-    transformers = pytest.importorskip("transformers")
     if backbone == "native":
-        original = random_detector(transformers, use_timm_backbone=False)
+        original = random_detector(use_timm_backbone=False)
     else:
         pytest.importorskip("timm")
-        original = random_detector(transformers, dilation=backbone == "timm-dc5")
+        original = random_detector(dilation=backbone == "timm-dc5")
     original.save_pretrained(tmp_path, max_shard_size="200MB" if backbone == "native" else "50MB")
 
     with warnings.catch_warnings():
@@ -101,15 +83,12 @@ def test_transformers(backbone, tmp_path):
 
 def test_every_size_that_a_configuration_can_say(tmp_path):
     """Unequal FFNs, heads, layers and another backbone, sparse like the others."""
-    transformers = pytest.importorskip("transformers")
     sizes = {"encoder_layers": 2, "decoder_layers": 3, "encoder_ffn_dim": 96, "decoder_ffn_dim": 64, "d_model": 64}
     heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 2}
     backbone = transformers.ResNetConfig(
         embedding_size=16, hidden_sizes=[32, 64, 128, 256], depths=[1, 2, 1, 1], out_features=["stage4"]
     )
-    original = random_detector(
-        transformers, use_timm_backbone=False, backbone=None, backbone_config=backbone, **sizes, **heads
-    )
+    original = random_detector(use_timm_backbone=False, backbone=None, backbone_config=backbone, **sizes, **heads)
     original.save_pretrained(tmp_path)
     model = detr_jax.load(tmp_path)
     assert_same_outputs(model, original)
@@ -136,13 +115,3 @@ def test_every_size_that_a_configuration_can_say(tmp_path):
             safetensors.numpy.load_file(tmp_path / "model.safetensors"),
             facts=convert.Facts(dilation=False, encoder_heads=4, decoder_heads=7),
         )
-
-
-def assert_same_outputs(model, original):
-    pixels, mask = padded(small_images(model.config))
-    with torch.no_grad():
-        expected = original(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(mask).long())
-    logits, boxes = forward(model, pixels, mask)
-    assert np.std(boxes, axis=1).max() > 0.005, "the queries must differ for the comparison to mean something"
-    np.testing.assert_allclose(logits, expected.logits, rtol=0, atol=2e-4)
-    np.testing.assert_allclose(boxes, expected.pred_boxes, rtol=0, atol=2e-5)

@@ -106,7 +106,7 @@ class ToyDetector(Detector):
         fine += self.widen(narrow + run("fine", narrow, features.mask[0]))
         x = jnp.concatenate([fine, coarse], axis=1)
         x += run("both", x, mask)
-        queries = jnp.broadcast_to(self.embeddings[...].astype(x.dtype), (len(x), *self.embeddings.shape))
+        queries = jnp.broadcast_to(self.embeddings[...].astype(x.dtype), (x.shape[0], *self.embeddings.shape))
         scores = jnp.where(mask[:, None], queries @ x.swapaxes(1, 2), -1e9)
         queries += jax.nn.softmax(scores) @ x
         queries += run("queries", queries, jnp.ones(queries.shape[:2], bool))

@@ -57,6 +57,8 @@ class Detector(nnx.Module):
 
     config: Any
     dtype: jnp.dtype
+    token_parts: tuple[str, ...] = ()
+    """Parts whose layers update some of the image tokens only where `selectors` have a `TokenSelector` for them."""
     permutations = Permutations({})
     """Of the hidden neurons, since the detector was loaded."""
 
@@ -201,12 +203,12 @@ class Detector(nnx.Module):
             InputError: if one names an FFN that does not exist, or they are a plan's and the hidden neurons are not in
                 the plan's order.
         """
-        selectors, names = {} if selectors is None else selectors, list(self.ffn_specs())
+        selectors, names = {} if selectors is None else selectors, [*self.ffn_specs(), *self.token_parts]
         if isinstance(selectors, PlanSelectors) and selectors.permutations != self.permutations:
             raise InputError(
                 "these selectors belong to a plan that has the hidden neurons in another order than this detector: use "
                 "detr_jax.load_sparse(detector, plan), or detector.with_permutations(plan.permutations)"
             )
         if unknown := set(selectors) - set(names):
-            raise InputError(f"no FFN is named {sorted(unknown)}; this detector has {names}")
+            raise InputError(f"no FFN is named {sorted(unknown)}; this detector has {list(self.ffn_specs())}")
         return selectors

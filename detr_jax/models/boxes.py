@@ -2,12 +2,20 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
 
 
 def corners(boxes: jax.Array) -> jax.Array:
     """(..., 4) (cx, cy, w, h) -> (x0, y0, x1, y1)."""
     centre, size = boxes[..., :2], boxes[..., 2:]
     return jnp.concatenate([centre - size / 2, centre + size / 2], axis=-1)
+
+
+def corners_in_pixels(
+    boxes: Float[Array, "batch queries 4"], sizes: Shaped[Array, "batch 2"]
+) -> Float[Array, "batch queries 4"]:
+    """(cx, cy, w, h) in fractions of images -> (x0, y0, x1, y1) in their pixels; `sizes` are heights and widths."""
+    return corners(boxes) * jnp.tile(sizes[:, None, ::-1], 2).astype(boxes.dtype)
 
 
 def generalised_iou(a: jax.Array, b: jax.Array) -> jax.Array:

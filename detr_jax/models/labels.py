@@ -13,3 +13,8 @@ COCO_LABELS = (
 )  # fmt: skip
 
 SCENES_LABELS = ("", "circle", "square", "triangle", "star", "cross", "ring", "crescent", "arrow")
+
+TABLE_LABELS = ("table", "table rotated")
+TABLE_STRUCTURE_LABELS = (
+    "table", "table column", "table row", "table column header", "table projected row header", "table spanning cell",
+)  # fmt: skip

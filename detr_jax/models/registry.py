@@ -32,6 +32,12 @@ def architecture_of(config: Any) -> str:
     return next(name for name, (described, _) in ARCHITECTURES.items() if described is type(config))
 
 
+def build_detector(config: Any, dtype: jnp.dtype = jnp.float32, *, rngs: nnx.Rngs) -> Detector:
+    """The detector that a configuration describes, with random parameters."""
+    _, module = ARCHITECTURES[architecture_of(config)]
+    return module(config, dtype=dtype, rngs=rngs)
+
+
 class _OneKey(nnx.RngStream):
     """The same key at every call: counting them, as flax does it, takes seconds to trace."""
 
@@ -45,8 +51,7 @@ def abstract_detector(config: Any, dtype: jnp.dtype) -> Detector:
     def make() -> Detector:
         rngs = nnx.Rngs(0)
         rngs.default = _OneKey(0, tag="default")  # type: ignore[attr-defined]
-        _, module = ARCHITECTURES[architecture_of(config)]
-        return module(config, dtype=dtype, rngs=rngs)
+        return build_detector(config, dtype, rngs=rngs)
 
     return nnx.eval_shape(make)
 

@@ -1,10 +1,9 @@
-"""Configuration of a DETR, and the five presets."""
+"""Configuration of a DETR."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from detr_jax.errors import InputError
-from detr_jax.models.labels import COCO_LABELS, SCENES_LABELS
+from detr_jax.models.labels import COCO_LABELS
 from detr_jax.models.preprocessing import Preprocessing
 from detr_jax.models.registry import dataclass_from_json
 from detr_jax.models.resnet import BackboneConfig
@@ -29,6 +28,8 @@ class DetrConfig:
     encoder_layers: int = 6
     decoder_layers: int = 6
     queries: int = 100
+    pre_norm: bool = False
+    """Layer norms before attention and FFNs, and one after the encoder, as in Table Transformer, instead of after."""
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     """Its stride is always the backbone's."""
 
@@ -38,6 +39,10 @@ class DetrConfig:
     @property
     def classes(self) -> int:
         return len(self.labels)
+
+    @property
+    def logits(self) -> int:
+        return self.classes + 1
 
     @property
     def ffn_names(self) -> tuple[str, ...]:
@@ -55,36 +60,3 @@ class DetrConfig:
         if sides := {side: values.pop(side) for side in ("shortest_side", "longest_side") if side in values}:
             values["preprocessing"] = sides
         return dataclass_from_json(cls, values)
-
-
-_R50 = BackboneConfig(depths=(3, 4, 6, 3))
-_R101 = BackboneConfig(depths=(3, 4, 23, 3))
-
-PRESETS = {
-    "detr-r50": DetrConfig(_R50),
-    "detr-r50-dc5": DetrConfig(replace(_R50, dilate_last=True)),
-    "detr-r101": DetrConfig(_R101),
-    "detr-r101-dc5": DetrConfig(replace(_R101, dilate_last=True)),
-    "detr-tiny": DetrConfig(
-        BackboneConfig(depths=(2, 2, 2), widths=(16, 32, 64), strides=(2, 2, 1), stem_width=16),
-        labels=SCENES_LABELS,
-        d_model=128,
-        encoder_heads=4,
-        decoder_heads=4,
-        encoder_ffn_dim=1024,
-        decoder_ffn_dim=1024,
-        encoder_layers=3,
-        decoder_layers=3,
-        queries=20,
-        preprocessing=Preprocessing(128, 213),
-    ),
-}
-"""The published detectors (Carion et al. 2020), of stride 32 or, with a dilated last stage (DC5), 16; and the embedded
-detector of generated scenes: 128x128 pixels, stride 16, 64 encoder tokens."""
-
-
-def preset_config(name: str) -> DetrConfig:
-    """The configuration of a preset; raises an InputError if there is none of that name."""
-    if name not in PRESETS:
-        raise InputError(f"no preset named {name!r}; there are {', '.join(PRESETS)}")
-    return PRESETS[name]

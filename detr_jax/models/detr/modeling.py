@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Shaped
 
-from detr_jax.models.base import Detector, FFNSpec
 from detr_jax.models.detections import Detections
 from detr_jax.models.detr.config import DetrConfig
 from detr_jax.models.detr.outputs import DetrOutputs, class_probabilities, output_divergence, postprocess
-from detr_jax.models.detr.transformer import Transformer
-from detr_jax.models.ffn import FFN
+from detr_jax.models.detr.transformer import Transformer, attention_scores, softmax_attention
+from detr_jax.models.encoder_decoder import EncoderDecoder
+from detr_jax.models.perceptron import Perceptron
 from detr_jax.models.positions import downsample_mask, sine_positions
 from detr_jax.models.resnet import ResNet
 from detr_jax.models.selection import Selectors
@@ -33,23 +33,21 @@ class ImageTokens:
     """(batch,) bool, false for images that only fill the batch."""
 
 
-class BoxHead(nnx.Module):
+class BoxHead(Perceptron):
     """A perceptron of three layers, then a sigmoid."""
 
     def __init__(self, d_model: int, *, rngs: nnx.Rngs):
-        self.layers = nnx.List([nnx.Linear(d_model, out, rngs=rngs) for out in (d_model, d_model, 4)])
+        super().__init__((d_model, d_model, d_model, 4), rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return jax.nn.sigmoid(self.log_odds(x))
 
     def log_odds(self, x: jax.Array) -> jax.Array:
         """(..., d) -> (..., 4), the boxes before the sigmoid."""
-        for layer in self.layers[:-1]:
-            x = jax.nn.relu(layer(x))
-        return self.layers[-1](x)
+        return super().__call__(x)
 
 
-class DETR(Detector):
+class DETR(EncoderDecoder):
     """DEtection TRansformer (Carion et al. 2020), the official architecture in inference form (no dropout).
 
     `preset_config("detr-r50")` and its siblings are the published configurations. Parameters and heads are float32
@@ -57,27 +55,16 @@ class DETR(Detector):
     """
 
     config: DetrConfig
+    transformer_class: type[Transformer] = Transformer
 
     def __init__(self, config: DetrConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.dtype = dtype
         self.backbone = ResNet(config.backbone, dtype=dtype, rngs=rngs)
         self.input_projection = nnx.Linear(config.backbone.features, config.d_model, dtype=dtype, rngs=rngs)
-        self.transformer = Transformer(config, dtype=dtype, rngs=rngs)
-        self.class_head = nnx.Linear(config.d_model, config.classes + 1, rngs=rngs)
+        self.transformer = self.transformer_class(config, dtype=dtype, rngs=rngs)
+        self.class_head = nnx.Linear(config.d_model, config.logits, rngs=rngs)
         self.box_head = BoxHead(config.d_model, rngs=rngs)
-
-    @property
-    def ffns(self) -> dict[str, FFN]:
-        layers: tuple[Any, ...] = (*self.transformer.encoder, *self.transformer.decoder)
-        return dict(zip(self.config.ffn_names, (layer.ffn for layer in layers), strict=True))
-
-    def ffn_specs(self) -> dict[str, FFNSpec]:
-        config = self.config
-        encoder = FFNSpec(config.d_model, config.encoder_ffn_dim, "image", grids=(0,))
-        decoder = FFNSpec(config.d_model, config.decoder_ffn_dim, "query")
-        specs = [encoder] * config.encoder_layers + [decoder] * config.decoder_layers
-        return dict(zip(config.ffn_names, specs, strict=True))
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -103,10 +90,26 @@ class DETR(Detector):
         """See `Detector.transform`; `auxiliary` outputs are those after every decoder layer, and of the encoder."""
         run, traces = self.ffn_runner(selectors, features.valid, trace)
         x, positions, mask = features.x, features.positions, features.mask
-        memory = self.transformer.encode(x, positions, mask, run)
+        kept = self.kept_tokens(selectors, features, trace)
+        memory = self.transformer.encode(x, positions, mask, run, kept)
         layers = self.transformer.decode(memory, positions, mask, run)
         *earlier, (logits, boxes) = [self.heads(x) for x in (layers if auxiliary else layers[-1:])]
         return DetrOutputs(logits, boxes, tuple(earlier), (x, memory) if auxiliary else (), traces)
+
+    def encoder_inputs(self, features: ImageTokens) -> tuple[jax.Array, jax.Array, tuple[int, ...]]:
+        return features.x, features.mask, (features.x.shape[1],)
+
+    def encoder_steps(self, features: ImageTokens) -> list[jax.Array]:
+        run, _ = self.ffn_runner(None, features.valid, False)
+        return self.transformer.encoder_steps(features.x, features.positions, features.mask, run)
+
+    def record_attention(self, layer: Any, found: list[jax.Array]) -> None:
+        def recording(query: jax.Array, key: jax.Array, value: jax.Array, **options: Any) -> jax.Array:
+            weights = jax.nn.softmax(attention_scores(query, key, options.get("mask")))
+            found.append(weights.sum((1, 2)))
+            return softmax_attention(query, key, value, **options)
+
+        layer.cross_attention.attention_fn = recording
 
     def heads(self, x: Float[Array, "*tokens d"]) -> tuple[Float[Array, "*tokens logits"], Float[Array, "*tokens 4"]]:
         """Logits with "no object" last, and boxes, of features."""
