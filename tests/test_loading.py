@@ -13,7 +13,7 @@ from detr_jax.data.coco import CocoDataset
 from detr_jax.data.loading import batches, layout_batches, padded_size
 from detr_jax.data.prefetch import dispatch_ahead, processes_for
 from detr_jax.data.scenes import ScenesDataset
-from detr_jax.data.transforms import preprocess, resized_size
+from detr_jax.data.transforms import preprocess
 from detr_jax.models import Preprocessing
 
 R50, TINY = preset_config("detr-r50"), preset_config("detr-tiny")
@@ -36,7 +36,7 @@ def test_padded_sizes_are_few_and_large_enough():
     for config in (R50, preset_config("detr-r50-dc5"), TINY):
         stride, shapes = config.backbone.stride, set()
         for size in rng.integers(100, 1500, (2000, 2)):
-            resized = resized_size(size, config.preprocessing.shortest_side, config.preprocessing.longest_side)
+            resized = config.preprocessing.resized_size(size)
             padded = padded_size(resized, config.preprocessing)
             assert padded[0] >= resized[0]
             assert padded[1] >= resized[1]

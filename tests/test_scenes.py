@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from detr_jax.data import scenes
-from detr_jax.data.scenes import MAX_OBJECTS, MIN_VISIBLE, SIDE, ScenesDataset, render_scene
+from detr_jax.data.scenes import MIN_VISIBLE, SIDE, ScenesDataset, max_objects, render_scene
 from detr_jax.evaluation.coco_ap import score
 from detr_jax.models.labels import SCENES_LABELS
 
@@ -23,10 +23,11 @@ def test_a_scene_depends_on_split_and_index_only(sample):
 
 
 def test_boxes_enclose_the_visible_pixels(sample):
-    for scene in sample:
-        assert scene.image.shape == (SIDE, SIDE, 3)
+    large = [render_scene("train", i, 256) for i in range(SAMPLE // 4)]
+    for side, scene in [(SIDE, scene) for scene in sample] + [(256, scene) for scene in large]:
+        assert scene.image.shape == (side, side, 3)
         assert scene.image.dtype == np.uint8
-        assert 1 <= len(scene.labels) == len(scene.boxes) == len(scene.visible) <= MAX_OBJECTS
+        assert 1 <= len(scene.labels) == len(scene.boxes) == len(scene.visible) <= max_objects(side)
         assert scene.visible.sum(0).max() == 1
         for (x0, y0, x1, y1), visible in zip(scene.boxes.astype(int), scene.visible, strict=True):
             assert visible[y0:y1, x0:x1].sum() == visible.sum()
@@ -53,7 +54,7 @@ def test_shapes_stay_visible(monkeypatch):
 def test_all_classes_and_counts_occur(sample):
     labels = np.concatenate([scene.labels for scene in sample])
     assert set(labels.tolist()) == set(range(1, len(SCENES_LABELS)))
-    assert {len(scene.labels) for scene in sample} == set(range(1, MAX_OBJECTS + 1))
+    assert {len(scene.labels) for scene in sample} == set(range(1, max_objects(SIDE) + 1))
 
 
 def test_objects_stand_out(sample):
@@ -94,6 +95,16 @@ def test_examples_are_the_scenes():
     np.testing.assert_array_equal(example.labels, scene.labels)
 
 
+def test_large_scenes_have_more_and_larger_objects():
+    dataset = ScenesDataset("val", images=SAMPLE // 2, side=256)
+    np.testing.assert_array_equal(dataset.image_sizes(), [(256, 256)] * len(dataset))
+    assert dataset.name == "scenes-256-val" and dataset.fingerprint != ScenesDataset("val", SAMPLE // 2).fingerprint
+    truth = dataset.ground_truth()
+    assert {(image["width"], image["height"]) for image in truth["images"]} == {(256, 256)}
+    assert max(max(a["bbox"][2:]) for a in truth["annotations"]) > 128
+    assert max(len(dataset[i].labels) for i in range(len(dataset))) > max_objects(SIDE)
+
+
 @pytest.mark.parametrize("images", [0, -1, 601])
 def test_images_that_do_not_exist(images):
     with pytest.raises(ValueError, match="has 600 images"):
@@ -105,6 +116,8 @@ def test_unknown_split_and_index():
         ScenesDataset("test")
     with pytest.raises(ValueError, match="no end of training scenes"):
         ScenesDataset("train")
+    with pytest.raises(ValueError, match="sides of 128 or 256 pixels, not 64"):
+        ScenesDataset("val", side=64)
     with pytest.raises(IndexError, match="no index 600"):
         ScenesDataset("val")[600]
     with pytest.raises(IndexError, match="no index -1"):

@@ -1,4 +1,4 @@
-"""COCO 2017, or any data set in its layout."""
+"""COCO 2017, or any data set with annotations in its format, as annotation tools export them."""
 
 import json
 import math
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from detr_jax.data.coco_layouts import WHOLE, SplitFiles, find_split
 from detr_jax.data.dataset import Example, Json, digest
 from detr_jax.data.images import is_sideways, read_image
 from detr_jax.errors import InputError, MissingFileError
@@ -37,30 +38,36 @@ _CONTENT: dict[str, dict[str, tuple[str, Callable[[Any], bool]]]] = {
     },
     "categories": {"id": _ID, "name": _TEXT},
 }
-"""Keys that the entries of each section must have, and their right values."""
-_BESIDE = "_annotations.coco.json"
-"""Annotation file of Roboflow's exports, in the folder of the images."""
+"""Keys of the entries of each section, and their right values."""
+_ASSUMED: dict[str, tuple[str, Callable[[Json], float]]] = {
+    "area": ("that of the box", lambda annotation: annotation["bbox"][2] * annotation["bbox"][3]),
+    "iscrowd": ("0", lambda annotation: 0),
+}
+"""Keys that annotations may lack, and what is assumed then. All others are needed."""
 
 
 class CocoDataset:
-    """One split: `root/<split>/*.jpg` and `root/annotations/instances_<split>.json`.
+    """One split of a folder in COCO's layout or an export of Roboflow, CVAT or Label Studio; see `find_split`.
 
     Images come in the order of their ids, those without objects included. The boxes and labels of an example are the
     official training targets: no crowd regions, boxes clipped to the image, none that are empty then. A label is the
     category's id; see `detr_jax.data.classes` for detectors with other numbers. The ground truth keeps everything.
     Boxes refer to the stored pixels, whatever rotation the EXIF data ask for; the first such image gives a warning.
+    A warning says what is assumed where annotations lack an area or `iscrowd`, and which categories are left out
+    because they only group others.
 
     Args:
         images: use the first so many images only.
 
     Raises:
-        MissingFileError: if the folder, the annotation file or an image that is to be used does not exist.
+        MissingFileError: if the folder, the split or an image that is to be used does not exist.
         InputError: if the annotation file is damaged or incomplete, or there are fewer images than asked for.
     """
 
     def __init__(self, root: Path, split: str, images: int | None = None):
-        self._folder, self.name = Path(root) / split, split
-        path = _annotation_file(Path(root), split)
+        files = find_split(Path(root), split)
+        path = files.annotations
+        self.name = files.name if files.name != WHOLE else f"{Path(root).resolve().name}-{WHOLE}"
         data = path.read_bytes()
         content = _checked_annotations(path, data)
         available = len(content["images"])
@@ -77,13 +84,8 @@ class CocoDataset:
             if not annotation["iscrowd"]:
                 self._objects[annotation["image_id"]].append(annotation)
         self._rotation_reported = False
+        self._paths = _image_paths(files, [image["file_name"] for image in self._images])
 
-        names = [image["file_name"] for image in self._images]
-        if missing := [name for name in names if not (self._folder / name).is_file()]:
-            raise MissingFileError(
-                f"{len(missing)} of the {len(self)} images that {path} names are not in {self._folder}, "
-                f"the first is {missing[0]}"
-            )
         outside = [o["id"] for image in self._images for o in self._objects[image["id"]] if _is_outside(o, image)]
         if outside:
             warnings.warn(
@@ -97,9 +99,8 @@ class CocoDataset:
 
     def __getitem__(self, index: int) -> Example:
         """Raises an InputError if the file is damaged or has another size than the annotation file says."""
-        entry = self._images[index]
-        path = self._folder / entry["file_name"]
-        image, orientation = read_image(path)
+        entry, path = self._images[index], self._paths[index]
+        image, orientation = read_image(Path(path))
         height, width = entry["height"], entry["width"]
         if image.shape[:2] != (height, width):
             turned = ""
@@ -133,7 +134,7 @@ class CocoDataset:
         return [image["id"] for image in self._images]
 
     def image_name(self, index: int) -> str:
-        return str(self._folder / self._images[index]["file_name"])
+        return self._paths[index]
 
     def categories(self) -> list[Json]:
         return self._ground_truth["categories"]
@@ -147,26 +148,24 @@ def _is_outside(annotation: Json, image: Json) -> bool:
     return min(width, height) > 0 and not (-width < x < image["width"] and -height < y < image["height"])
 
 
-def _annotation_file(root: Path, split: str) -> Path:
-    """The annotation file of a split; a MissingFileError names what is there instead."""
-    folder, path = root / split, root / "annotations" / f"instances_{split}.json"
-    if folder.is_dir() and path.is_file():
-        return path
-    for beside in (root, folder, root / split.removesuffix("2017")):
-        if (beside / _BESIDE).is_file():
-            raise MissingFileError(
-                f"{beside / _BESIDE} is in the layout of Roboflow's exports, which is not read yet: move the images to "
-                f"{folder}/ and the file to {path}"
-            )
-    there = sorted(p.stem.removeprefix("instances_") for p in path.parent.glob("instances_*.json"))
-    splits = f"; there are annotations of {', '.join(there)}" if there and split not in there else ""
-    if not folder.is_dir():
-        raise MissingFileError(f"there is no folder {folder} with the images of {split}{splits}")
-    raise MissingFileError(f"there is no annotation file {path}{splits}")
+def _image_paths(files: SplitFiles, names: list[str]) -> list[str]:
+    """Files of images by their names in the annotation file; refuses names without a file, and two of one file."""
+    paths = [files.image(name) for name in names]
+    if missing := [name for name, path in zip(names, paths, strict=True) if path is None]:
+        raise MissingFileError(
+            f"{len(missing)} of the {len(names)} images that {files.annotations} names are not in any of "
+            f"{', '.join(map(str, files.folders))}; the first is {missing[0]}"
+        )
+    found = list(map(str, paths))
+    name_of: dict[str, str] = {}
+    for name, path in zip(names, found, strict=True):
+        if name_of.setdefault(path, name) != name:
+            raise InputError(f"{files.annotations} names {name_of[path]} and {name}, but there is only {path}")
+    return found
 
 
 def _checked_annotations(path: Path, data: bytes) -> dict[str, list[dict[str, Any]]]:
-    """The entries of an annotation file, checked, with the keys of `_CONTENT` only."""
+    """The entries of an annotation file, checked and complete, with the keys of `_CONTENT` only."""
     try:
         content = json.loads(data)
     except ValueError as error:
@@ -183,11 +182,12 @@ def _checked_annotations(path: Path, data: bytes) -> dict[str, list[dict[str, An
             if not isinstance(entry, dict):
                 raise InputError(f"{name} is {entry!r:.50}, not an object with {', '.join(checks)}")
             for key, (right, is_right) in checks.items():
-                if key not in entry:
-                    raise InputError(f"{name} has no {key!r}; needed are {', '.join(checks)}")
-                if not is_right(entry[key]):
+                if key not in entry and key not in _ASSUMED:
+                    needed = ", ".join(key for key in checks if key not in _ASSUMED)
+                    raise InputError(f"{name} has no {key!r}; needed are {needed}")
+                if key in entry and not is_right(entry[key]):
                     raise InputError(f"{name} (id {entry['id']!r}) has the {key} {entry[key]!r}, not {right}")
-        entries[section] = [{key: entry[key] for key in checks} for entry in content[section]]
+        entries[section] = [{key: entry[key] for key in checks if key in entry} for entry in content[section]]
 
     if not entries["images"]:
         raise InputError(f"{path} has no images")
@@ -199,4 +199,32 @@ def _checked_annotations(path: Path, data: bytes) -> dict[str, list[dict[str, An
             if (id := annotation[reference]) not in counts:
                 name = f"{path}: entry {position} of 'annotations' (id {annotation['id']!r})"
                 raise InputError(f"{name} has the {reference} {id!r}, which none of the {section} has")
+
+    notes = []
+    for key, (assumed, value) in _ASSUMED.items():
+        if incomplete := [annotation for annotation in entries["annotations"] if key not in annotation]:
+            of = f"{len(incomplete)} of the {len(entries['annotations'])} annotations"
+            notes.append(f"no {key} in {of}, taken to be {assumed}")
+            for annotation in incomplete:
+                annotation[key] = value(annotation)
+    for group in _groups(content["categories"], {annotation["category_id"] for annotation in entries["annotations"]}):
+        notes.append(f"the category {group['name']!r} ({group['id']}) is left out: it groups others and has no objects")
+        entries["categories"] = [category for category in entries["categories"] if category["id"] != group["id"]]
+    if notes:
+        warnings.warn(f"{path}: {'; '.join(notes)}", stacklevel=3)
     return entries
+
+
+def _groups(categories: list[Json], with_objects: set[int]) -> list[Json]:
+    """Categories without objects that are the supercategory of others, such as the first of Roboflow's exports.
+
+    That one is also known by being the only one whose own supercategory is "none"; it may be named like a class.
+    """
+    above = Counter(str(category.get("supercategory") or "") for category in categories)
+
+    def is_group(category: Json) -> bool:
+        own = str(category.get("supercategory") or "")
+        first = own == "none" and above["none"] == 1 < len(categories) and not above[""]
+        return first or (own != category["name"] and above[category["name"]] > 0)
+
+    return [category for category in categories if category["id"] not in with_objects and is_group(category)]

@@ -12,13 +12,15 @@ from jax.sharding import Mesh
 
 from detr_jax.data.dataset import Dataset
 from detr_jax.data.prefetch import prefetch, processes_for
-from detr_jax.data.transforms import pad, preprocess, resized_size
+from detr_jax.data.transforms import pad, preprocess
 from detr_jax.errors import InputError
 from detr_jax.mesh import local_slice
 from detr_jax.models import Preprocessing
 
 LONG_SIDES = 5
 """Lengths of the longer side, from square to the cap; a program is compiled for each of them and orientation."""
+COARSE_STEP = 256
+"""Pixels between lengths of the sides where images are not resized."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,22 @@ def padded_size(size: tuple[int, int], preprocessing: Preprocessing) -> tuple[in
     """Padded (height, width) of an image that was resized to `size`, multiples of the stride.
 
     The shorter side is the detector's; the longer one has one of `LONG_SIDES` lengths, unless the official rounding
-    exceeds the cap.
+    exceeds the cap. Where the sides have but one limit, each side has one of `LONG_SIDES` lengths up to it, and where
+    they have none, they are multiples of `COARSE_STEP`.
     """
-    steps = np.linspace(preprocessing.shortest_side, preprocessing.longest_side, LONG_SIDES)
-    sides = np.ceil(np.array([*steps, max(size)]) / preprocessing.stride).astype(int) * preprocessing.stride
-    short, long = int(sides[0]), int(sides[sides >= max(size)][0])
-    return (short, long) if size[0] <= size[1] else (long, short)
+    shortest, longest, stride = preprocessing.shortest_side, preprocessing.longest_side, preprocessing.stride
+    if preprocessing.has_sides and shortest < longest:
+        long_sides = np.linspace(shortest, longest, LONG_SIDES)
+        sides = np.ceil(np.array([*long_sides, max(size)]) / stride).astype(int) * stride
+        short, long = int(sides[0]), int(sides[sides >= max(size)][0])
+        return (short, long) if size[0] <= size[1] else (long, short)
+    one_limit = {"fit": preprocessing.box, "stretch": (LONG_SIDES,) * 2, "none": (COARSE_STEP * LONG_SIDES,) * 2}
+    limits = one_limit.get(preprocessing.resize, (longest, longest))
+    steps_of = [-(-limit // LONG_SIDES) for limit in limits]
+    height, width = (
+        preprocessing.to_stride(-(-side // step) * step) for side, step in zip(size, steps_of, strict=True)
+    )
+    return height, width
 
 
 def layout_batches(
@@ -104,7 +116,7 @@ def layout_batches(
     by_shape = defaultdict(list)
     for index in order:
         try:
-            size = resized_size(sizes[index], preprocessing.shortest_side, preprocessing.longest_side)
+            size = preprocessing.resized_size(sizes[index])
         except InputError as error:
             raise InputError(f"{image_name(index)}: {error}") from None
         by_shape[size if exact else padded_size(size, preprocessing)].append(index)

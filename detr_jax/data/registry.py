@@ -30,10 +30,11 @@ def open_dataset(data: str, split: str, images: int | None = None) -> Dataset:
     """A split of a data set.
 
     Args:
-        data: "scenes" for generated scenes, "coco:PATH" for a folder in COCO's layout, "images:PATH" for a folder of
-            photographs without annotations, or a kind added by `register_dataset`.
-        split: "train" or "val", for a COCO folder those of 2017, or the full name of another split there; for a folder
-            of photographs also "all".
+        data: "scenes" for generated scenes, "scenes:256" for those of 256 pixels a side, "coco:PATH" for a folder in
+            COCO's layout or an export of Roboflow, CVAT or Label Studio, "images:PATH" for a folder of photographs
+            without annotations, or a kind added by `register_dataset`.
+        split: "train" or "val"; of a "coco:" folder any that is there, see `detr_jax.data.coco_layouts.find_split`, and
+            "all" where it is not divided; of a folder of photographs also "all".
         images: use the first so many images only.
 
     Raises:
@@ -60,15 +61,13 @@ def _path(kind: str, location: str) -> Path:
 
 
 def _scenes(location: str, split: str, images: int | None) -> Dataset:
-    if location:
-        raise InputError(f"scenes are generated and have no path, but {location!r} is given")
-    return ScenesDataset(split, images)
-
-
-def _coco(location: str, split: str, images: int | None) -> Dataset:
-    return CocoDataset(_path("coco", location), {"train": "train2017", "val": "val2017"}.get(split, split), images)
+    if not location:
+        return ScenesDataset(split, images)
+    if not location.isdecimal():
+        raise InputError(f"scenes are generated and have no path, only a side, as in scenes:256; not {location!r}")
+    return ScenesDataset(split, images, int(location))
 
 
 register_dataset("scenes", _scenes)
-register_dataset("coco", _coco)
+register_dataset("coco", lambda location, split, images: CocoDataset(_path("coco", location), split, images))
 register_dataset("images", lambda location, split, images: ImageFolder(_path("images", location), split, images))

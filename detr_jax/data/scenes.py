@@ -1,7 +1,8 @@
 """Generated scenes: coloured shapes on textured backgrounds, an unlimited detection data set without files.
 
-Every scene is a function of (split, index) alone. Shapes have varied size, rotation, colour and pattern, and hide
-parts of each other; the boxes are those of what remains visible, as in COCO.
+Every scene is a function of (split, index, side) alone. Shapes have varied size, rotation, colour and pattern, and hide
+parts of each other; the boxes are those of what remains visible, as in COCO. Larger scenes have more of them, and
+larger ones besides the smallest.
 """
 
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from detr_jax.errors import InputError
 from detr_jax.models.labels import SCENES_LABELS
 
 SIDE = 128
-MAX_OBJECTS = 4
+SIDES = (128, 256)
 VALIDATION_IMAGES = 600
 TRAINING_IMAGES = 2**31
-DIAMETERS = (26.0, 80.0)  # of a shape's circumscribed circle in pixels, drawn log-uniformly
+MIN_DIAMETER = 26.0  # of a shape's circumscribed circle in pixels, drawn log-uniformly
+MAX_DIAMETER = 0.625  # in sides of the scene
 MIN_VISIBLE = 0.6  # fraction of a shape, and of every shape below it, that stays visible
 MIN_CONTRAST = 90.0  # least distance of a shape's colour from the mean colour of the background, in 8-bit RGB
 SUPERSAMPLING = 4
@@ -30,8 +32,8 @@ class Scene:
     """A rendered scene.
 
     Attributes:
-        image: (128, 128, 3) uint8.
-        visible: (objects, 128, 128) bool, the visible pixels of each object.
+        image: (side, side, 3) uint8.
+        visible: (objects, side, side) bool, the visible pixels of each object.
         labels: (objects,) int32 class indices.
         boxes: (objects, 4) float32, (x0, y0, x1, y1) around the visible pixels.
     """
@@ -42,20 +44,29 @@ class Scene:
     boxes: np.ndarray
 
 
+def max_objects(side: int) -> int:
+    """Objects in a scene of so many pixels a side, at most."""
+    return side // 32
+
+
 class ScenesDataset:
     """The scenes of one split as a data set.
 
     Args:
         split: "val" (600 fixed scenes) or "train" (any number).
         images: use the first so many scenes only; needed for "train".
+        side: height and width of the scenes in pixels, one of `SIDES`.
 
     Raises:
-        InputError: if the split does not exist or has fewer images, or a number of training scenes is not given.
+        InputError: if the split or the side does not exist, the split has fewer images, or a number of training scenes
+            is not given.
     """
 
     has_annotations = True
 
-    def __init__(self, split: str, images: int | None = None):
+    def __init__(self, split: str, images: int | None = None, side: int = SIDE):
+        if side not in SIDES:
+            raise InputError(f"scenes have sides of {' or '.join(map(str, SIDES))} pixels, not {side}")
         if split not in _SPLITS:
             raise InputError(f"scenes have the splits {', '.join(_SPLITS)}, not {split!r}")
         if split == "train" and images is None:
@@ -64,7 +75,8 @@ class ScenesDataset:
         images = available if images is None else images
         if not 0 < images <= available:
             raise InputError(f"the {split} split of scenes has {available} images, asked for {images}")
-        self.split, self.name, self._images = split, f"scenes-{split}", images
+        self.split, self.side, self._images = split, side, images
+        self.name = f"scenes-{split}" if side == SIDE else f"scenes-{side}-{split}"
         self.fingerprint = f"{self.name}[:{images}]"
 
     def __len__(self) -> int:
@@ -73,11 +85,11 @@ class ScenesDataset:
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < self._images:
             raise IndexError(f"{self.name} has {self._images} images, no index {index}")
-        scene = render_scene(self.split, index)
+        scene = render_scene(self.split, index, self.side)
         return Example(index, scene.image, scene.boxes, scene.labels)
 
     def image_sizes(self) -> np.ndarray:
-        return np.full((self._images, 2), SIDE)
+        return np.full((self._images, 2), self.side)
 
     def image_ids(self) -> list[int]:
         return list(range(self._images))
@@ -91,39 +103,41 @@ class ScenesDataset:
     def ground_truth(self) -> Json:
         annotations: list[Json] = []
         for image_id in self.image_ids():
-            scene = render_scene(self.split, image_id)
+            scene = render_scene(self.split, image_id, self.side)
             for label, box, visible in zip(scene.labels, scene.boxes, scene.visible, strict=True):
                 x0, y0, x1, y1 = box.tolist()
                 # pycocotools takes a match with id 0 for no match
                 entry = {"id": len(annotations) + 1, "image_id": image_id, "category_id": int(label), "iscrowd": 0}
                 annotations.append(entry | {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": int(visible.sum())})
-        images = [{"id": i, "width": SIDE, "height": SIDE} for i in self.image_ids()]
+        images = [{"id": i, "width": self.side, "height": self.side} for i in self.image_ids()]
         return {"images": images, "annotations": annotations, "categories": self.categories()}
 
 
-def render_scene(split: str, index: int) -> Scene:
+def render_scene(split: str, index: int, side: int = SIDE) -> Scene:
     """Draws one scene."""
-    rng = np.random.default_rng([_SPLITS[split], index])
-    canvas = _background(rng)
+    rng = np.random.default_rng([_SPLITS[split], index, *([] if side == SIDE else [side])])
+    canvas = _background(rng, side)
     background = canvas.mean((0, 1))
-    owner = np.full((SIDE, SIDE), -1)
+    owner = np.full((side, side), -1)
+    most = max_objects(side)
+    diameters = np.log([MIN_DIAMETER, MAX_DIAMETER * side])
     labels: list[int] = []
-    full, left = np.zeros((2, MAX_OBJECTS), int)  # pixels of each shape, whole and still visible
-    for _ in range(rng.integers(1, MAX_OBJECTS + 1)):
+    full, left = np.zeros((2, most), int)  # pixels of each shape, whole and still visible
+    for _ in range(rng.integers(1, most + 1)):
         label = int(rng.integers(1, len(SCENES_LABELS)))
-        diameter = np.exp(rng.uniform(*np.log(DIAMETERS)))
+        diameter = np.exp(rng.uniform(*diameters))
         alpha = _stamp(SCENES_LABELS[label], diameter, rng.uniform(0, 2 * np.pi))
         paint = _paint(rng, len(alpha), background)
         area = (alpha > 0.5).sum()
         overhang = len(alpha) // 6
         for _ in range(PLACEMENTS):
-            y, x = rng.integers(-overhang, SIDE - len(alpha) + overhang + 1, 2).tolist()
+            y, x = rng.integers(-overhang, side - len(alpha) + overhang + 1, 2).tolist()
             # Those of the canvas under the stamp, and the part of the stamp inside the canvas.
-            rows, columns = (slice(max(p, 0), min(p + len(alpha), SIDE)) for p in (y, x))
+            rows, columns = (slice(max(p, 0), min(p + len(alpha), side)) for p in (y, x))
             part = slice(rows.start - y, rows.stop - y), slice(columns.start - x, columns.stop - x)
             solid = alpha[part] > 0.5
             below = owner[rows, columns]
-            hidden = np.bincount(below[solid & (below >= 0)], minlength=MAX_OBJECTS)
+            hidden = np.bincount(below[solid & (below >= 0)], minlength=most)
             if solid.sum() >= MIN_VISIBLE * area and np.all(left - hidden >= MIN_VISIBLE * full):
                 blend = alpha[part][..., None]
                 canvas[rows, columns] += blend * (paint[part] - canvas[rows, columns])
@@ -139,15 +153,16 @@ def render_scene(split: str, index: int) -> Scene:
     return Scene(image, visible, np.array(labels, np.int32), boxes)
 
 
-def _background(rng: np.random.Generator) -> np.ndarray:
-    """(128, 128, 3) float32: smooth blotches at two scales and a grating."""
-    canvas = np.full((SIDE, SIDE, 3), rng.uniform(40, 215, 3), np.float32)
-    for cells, strength in ((3, 50), (16, 22)):
+def _background(rng: np.random.Generator, side: int) -> np.ndarray:
+    """(side, side, 3) float32: smooth blotches at two scales and a grating."""
+    canvas = np.full((side, side, 3), rng.uniform(40, 215, 3), np.float32)
+    for across, strength in ((3, 50), (16, 22)):
+        cells = across * side // SIDE
         blotches = rng.uniform(-1, 1, (cells, cells, 3))
         field = np.uint8(127.5 * (1 + blotches))
-        smooth = np.asarray(Image.fromarray(field).resize((SIDE, SIDE), Image.Resampling.BICUBIC), np.float32)
+        smooth = np.asarray(Image.fromarray(field).resize((side, side), Image.Resampling.BICUBIC), np.float32)
         canvas += (smooth / 127.5 - 1) * strength * rng.uniform()
-    canvas += rng.uniform(0, 20) * _wave(rng, SIDE)[..., None]
+    canvas += rng.uniform(0, 20) * _wave(rng, side)[..., None]
     return canvas
 
 

@@ -1,4 +1,4 @@
-"""Preprocessing of the official DETR: resize to a shorter side under a cap on the longer one, then normalise."""
+"""Pixels as a detector takes them: resized, rescaled, normalised, padded."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -7,34 +7,9 @@ import jax
 import numpy as np
 from PIL import Image
 
-from detr_jax.errors import InputError
 from detr_jax.models import Preprocessing
 
 Pixels = TypeVar("Pixels", np.ndarray, jax.Array)
-
-
-def resized_size(size: tuple[int, int], shortest: int, longest: int) -> tuple[int, int]:
-    """Size of an image after resizing, rounded as the official `get_size_with_aspect_ratio` does.
-
-    Args:
-        size: (height, width) in pixels.
-        shortest: wanted shorter side.
-        longest: cap on the longer side; rounding the shorter side can exceed it by a few pixels.
-
-    Raises:
-        InputError: if the image is so elongated that under the cap nothing of its shorter side is left.
-    """
-    height, width = int(size[0]), int(size[1])
-    low, high = min(height, width), max(height, width)
-    if high / low * shortest > longest:
-        shortest = round(longest * low / high)
-        if shortest == 0:
-            raise InputError(f"an image of {width}x{height} pixels is too elongated for a longer side of {longest}")
-    if low == shortest:
-        return height, width
-    if width < height:
-        return int(shortest * height / width), shortest
-    return shortest, int(shortest * width / height)
 
 
 def normalise(image: Pixels, preprocessing: Preprocessing) -> Pixels:
@@ -46,8 +21,8 @@ def normalise(image: Pixels, preprocessing: Preprocessing) -> Pixels:
 
 def preprocess(image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     """(height, width, 3) uint8 RGB -> (resized height, resized width, 3) float32, normalised."""
-    height, width = resized_size(image.shape[:2], preprocessing.shortest_side, preprocessing.longest_side)
-    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
+    height, width = preprocessing.resized_size(image.shape[:2])
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling[preprocessing.resample.upper()])
     return normalise(np.asarray(resized), preprocessing)
 
 
