@@ -5,14 +5,17 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
-from tiny import TINY_CONFIG
+from test_architectures import CONFIGS
+from tiny import TINY_CONFIG, tiny_detector
+from tiny import outputs as compiled_outputs
 
 import detr_jax
 from detr_jax.data import scenes
 from detr_jax.data.dataset import Example
-from detr_jax.data.scenes import SIDE, render_scene
+from detr_jax.data.scenes import SIDE, max_objects, render_scene
 from detr_jax.models import Preprocessing
 from detr_jax.models.labels import SCENES_LABELS
 from detr_jax.models.parameters import named_parameters
@@ -23,11 +26,16 @@ from detr_jax.training.detector.train import (
     targets_of,
     train_detector,
     training_batches,
+    untrained,
 )
 
 SCRIPT = Path(__file__).parent.parent / "scripts/train_detector.py"
 CONFIG = dataclasses.replace(TINY_CONFIG, labels=SCENES_LABELS, preprocessing=Preprocessing(SIDE, 2 * SIDE))
 TRAINING = DetectorTraining(steps=4, batch_size=2, warmup_steps=1, checkpoint_steps=2)
+DEFORMABLE = dataclasses.replace(
+    CONFIGS["deformable"], labels=SCENES_LABELS, queries=8, two_stage=False, preprocessing=CONFIG.preprocessing
+)
+"""With the backbone of `CONFIG`."""
 
 
 class Killed(Exception):
@@ -47,6 +55,7 @@ def wait_for(path):
     raise TimeoutError(path)
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_bit_identically(tmp_path):
     losses = {}
 
@@ -82,6 +91,46 @@ def test_a_killed_training_goes_on_bit_identically(tmp_path):
         np.testing.assert_array_equal(array, whole[name], err_msg=name)
 
 
+@pytest.mark.slow
+def test_a_deformable_detector_begins_with_another_ones_backbone(tmp_path):
+    backbone = tiny_detector(config=CONFIG).backbone
+    training = dataclasses.replace(TRAINING, steps=3, last_steps=1, last_batch_size=1, backbone="detr-tiny")
+    losses = []
+    model = train_detector(DEFORMABLE, training, tmp_path, lambda step, parts: losses.append(parts), backbone)
+    assert len(losses) == 3 and all(np.isfinite(value) for parts in losses for value in parts.values())
+    before, after = (
+        {name: np.asarray(value) for name, value in named_parameters(each).items()}
+        for each in (backbone, model.backbone)
+    )
+    frozen = {name for name, array in before.items() if np.array_equal(array, after[name])}
+    assert frozen == {name for name in before if name.startswith(("stem", "stages.0")) or ".norm." in name}
+    first = arrays(untrained(DEFORMABLE, training, backbone)[0])
+    same = {name for name, array in arrays(model).items() if np.array_equal(array, first[name])}
+    assert {name.removeprefix("backbone.") for name in same} == frozen, "everything else is trained"
+
+
+def test_a_new_deformable_detector_finds_classes_rare_and_boxes_small():
+    model, heads = untrained(DEFORMABLE, TRAINING, tiny_detector(config=CONFIG).backbone)
+    assert len(heads) == 2
+    outputs = compiled_outputs(model, np.zeros((1, 64, 64, 3), np.float32), auxiliary=True)
+    for logits, boxes in (*outputs.auxiliary, (outputs.logits, outputs.boxes)):
+        assert jax.nn.sigmoid(logits).mean() < 0.05
+        np.testing.assert_allclose(boxes[..., 2:], jax.nn.sigmoid(-2.0), rtol=1e-5)
+    assert [tokens.shape for tokens in outputs.encoder] == [(1, 16**2 + 8**2 + 4**2, DEFORMABLE.d_model)] * 2
+
+
+def test_the_last_batches_are_large_scenes():
+    training = dataclasses.replace(TRAINING, steps=3, last_steps=1, last_batch_size=1)
+    assert [training.images(steps) for steps in range(4)] == [0, 2, 4, 5]
+    *small, (images, targets) = training_batches(training, 0)
+    assert [len(images) for images, _ in small] == [2, 2] and images.shape == (1, 256, 256, 3)
+    scene = render_scene("train", 0, 256)
+    np.testing.assert_array_equal(images[0], scene.image)
+    assert targets.labels.shape == (1, max_objects(256)) and targets.valid.sum() == len(scene.labels)
+    low = (targets.boxes[0, : len(scene.labels), :2] - targets.boxes[0, : len(scene.labels), 2:] / 2) * 256
+    np.testing.assert_allclose(low, scene.boxes[:, :2], atol=1e-3)
+
+
 def test_batches_hold_the_scenes_from_any_step_on():
     (images, targets), *others = training_batches(TRAINING, 2)
     assert len(others) == 1
@@ -111,6 +160,7 @@ def test_penalty_ramps_up():
     ("change", "message"),
     [
         ({"steps": 0}, "steps must be at least 1, not 0"),
+        ({"last_steps": 5}, "last_steps must be from 0 to steps 4, not 5"),
         ({"checkpoint_steps": 0}, "checkpoint_steps must be at least 1, not 0"),
         ({"warmup_steps": 4}, "warmup_steps must be from 0 to below steps 4, not 4"),
         ({"hoyer_full": 0.4}, r"hoyer_start 0\.4 must be below hoyer_full 0\.4"),

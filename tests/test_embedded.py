@@ -1,4 +1,4 @@
-"""The detector that comes with the package is what its model card says."""
+"""The detectors that come with the package are what their model cards say."""
 
 import importlib.resources
 import json
@@ -12,24 +12,31 @@ from detr_jax.data.scenes import ScenesDataset
 from detr_jax.evaluation.coco_ap import score
 from detr_jax.evaluation.runs import measure_dataset
 from detr_jax.training.detector.card import model_card
+from detr_jax.weights import EMBEDDED
 
 FILES = importlib.resources.files("detr_jax.weights")
 
 
+@pytest.fixture(scope="module", params=EMBEDDED)
+def name(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def report():
-    return json.loads((FILES / "detr-tiny.json").read_text())
+def report(name):
+    return json.loads((FILES / f"{name}.json").read_text())
 
 
-def test_its_files_belong_together(report):
-    assert detr_jax.fingerprint(detr_jax.load("detr-tiny")) == report["fingerprint"]
-    assert (FILES / "detr-tiny.md").read_text() == model_card(report)
-    assert len((FILES / "detr-tiny.safetensors").read_bytes()) <= 16e6
+def test_its_files_belong_together(name, report):
+    assert detr_jax.fingerprint(detr_jax.load(name)) == report["fingerprint"]
+    assert (FILES / f"{name}.md").read_text() == model_card(report)
+    assert len((FILES / f"{name}.safetensors").read_bytes()) <= 12e6
 
 
-def test_its_accuracy_and_its_zeros(report):
-    dataset = ScenesDataset("val")
-    model = detr_jax.load("detr-tiny")
+@pytest.mark.slow
+def test_its_accuracy_and_its_zeros(name, report):
+    dataset = ScenesDataset("val", side=EMBEDDED[name])
+    model = detr_jax.load(name)
     batches = backbone_features(model, dataset, 8, "validation scenes")
     measured = measure_dataset(model, batches, selectors={}, group_size=8)
     numbers = score(dataset.ground_truth(), measured.results, dataset.image_ids()).numbers
@@ -42,16 +49,14 @@ def test_its_accuracy_and_its_zeros(report):
     assert sum(zeros.values()) / len(zeros) >= 0.93
 
 
-def test_its_plan_loses_nothing_and_says_so():
+def test_its_plan_loses_nothing_and_says_so(name):
     """The few scenes here only tell that it works; the plan says what was measured on many."""
-    model = detr_jax.load_sparse("detr-tiny")
+    model = detr_jax.load_sparse(name)
     assert model.plan.fingerprint == detr_jax.fingerprint(model.dense)
     measured = model.plan.measured
     assert measured["images"] >= 500 and abs(measured["numbers"]["AP"] - measured["dense_AP"]) < 0.005
-    scenes = ScenesDataset("val", 4)
-    sparse, dense = (
-        detr_jax.detect(m, [scenes[i].image for i in range(4)]) for m in (model, detr_jax.load("detr-tiny"))
-    )
+    scenes = ScenesDataset("val", 4, EMBEDDED[name])
+    sparse, dense = (detr_jax.detect(m, [scenes[i].image for i in range(4)]) for m in (model, detr_jax.load(name)))
     for one, other in zip(sparse, dense, strict=True):
         assert sorted(one.names) == sorted(other.names)
         np.testing.assert_allclose(np.sort(one.scores), np.sort(other.scores), atol=0.05)

@@ -5,10 +5,12 @@ import pytest
 
 from detr_jax.models import DetrOutputs, FFNTrace, Selection
 from detr_jax.models.detr.matching import Targets
-from detr_jax.training.detector.losses import dense_loss, hoyer_penalty
+from detr_jax.training.detector.dense_head import token_centres
+from detr_jax.training.detector.losses import dense_loss as dense_loss_of_tokens
 from detr_jax.training.detector.losses import detection_loss as eager_detection_loss
+from detr_jax.training.detector.losses import hoyer_penalty
 
-detection_loss = jax.jit(eager_detection_loss)
+detection_loss = jax.jit(eager_detection_loss, static_argnames="sigmoid")
 
 CLASSES = 3
 NO_OBJECT = CLASSES
@@ -24,6 +26,13 @@ def targets(labels, boxes, valid):
 
 
 NOTHING = targets([0], [LEFT], [False])
+
+
+def dense_loss(logits, boxes, target, **options):
+    """Of (batch, rows, columns, ...), one grid of tokens."""
+    centres = token_centres([logits.shape[1:3]])
+    tokens = (array.reshape(len(array), -1, array.shape[-1]) for array in (logits, boxes))
+    return dense_loss_of_tokens(*tokens, centres, target, **options)
 
 
 def test_perfect_detections_have_no_loss():
@@ -91,6 +100,30 @@ def test_dense_loss_of_boxes_is_over_covered_tokens_only():
     labels = logits_for([[[0, NO_OBJECT]]])
     assert dense_loss(labels, boxes, targets([0], [LEFT], [True])) == pytest.approx(0, abs=1e-5)
     assert dense_loss(logits_for([[[NO_OBJECT, NO_OBJECT]]]), boxes, NOTHING) == pytest.approx(0, abs=1e-5)
+
+
+def test_sigmoids_have_the_focal_loss():
+    """At even odds each of the 3 x 2 classes loses log(2) / 4, an absent class weighs 3/4, the present one 1/4."""
+    boxes, target = jnp.array([[LEFT, RIGHT]]), targets([1], [LEFT], [True])
+    even = DetrOutputs(jnp.zeros((1, 2, CLASSES)), boxes)
+    assert detection_loss(even, target, sigmoid=True) == pytest.approx(2 * np.log(2) / 4 * (5 * 3 + 1) / 4, rel=1e-5)
+    sure = DetrOutputs(30 * jax.nn.one_hot(jnp.array([[1, CLASSES]]), CLASSES) - 15, boxes)
+    assert detection_loss(sure, target, sigmoid=True) == pytest.approx(0, abs=1e-5)
+    assert detection_loss(sure, NOTHING, sigmoid=True) == pytest.approx(2 * 0.75 * 15, rel=1e-3)
+    labels = 30 * jax.nn.one_hot(jnp.array([[[0, CLASSES]]]), CLASSES) - 15
+    dense = dense_loss(
+        labels, jnp.broadcast_to(jnp.array(LEFT), (1, 1, 2, 4)), targets([0], [LEFT], [True]), sigmoid=True
+    )
+    assert dense == pytest.approx(0, abs=1e-5)
+
+
+def test_tokens_of_several_grids_are_asked_alike():
+    target = targets([0, 1], [LEFT, RIGHT], [True, True])
+    centres = token_centres([(2, 2), (1, 1)])
+    np.testing.assert_allclose(centres[jnp.array([0, 3, 4])], [(0.25, 0.25), (0.75, 0.75), (0.5, 0.5)])
+    boxes = jnp.array([[LEFT, RIGHT, LEFT, RIGHT, LEFT]])
+    right = logits_for([[0, 1, 0, 1, NO_OBJECT]])  # the last token's centre is on an edge of both
+    assert dense_loss_of_tokens(right, boxes, centres, target) == pytest.approx(0, abs=1e-5)
 
 
 def trace(hidden, tokens=None):

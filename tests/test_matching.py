@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from detr_jax.models.boxes import generalised_iou
-from detr_jax.models.detr.matching import Targets, match
+from detr_jax.models.detr.matching import Targets, focal_cost, match
 
 QUERIES, OBJECTS, CLASSES = 5, 4, 3
 
@@ -39,6 +39,16 @@ def test_against_all_assignments(count):
         queries = matched(probabilities, boxes, Targets(labels, target_boxes, valid)).tolist()
         assert tuple(queries[:count]) == cheapest(probabilities, boxes, labels, target_boxes, count)
         assert len(set(queries)) == OBJECTS
+
+
+def test_focal_costs_prefer_the_likeliest_query():
+    """0.25 (1 - p)^2 (-log p) - 0.75 p^2 (-log(1 - p)), twice, by hand; it falls as the probability rises."""
+    assert focal_cost(jnp.float32(0.5)) == pytest.approx(2 * (0.25 - 0.75) * 0.25 * np.log(2), rel=1e-5)
+    costs = focal_cost(jnp.linspace(0, 1, 11))
+    assert np.isfinite(costs).all() and (np.diff(costs) < 0).all()
+    boxes, targets = jnp.full((3, 4), 0.5), Targets(jnp.array([1]), jnp.full((1, 4), 0.5), jnp.array([True]))
+    probabilities = jnp.array([[0.9, 0.2], [0.1, 0.7], [0.9, 0.6]])
+    assert match(probabilities, boxes, targets, class_cost=focal_cost).tolist() == [1]
 
 
 def test_padding_does_not_matter():

@@ -17,6 +17,7 @@ def train_resumably(
     report: Callable[[int, Any], None],
     *,
     checkpoint_steps: int,
+    stop: Callable[[int, Any], bool] = lambda step, state: False,
 ) -> Any:
     """State after all steps, from the latest checkpoint in `folder` on.
 
@@ -28,6 +29,7 @@ def train_resumably(
         folder: of the last two checkpoints.
         report: called after every step with the number of steps and the report; once with None when resuming.
         checkpoint_steps: steps between checkpoints.
+        stop: whether to end before all steps; called with the number of steps and the state, as `report` is.
 
     Raises:
         ValueError: if the checkpoint belongs to a run of other shapes.
@@ -39,9 +41,13 @@ def train_resumably(
             abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
             state = manager.restore(start, args=ocp.args.StandardRestore(abstract))
             report(start, None)
+            if stop(start, state):
+                return state
         for step, batch in enumerate(batches_from(start), start + 1):
             state, found = take_step(state, batch, step)
             report(step, found)
             if step % checkpoint_steps == 0 or step == steps:
                 manager.save(step, args=ocp.args.StandardSave(state))
+            if stop(step, state):
+                break
     return state

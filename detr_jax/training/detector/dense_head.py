@@ -1,5 +1,7 @@
 """A head that helps to train a small detector and is thrown away with the training's end."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,10 +13,13 @@ TYPICAL_SIZE = 0.3
 """Width and height, in fractions of the image, that boxes start from."""
 
 
-def token_centres(rows: int, columns: int) -> jax.Array:
-    """(rows, columns, 2) centres (x, y) of a grid of tokens in fractions of the image."""
-    y, x = jnp.meshgrid((jnp.arange(rows) + 0.5) / rows, (jnp.arange(columns) + 0.5) / columns, indexing="ij")
-    return jnp.stack([x, y], axis=-1)
+def token_centres(grids: Sequence[tuple[int, int]]) -> jax.Array:
+    """(tokens, 2) centres (x, y) of grids' tokens in fractions of the image; a grid has (rows, columns)."""
+    centres = []
+    for rows, columns in grids:
+        y, x = jnp.meshgrid((jnp.arange(rows) + 0.5) / rows, (jnp.arange(columns) + 0.5) / columns, indexing="ij")
+        centres.append(jnp.stack([x, y], axis=-1).reshape(-1, 2))
+    return jnp.concatenate(centres)
 
 
 class DenseHead(nnx.Module):
@@ -25,12 +30,11 @@ class DenseHead(nnx.Module):
     """
 
     def __init__(self, config: DetrConfig, *, rngs: nnx.Rngs):
-        self.class_head = nnx.Linear(config.d_model, config.classes + 1, rngs=rngs)
+        self.class_head = nnx.Linear(config.d_model, config.logits, rngs=rngs)
         self.box_head = BoxHead(config.d_model, rngs=rngs)
 
-    def __call__(self, memory: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(batch, rows, columns, d) -> (batch, rows, columns, classes + 1) logits, (batch, rows, columns, 4) boxes."""
-        centres = token_centres(*memory.shape[1:3])
+    def __call__(self, memory: jax.Array, centres: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(batch, tokens, d) with (tokens, 2) centres -> (batch, tokens, logits), (batch, tokens, 4) boxes."""
         anchors = jnp.concatenate([centres, jnp.full_like(centres, TYPICAL_SIZE)], axis=-1)
         boxes = jax.nn.sigmoid(self.box_head.log_odds(memory) + jax.scipy.special.logit(anchors))
         return self.class_head(memory), boxes

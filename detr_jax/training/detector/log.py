@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -68,17 +68,23 @@ class TrainingLog:
 
 def plot_log(entries: list[dict[str, float]], path: Path) -> None:
     """Draws each loss over the steps."""
-    figure = Figure(figsize=(7, 7), layout="constrained")
-    panels = figure.subplots(len(LOSSES), sharex=True)
     titles = {
         "detection": "set loss, all decoder layers",
         "dense": "dense loss on encoder tokens",
         "hoyer": "Hoyer-square of activations",
     }
     steps = [entry["step"] for entry in entries]
-    for panel, loss in zip(panels, LOSSES, strict=True):
-        panel.plot(steps, [entry[loss] for entry in entries], color="#0b5fa5", linewidth=1.5)
-        panel.set_title(titles[loss], loc="left", fontsize=11)
+    plot_curves({titles[loss]: (steps, [entry[loss] for entry in entries]) for loss in LOSSES}, path)
+
+
+def plot_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path) -> None:
+    """Draws curves over the steps, (steps, values) by title, one below the other."""
+    figure = Figure(figsize=(7, 1 + 2 * len(curves)), layout="constrained")
+    panels = figure.subplots(len(curves), sharex=True)
+    for panel, (title, curve) in zip(panels, curves.items(), strict=True):
+        marker = "o" if len(curve[0]) == 1 else ""  # a line of one point shows nothing
+        panel.plot(*curve, color="#0b5fa5", linewidth=1.5, marker=marker)
+        panel.set_title(title, loc="left", fontsize=11)
         panel.set_ylim(bottom=0)
         panel.grid(color="0.9")
         panel.spines[["top", "right"]].set_visible(False)
