@@ -1,6 +1,5 @@
-"""Measures the time of a dense forward pass, beside transformers' DETR on torch in the same run."""
+"""Measures the time of a dense forward pass, beside transformers' detector in other runtimes in the same run."""
 
-import importlib.metadata
 import os
 import statistics
 from collections.abc import Callable
@@ -11,12 +10,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from torch_runtimes import NAMES, runtime_forwards, runtime_versions
 
 from detr_jax.commands import cli
 from detr_jax.errors import InputError
 from detr_jax.files import refuse_existing, write_json
-from detr_jax.models import DETR, PRESETS, DetrConfig, preset_config
-from detr_jax.models.positions import sine_positions
+from detr_jax.models import PRESETS, DetrConfig, preset_config
+from detr_jax.models.registry import ARCHITECTURES, architecture_of
 from detr_jax.search.timing import interleaved_times
 
 Forward = Callable[[], Any]
@@ -24,10 +24,10 @@ Forward = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Arguments:
-    """Measures the dense forward pass of a randomly initialised detector, beside transformers' DETR on torch.
+    """Measures the dense forward pass of a randomly initialised detector, beside transformers' in other runtimes.
 
-    The two take turns, so that whatever else the machine does slows both; medians are compared. Without torch and
-    transformers, or where they cannot do the same, ours is measured alone.
+    These are torch, torch.compile, onnxruntime and OpenVINO. All take turns, so that whatever else the machine does
+    slows all of them; medians are compared. What is not installed, or cannot do the same, is left out with its reason.
 
     For example `python scripts/benchmarks/dense.py --preset detr-r101 --repeats 5 --out runs/benchmark-r101.json`.
     """
@@ -53,26 +53,23 @@ class Arguments:
 def our_forwards(config: DetrConfig, arguments: Arguments) -> tuple[dict[str, Forward], dict[str, int]]:
     """The forward passes of our model and its parts, and the bytes the whole one needs."""
     dtype = jnp.dtype(arguments.dtype)
-    graph, state = nnx.split(DETR(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    _, module = ARCHITECTURES[architecture_of(config)]
+    graph, state = nnx.split(module(config, dtype=dtype, rngs=nnx.Rngs(0)))
     images = jax.random.normal(jax.random.key(0), (arguments.batch_size, arguments.height, arguments.width, 3))
 
     def backbone(state, images):
         return nnx.merge(graph, state).backbone(images.astype(dtype))
 
+    def embed(state, images):
+        mask = jnp.ones(images.shape[:3], bool)
+        return nnx.merge(graph, state).embed(images, mask, mask.any((1, 2)))
+
     def transformer(state, features):
-        model = nnx.merge(graph, state)
-        mask = jnp.ones(features.shape[:3], bool)
-        positions = sine_positions(mask, config.d_model).astype(dtype)
-        flat = (features.shape[0], -1)
-        x = model.input_projection(features).reshape(*flat, config.d_model)
-        positions, tokens = positions.reshape(*flat, config.d_model), mask.reshape(flat)
-        run, _ = model.ffn_runner(None, valid=tokens.any(1), trace=False)
-        memory = model.transformer.encode(x, positions, tokens, run)
-        return model.transformer.decode(memory, positions, tokens, run)[-1]
+        return nnx.merge(graph, state).transform(features)
 
     whole = jax.jit(lambda state, images: nnx.merge(graph, state)(images)).lower(state, images).compile()
     backbone, transformer = jax.jit(backbone), jax.jit(transformer)
-    features = backbone(state, images)
+    features = jax.jit(embed)(state, images)
     memory = whole.memory_analysis()
     sizes = {
         "arguments": memory.argument_size_in_bytes,
@@ -86,58 +83,6 @@ def our_forwards(config: DetrConfig, arguments: Arguments) -> tuple[dict[str, Fo
     }, sizes | {"peak": sum(sizes.values())}
 
 
-def torch_forwards(config: DetrConfig, arguments: Arguments) -> tuple[dict[str, Forward], int]:
-    """The forward passes of transformers' model and its backbone, and torch's number of threads.
-
-    Raises:
-        ImportError: if torch or transformers is not installed.
-        ValueError: if they cannot do the same as our model.
-    """
-    if config.backbone.dilate_last:
-        raise InputError("transformers' ResNet has no dilated stage")
-    if jax.default_backend() != "cpu":
-        raise InputError(f"torch would run on the CPU and JAX on {jax.default_backend()}")
-    import torch
-    from transformers import DetrConfig as TorchConfig
-    from transformers import DetrForObjectDetection, ResNetConfig
-
-    resnet = ResNetConfig(
-        embedding_size=config.backbone.stem_width,
-        hidden_sizes=[4 * width for width in config.backbone.widths],
-        depths=list(config.backbone.depths),
-        out_features=[f"stage{len(config.backbone.depths)}"],
-    )
-    layers = TorchConfig(
-        use_timm_backbone=False,
-        use_pretrained_backbone=False,
-        backbone_config=resnet,
-        num_labels=config.classes,
-        num_queries=config.queries,
-        d_model=config.d_model,
-        encoder_layers=config.encoder_layers,
-        decoder_layers=config.decoder_layers,
-        encoder_attention_heads=config.encoder_heads,
-        decoder_attention_heads=config.decoder_heads,
-        encoder_ffn_dim=config.encoder_ffn_dim,
-        decoder_ffn_dim=config.decoder_ffn_dim,
-    )
-    dtype = getattr(torch, arguments.dtype)
-    model = DetrForObjectDetection(layers).eval().to(dtype)
-    shape = (arguments.batch_size, arguments.height, arguments.width)
-    images = torch.randn(shape[0], 3, *shape[1:], dtype=dtype)
-    mask = torch.ones(shape, dtype=torch.bool)
-
-    @torch.inference_mode()
-    def whole():
-        return model(pixel_values=images, pixel_mask=mask)
-
-    @torch.inference_mode()
-    def backbone():
-        return model.model.backbone(images, mask)
-
-    return {"torch": whole, "torch, backbone": backbone}, torch.get_num_threads()
-
-
 def table(medians: dict[str, float], seconds: dict[str, list[float]], sizes: dict[str, int]) -> str:
     """Median, fastest and slowest turn of each, one a line; then the ratios and the memory."""
     rows = [f"{'seconds':<20}{'median':>9}{'min':>9}{'max':>9}"]
@@ -147,8 +92,8 @@ def table(medians: dict[str, float], seconds: dict[str, list[float]], sizes: dic
 
 
 def ratios(medians: dict[str, float]) -> dict[str, float]:
-    """Our medians over torch's, where both were measured."""
-    pairs = (("ours", "torch"), ("ours, backbone", "torch, backbone"))
+    """Our medians over those of the runtimes that were measured."""
+    pairs = [*(("ours", name) for name in NAMES), ("ours, backbone", "torch, backbone")]
     return {f"{ours} / {theirs}": medians[ours] / medians[theirs] for ours, theirs in pairs if theirs in medians}
 
 
@@ -158,24 +103,22 @@ def benchmark(arguments: Arguments) -> None:
     refuse_existing(arguments.out, arguments.overwrite)
     config = preset_config(arguments.preset)
     forwards, sizes = our_forwards(config, arguments)
-    threads, versions = {"cpus": os.cpu_count()}, {}
-    try:
-        theirs, threads["torch"] = torch_forwards(config, arguments)
-        forwards |= theirs
-        versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers")}
-    except (ImportError, ValueError) as reason:
-        print(f"measuring ours alone: {reason}")
+    shape = (arguments.batch_size, arguments.height, arguments.width)
+    theirs, left_out = runtime_forwards(config, shape, arguments.dtype)
+    for name, reason in left_out.items():
+        print(f"{name} is left out: {reason}")
 
-    seconds = interleaved_times(forwards, arguments.repeats)
+    seconds = interleaved_times(forwards | theirs, arguments.repeats)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     report = {
         "seconds": seconds,
         "medians": medians,
         "ratios": ratios(medians),
         "bytes": sizes,
-        "threads": threads,
+        "left_out": left_out,
+        "cpus": os.cpu_count(),
     } | cli.provenance(arguments)
-    report["versions"] |= versions
+    report["versions"] |= runtime_versions()
     write_json(arguments.out, report)
     print(table(medians, seconds, sizes))
 
