@@ -15,7 +15,8 @@ from detr_jax.errors import InputError
 from detr_jax.evaluation.inspection import FFNActivity, FFNExecution, activity, execution_report
 from detr_jax.kernels import IMPLEMENTATIONS, Execution
 from detr_jax.methods import Executed, Thresholded, at_threshold, computation_of, executed, prepared
-from detr_jax.models import Detector, Outputs, Preprocessing, Selectors
+from detr_jax.methods.token_gates import GatedTokens
+from detr_jax.models import Detector, Outputs, Preprocessing, Selector, Selectors
 from detr_jax.models.detections import Detections, ImageDetections
 from detr_jax.models.parameters import fingerprint
 from detr_jax.plan import Plan, load_plan
@@ -50,10 +51,11 @@ class SparseDETR:
         return cls(permuted, _prepared(plan, permuted))
 
     def __repr__(self) -> str:
-        plan, name, ffns = self.plan, type(self.detector).__name__, len(self.detector.ffn_specs())
+        plan, name, ffns = self.plan, type(self.detector).__name__, self.detector.ffn_specs()
+        sparse = len(self._ffn_selectors)
         lines = (
-            f"detector: {name} of {ffns} FFNs and {len(self.labels)} labels, {jnp.dtype(self.dtype)}",
-            f"plan: {plan.method}, {len(plan.selectors)} FFNs sparse, {len(plan.permutations)} with permuted neurons",
+            f"detector: {name} of {len(ffns)} FFNs and {len(self.labels)} labels, {jnp.dtype(self.dtype)}",
+            f"plan: {plan.method}, {sparse} FFNs sparse, {len(plan.permutations)} with permuted neurons",
             f"execution: {computation_of(plan.selectors)}",
             f"measured: {', '.join(plan.measured) or 'nothing'}",
         )
@@ -191,15 +193,31 @@ class SparseDETR:
             raise InputError("with_threshold takes a probability, or score= in the unit of the method's own score")
         selectors = dict(self.plan.selectors)
         given = score if probability is None else probability
-        for name, value in (given if isinstance(given, Mapping) else dict.fromkeys(selectors, given)).items():
-            if name not in selectors:
-                raise InputError(f"{name!r} is not gated; the plan has selectors for {', '.join(selectors)}")
+        gated = self._ffn_selectors
+        for name, value in (given if isinstance(given, Mapping) else dict.fromkeys(gated, given)).items():
+            if name not in gated:
+                raise InputError(f"{name!r} is not gated; the plan has selectors for {', '.join(gated)}")
 
             def change(found: Thresholded, value: Any = value) -> Thresholded:
                 return found.at(value) if probability is None else found.at_probability(value)
 
             selectors[name] = at_threshold(selectors[name], change)
         return SparseDETR(self.detector, dataclasses.replace(self.plan, selectors=selectors, measured={}))
+
+    def with_tokens(self, tokens: GatedTokens | None) -> "SparseDETR":
+        """The same with image tokens that the encoder's layers update chosen by `tokens`, None for all of them.
+
+        `detr_jax.gate_tokens` makes such a selector, of which `tokens.keeping(0.2)` keeps another share;
+        `plan.measured` is emptied.
+
+        Raises:
+            InputError: if the detector has no encoder of image tokens, or the selector does not fit it.
+        """
+        if not self.detector.token_parts:
+            raise InputError(f"a {type(self.detector).__name__} has no encoder whose tokens could be chosen")
+        selectors: dict[str, Any] = self._ffn_selectors
+        selectors |= {} if tokens is None else dict.fromkeys(self.detector.token_parts, tokens)
+        return self.with_plan(dataclasses.replace(self.plan, selectors=selectors, measured={}))
 
     def with_implementation(self, implementation: str | Execution) -> "SparseDETR":
         """The same, computed in another way; unless that is the plan's own, `plan.measured` is emptied.
@@ -231,13 +249,21 @@ class SparseDETR:
     @property
     def _executions(self) -> list[Execution | None]:
         """Of each FFN; None for the masked reference."""
-        return [s.execution if isinstance(s, Executed) else None for s in self.plan.selectors.values()]
+        return [s.execution if isinstance(s, Executed) else None for s in self._ffn_selectors.values()]
+
+    @property
+    def _ffn_selectors(self) -> dict[str, Selector]:
+        """The plan's selectors without that of tokens."""
+        return {name: s for name, s in self.plan.selectors.items() if name not in self.detector.token_parts}
 
 
 def _prepared(plan: Plan, permuted: Detector) -> Plan:
     """The plan with what its selectors read of the detector gathered."""
     weights = permuted.ffn_weights()
-    selectors = {name: prepared(selector, weights[name]) for name, selector in plan.selectors.items()}
+    selectors = {
+        name: prepared(selector, weights[name]) if name in weights else selector
+        for name, selector in plan.selectors.items()
+    }
     return dataclasses.replace(plan, selectors=selectors)
 
 

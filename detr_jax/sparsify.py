@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from detr_jax.errors import InputError
-from detr_jax.methods import METHODS, Method, named
+from detr_jax.methods import METHODS, GatedTokens, Method, TokenGates, named
 from detr_jax.methods.grouping import group_count
 from detr_jax.models import Detector
 from detr_jax.models.parameters import fingerprint
@@ -70,10 +70,9 @@ def sparsify(
     >>> sparse.plan.method, list(sparse.plan.selectors) == list(detector.ffn_specs())
     ('teal-hidden', True)
     """
-    from detr_jax.files import write_json
     from detr_jax.mesh import is_first_process
     from detr_jax.plan import save_plan
-    from detr_jax.run_folder import RESULTS, release_run
+    from detr_jax.run_folder import finish_run, release_run
 
     with contextlib.ExitStack() as stack:
         where = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
@@ -89,8 +88,95 @@ def sparsify(
         fitted.check_frozen()
         if folder is not None and is_first_process():
             save_plan(plan, where / "plan.safetensors", overwrite=True)
-            write_json(where / RESULTS, {"training": plan.training, "measured": plan.measured})
+            finish_run(where, {"training": plan.training, "measured": plan.measured})
     return SparseDETR.of(detector, plan)
+
+
+def gate_tokens(
+    detector: Detector | SparseDETR,
+    data: Dataset,
+    method: TokenGates | None = None,
+    *,
+    batch_size: int = 8,
+    folder: Path | str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> SparseDETR:
+    """Chooses the image tokens that the encoder's layers update: trains a score for each on the frozen detector.
+
+    Tokens that are not chosen keep their features, and stay keys and values for the others. Annotations are not needed.
+    Works beside what `sparsify` does with the FFNs: give it the sparse detector.
+
+    Args:
+        detector: dense, or sparse with a plan that is kept.
+        data: images to train on, see `detr_jax.open_dataset`.
+        method: `methods.TokenGates` with its options; None for the defaults.
+        batch_size: images per step.
+        folder: for checkpoints and `plan.safetensors`; None keeps nothing.
+        resume: resume an interrupted run in the folder, which must have had the same arguments.
+        overwrite: delete an earlier run in the folder.
+        progress: show a bar.
+
+    Raises:
+        InputError: if the detector has no encoder of image tokens, or the shares to keep do not fit its layers.
+        ExistingFileError, MissingFileError: as of `sparsify`.
+
+    >>> import detr_jax
+    >>> detector, data = detr_jax.load("detr-tiny"), detr_jax.open_dataset("scenes", "train", 16)
+    >>> gates = detr_jax.methods.TokenGates(keep=(0.5,), epochs=1)
+    >>> sparse = detr_jax.gate_tokens(detector, data, gates, progress=False)
+    >>> sparse.plan.selectors["encoder"].keep
+    (0.5,)
+    """
+    from tqdm import tqdm
+
+    from detr_jax.data.batches import ImageBatches
+    from detr_jax.mesh import is_first_process
+    from detr_jax.models.encoder_decoder import EncoderDecoder
+    from detr_jax.plan import Plan, save_plan
+    from detr_jax.run_folder import finish_run, open_run, release_run, versions
+    from detr_jax.training.token_gates import train_token_score
+
+    method = method or TokenGates()
+    dense = detector if isinstance(detector, Detector) else detector.dense
+    if not isinstance(dense, EncoderDecoder):
+        raise InputError(f"a {type(dense).__name__} has no encoder whose tokens could be chosen")
+    own = fingerprint(dense)
+    training: dict[str, Any] = {"token gates": dataclasses.asdict(method) | {"data": data.name, "images": len(data)}}
+    if isinstance(detector, Detector):
+        detector = SparseDETR.of_checked(dense, Plan("token-gates", own, {}, {}, training, {}, versions()))
+    gates = GatedTokens(method.init(dense.config.d_model), method.keep)
+    gates.counts(1, dense.config.encoder_layers)  # before anything is written
+    with contextlib.ExitStack() as stack:
+        where = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
+        settings: dict[str, Any] = {
+            "method": dataclasses.asdict(method),
+            "batch size": batch_size,
+            "fingerprint of the detector": own,
+            "fingerprint of the data": data.fingerprint,
+        }
+        open_run(where, settings, ("checkpoints", "plan.safetensors"), resume=resume, overwrite=overwrite)
+        stack.callback(release_run, where)
+        if method.is_trained:
+            batches = ImageBatches(dense, data, batch_size, method.seed)
+            with tqdm(total=method.epochs * len(batches), desc="token gates", disable=not progress) as bar:
+                score = train_token_score(
+                    dense, batches, method, where / "checkpoints", lambda step, loss: _show_step(bar, step, loss)
+                )
+            gates = dataclasses.replace(gates, score=score)
+        sparse = detector.with_tokens(gates)
+        plan = dataclasses.replace(sparse.plan, training=sparse.plan.training | training)
+        if folder is not None and is_first_process():
+            save_plan(plan, where / "plan.safetensors", overwrite=True)
+            finish_run(where, {"training": plan.training})
+    return dataclasses.replace(sparse, plan=plan)
+
+
+def _show_step(bar: Any, step: int, loss: Any) -> None:
+    bar.update(step - bar.n)
+    if loss is not None:
+        bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
 
 
 def fit(

@@ -227,9 +227,7 @@ def _measure_images(
     model: Detector, pixel_values: jax.Array, pixel_mask: jax.Array, on_object: tuple[jax.Array, ...], targets: Targets
 ) -> dict[str, ActivationStatistics]:
     outputs = model(pixel_values, pixel_mask, trace=True)
-    probabilities, boxes = model.query_predictions(outputs)
-    matched = kinds_of_queries(probabilities, boxes, targets)
-    of_queries = jnp.where(on_object[0][:, :1] >= 0, matched, -1)
+    of_queries = kinds_of_queries(model, outputs, on_object, targets)
     return {
         name: measure(outputs.traces[name], kinds_for(spec, on_object, of_queries), kinds_count=2)
         for name, spec in model.ffn_specs().items()

@@ -43,10 +43,14 @@ def draw_inputs(model: HasFFNs, batches: Iterable[Any], count: int, images: int,
 @partial(jax.jit, static_argnames="each")
 def _draw(model: HasFFNs, batch: Any, key: jax.Array, *, each: int) -> dict[str, tuple[jax.Array, jax.Array]]:
     def of_ffn(trace: FFNTrace) -> tuple[jax.Array, jax.Array]:
-        tokens = trace.tokens
-        ranks = jnp.where(tokens, jax.random.uniform(key, tokens.shape), -1.0)
-        _, drawn = jax.lax.top_k(ranks, min(each, tokens.shape[1]))
-        inputs = jnp.take_along_axis(trace.inputs, drawn[..., None], axis=1)
-        return inputs.astype(jnp.float32), jnp.take_along_axis(tokens, drawn, axis=1)
+        drawn, exists = drawn_tokens(trace.tokens, key, each)
+        return jnp.take_along_axis(trace.inputs, drawn[..., None], axis=1).astype(jnp.float32), exists
 
     return {name: of_ffn(trace) for name, trace in model.traces(batch, {}).items()}
+
+
+def drawn_tokens(tokens: jax.Array, key: jax.Array, each: int) -> tuple[jax.Array, jax.Array]:
+    """(batch, each) int, tokens of each image, and bool, whether they exist; `tokens` (batch, T) is which do."""
+    ranks = jnp.where(tokens, jax.random.uniform(key, tokens.shape), -1.0)
+    _, drawn = jax.lax.top_k(ranks, min(each, tokens.shape[1]))
+    return drawn, jnp.take_along_axis(tokens, drawn, axis=1)

@@ -1,12 +1,14 @@
 """Kinds of tokens: image tokens over no object and over one, object queries without an object and with one."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from detr_jax.data.loading import Batch
 from detr_jax.models import Detector, FFNSpec
-from detr_jax.models.detr.matching import Targets, match
+from detr_jax.models.detr.matching import Targets, match, padded_targets
 
 KINDS = {"image": ("background", "object"), "query": ("unmatched", "matched")}
 """Image tokens whose centre is over no object, and over one; object queries that the set matching leaves, and those it
@@ -31,25 +33,23 @@ def _object_tokens(batch: Batch, rows: int, columns: int, stride: int) -> np.nda
 
 def query_targets(batch: Batch, queries: int) -> Targets:
     """The objects of each own image, as many as there are queries at most; the largest, where there are more."""
-    shape = (len(batch.pixel_mask), queries)
-    labels, boxes, valid = np.zeros(shape, np.int32), np.full((*shape, 4), 0.5, np.float32), np.zeros(shape, bool)
-    sizes = batch.sizes[batch.own]
-    for i, (corners, classes) in enumerate(zip(batch.boxes, batch.labels, strict=True)):
-        extent = corners[:, 2:] - corners[:, :2]
+
+    def objects(corners: np.ndarray, labels: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        extent, centre = corners[:, 2:] - corners[:, :2], (corners[:, :2] + corners[:, 2:]) / 2
         largest = np.argsort(-extent.prod(1), kind="stable")[:queries]
-        size = sizes[i, ::-1]
-        centre = (corners[:, :2] + corners[:, 2:]) / 2
-        labels[i, : len(largest)] = classes[largest]
-        boxes[i, : len(largest)] = np.concatenate([centre / size, extent / size], axis=1)[largest]
-        valid[i, : len(largest)] = True
-    return Targets(labels, boxes, valid)
+        return labels[largest], np.concatenate([centre / size, extent / size], axis=1)[largest]
+
+    sizes = batch.sizes[batch.own][: len(batch.boxes), ::-1]
+    return padded_targets(map(objects, batch.boxes, batch.labels, sizes), (len(batch.pixel_mask), queries))
 
 
-def kinds_of_queries(probabilities: jax.Array, boxes: jax.Array, targets: Targets) -> jax.Array:
-    """(batch, queries) int32, 1 for queries that the set matching gives an object; jittable."""
+def kinds_of_queries(model: Detector, outputs: Any, on_object: tuple[jax.Array, ...], targets: Targets) -> jax.Array:
+    """(batch, queries) int32, 1 for queries that the set matching gives an object, -1 in copies; jittable."""
+    probabilities, boxes = model.query_predictions(outputs)
     queries = jax.vmap(match)(probabilities, boxes, targets)
     image = jnp.arange(len(boxes))[:, None]
-    return jnp.zeros(boxes.shape[:2], jnp.int32).at[image, queries].max(targets.valid.astype(jnp.int32))
+    matched = jnp.zeros(boxes.shape[:2], jnp.int32).at[image, queries].max(targets.valid.astype(jnp.int32))
+    return jnp.where(on_object[0][:, :1] >= 0, matched, -1)
 
 
 def kinds_for(spec: FFNSpec, on_object: tuple[jax.Array, ...], of_queries: jax.Array) -> jax.Array:

@@ -49,6 +49,8 @@ class Scores:
         divergence: mean over images of the divergence of the outputs from those of the dense detector.
         counts: activity of every FFN by name, in the order in which they run.
         executed: by FFN, the share of its hidden neurons that is computed in the end, for all tokens and padding.
+        tokens: by FFN, the share of the tokens that go through it, which is below 1 with token gates; counts and shares
+            of neurons are of these tokens. None without a comparison.
         coco: what the numbers were made from, for other paired differences; None without annotations.
     """
 
@@ -62,6 +64,7 @@ class Scores:
     divergence: float | None
     counts: dict[str, ActivityCounts]
     executed: dict[str, float]
+    tokens: dict[str, float] | None
     coco: CocoScores | None
 
     @property
@@ -106,7 +109,9 @@ class Scores:
             "executed_density": self.executed_density,
             "mean_group_sparsity": self.group_sparsity,
             "ffns": {
-                name: {column: float(getattr(counts, column)) for column in columns} | {"executed": self.executed[name]}
+                name: {column: float(getattr(counts, column)) for column in columns}
+                | {"executed": self.executed[name]}
+                | ({} if self.tokens is None else {"tokens": self.tokens[name]})
                 for name, counts in self.counts.items()
             },
         }
@@ -135,6 +140,8 @@ class Scores:
         if self.divergence is not None:
             lines.append(f"output divergence {self.divergence:.3g}")
             lines.append(f"kept {self.density:.1%} of the hidden neurons, computed {self.executed_density:.1%}")
+        if gated := {name: share for name, share in (self.tokens or {}).items() if share < 1}:
+            lines.append("tokens updated: " + ", ".join(f"{name} {share:.1%}" for name, share in gated.items()))
         return "\n".join(lines)
 
 
@@ -142,6 +149,7 @@ def evaluate(
     detector: Detector | SparseDETR,
     data: Dataset,
     *,
+    classes: Mapping[str, str] | None = None,
     dense: bool = True,
     batch_size: int = 8,
     implementation: str | Execution | None = None,
@@ -157,6 +165,8 @@ def evaluate(
     Args:
         detector: dense or sparse.
         data: the images, see `detr_jax.open_dataset`.
+        classes: the detector's name for the data's name of a category, where they differ; other categories are matched
+            by name, see `detr_jax.data.classes.with_classes`.
         dense: compare a sparse detector with the dense one; without, the dense one is not computed.
         batch_size: images per batch, over all devices.
         implementation: of a sparse detector, see `SparseDETR.with_implementation`; None is what its plan says.
@@ -167,7 +177,8 @@ def evaluate(
 
     Raises:
         InputError: if an image cannot be read, a score is not finite, the group size does not divide the hidden
-            neurons, or the implementation is unknown or cannot compute what the plan keeps.
+            neurons, the implementation is unknown or cannot compute what the plan keeps, the detector knows none of the
+            data's categories, or a name in `classes` does not exist.
 
     >>> import detr_jax
     >>> data = detr_jax.open_dataset("scenes", "val", 4)
@@ -185,6 +196,7 @@ def evaluate(
             detector = detector.with_implementation(implementation)
         model = detector.detector
         selections = (selections if dense else {}) | {"sparse": detector.plan.selectors}
+    data, _ = with_classes(data, model.labels, classes)
     found = evaluate_selections(
         model, data, selections, batch_size, group_size=group_size, exact_shapes=exact_shapes, progress=progress
     )
@@ -236,11 +248,16 @@ def evaluate_selections(
             divergence=one.divergence if DENSE in found else None,
             counts=one.counts,
             executed=one.executed,
+            tokens=_token_shares(one.counts, found[DENSE].counts) if DENSE in found else None,
             coco=coco,
         )
         if title == DENSE:
             dense_samples = samples
     return found
+
+
+def _token_shares(counts: Mapping[str, ActivityCounts], dense: Mapping[str, ActivityCounts]) -> dict[str, float]:
+    return {name: of_ffn.neurons / dense[name].neurons for name, of_ffn in counts.items()}
 
 
 def warn_if_far_from_calibration(

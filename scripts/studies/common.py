@@ -14,7 +14,6 @@ from tqdm import tqdm
 import detr_jax
 from detr_jax.commands.options import DataOptions
 from detr_jax.data.batches import CachedBatches
-from detr_jax.data.classes import with_classes
 from detr_jax.data.dataset import Dataset
 from detr_jax.data.features import BackboneFeatures, backbone_features
 from detr_jax.errors import InputError
@@ -59,8 +58,8 @@ def open_splits(data: DataOptions, model: DETR, train: int | None, calibration: 
     Raises:
         InputError: if no images are left to train on.
     """
-    dataset, _ = with_classes(data.open("train", None if train is None else train + calibration), model.labels)
-    evaluated, _ = with_classes(data.open("val", validation), model.labels)
+    opened = data.open("train", None if train is None else train + calibration), data.open("val", validation)
+    dataset, evaluated = data.matched(model.labels, *opened)
     return Splits(*hold_out(dataset, calibration), evaluated)
 
 

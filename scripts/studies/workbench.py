@@ -15,11 +15,12 @@ from detr_jax.calibration.moments import measure_moments
 from detr_jax.calibration.permutation import coactivation_permutation, kmeans_permutation
 from detr_jax.calibration.sensitivity import OutputDivergence, SensitivityTable, layer_sensitivity
 from detr_jax.calibration.thresholds import selectors_at_densities
+from detr_jax.calibration.token_sensitivity import draw_sensitivities, sensitivity_of
 from detr_jax.data.dataset import Dataset, Subset
 from detr_jax.evaluation.comparison import Comparison, Row
 from detr_jax.methods import METHODS, FitMaterial, Thresholded, TrainedMethod
 from detr_jax.models import DETR, Selector, Selectors
-from detr_jax.run_folder import resumable_parts
+from detr_jax.run_folder import PARTS, resumable_parts
 from detr_jax.training.gates import Gates
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Workbench:
         self.divergence = OutputDivergence(self.ordered, calibration[:images])
         self.held_out = cached(calibration)
         self.rows = Rows(arguments.out / "progress.json")
-        self._drawn: dict[str, dict[str, np.ndarray]] = {}
+        self._drawn: dict[str, dict[str, FitMaterial]] = {}
         self._scorer = ThreadPoolExecutor(1)
         self._pending: tuple[str, Future[Row]] | None = None
 
@@ -132,10 +133,17 @@ class Workbench:
         if name not in self._drawn:
             sample = self.training[: -(-method.images // self.arguments.training.batch_size)]
             count = sum(int(batch.valid.sum()) for batch in sample)
-            self._drawn[name] = draw_inputs(self.ordered, cached(sample).batches(), method.tokens, count, method.seed)
-        material = {ffn: FitMaterial(w, inputs=self._drawn[name][ffn], name=ffn) for ffn, w in self.weights.items()}
+            inputs, sensitivities = (
+                draw(self.ordered, cached(sample).batches(), method.tokens, count, method.seed)
+                for draw in (draw_inputs, draw_sensitivities)
+            )
+            self._drawn[name] = {
+                ffn: FitMaterial(w, inputs=inputs[ffn], sensitivity=sensitivity_of(ffn, sensitivities), name=ffn)
+                for ffn, w in self.weights.items()
+            }
+        material = self._drawn[name]
         with tqdm(total=method.parts(len(material)), desc=f"{name}, density {density:g}", unit="part") as bar:
-            part = resumable_parts(self.arguments.out / "parts" / name, bar.update)
+            part = resumable_parts(self.arguments.out / PARTS / name, bar.update)
             return method.at_mean_density(material, density, self.divergence, part)
 
     def sensitivity(self, name: str, gates: Mapping[str, Gates]) -> SensitivityTable:
