@@ -14,16 +14,19 @@ from standalone import FFNInputs, StandaloneFFNs
 from tiny import tiny_detector, tiny_ffn
 
 import detr_jax
-from detr_jax.calibration.inputs import draw_inputs
+from detr_jax.calibration.inputs import draw_inputs, drawn_tokens
 from detr_jax.calibration.moments import moments_of
 from detr_jax.calibration.sensitivity import OutputDivergence
+from detr_jax.calibration.token_sensitivity import Sensitivity, draw_sensitivities, sensitivity_of
 from detr_jax.errors import InputError
 from detr_jax.kernels import Execution, ffn
 from detr_jax.methods import Executed, Experts, FitMaterial, RoutedExperts
 from detr_jax.methods.expert_fitting import WIDTHS, _Layer, fit_experts
 from detr_jax.methods.reconstruction import obs_ranking, reconstruct_output
+from detr_jax.models import Selection
 from detr_jax.models.ffn import forward, trace
 from detr_jax.plan import load_plan, save_plan
+from detr_jax.run_folder import PARTS
 from detr_jax.training import fit
 
 F, D = 64, 12
@@ -132,7 +135,7 @@ def test_a_fit_is_deterministic_and_depends_on_its_seed():
 
 
 def test_a_dearer_error_gets_more_neurons():
-    ffns = {"one": (WEIGHTS, INPUTS), "other": (WEIGHTS, INPUTS)}
+    ffns = {name: FitMaterial(WEIGHTS, inputs=INPUTS) for name in ("one", "other")}
     weights = {"one": 1.9, "other": 0.1}
     found = fit_experts(ffns, 0.25, FEW, importance=lambda fitted, missed: weights)
     neurons = {name: sum(map(len, of.neurons)) for name, of in found.items()}
@@ -162,6 +165,60 @@ def test_inputs_are_drawn_without_padding_and_evenly():
     np.testing.assert_array_equal(drawn, again)
     with pytest.raises(InputError, match="no images to draw tokens from"):
         draw_inputs(StandaloneFFNs({"f": WEIGHTS}), [], 80, 40, seed=0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ValidInputs(FFNInputs):
+    valid: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weighing(StandaloneFFNs):
+    """Outputs diverge by what errors of an FFN weigh: at a token (images, tokens) times in a direction (d,)."""
+
+    at: jax.Array
+    along: jax.Array
+
+    def transform(self, batch, selectors=None):
+        select = (selectors or {}).get("f", lambda *_: Selection())
+        return forward(WEIGHTS, batch.x["f"], select(WEIGHTS, batch.x["f"], batch.tokens["f"]))
+
+    def divergence(self, dense, sparse):
+        return (self.at[..., None] * self.along * (dense - sparse) ** 2).sum((1, 2))
+
+
+def test_sensitivities_are_those_of_the_outputs():
+    at = np.where(np.random.default_rng(0).random(TOKENS.shape) < 0.5, 1.0, 0.1)
+    along = np.linspace(0.5, 3, D)
+    model = Weighing({"f": WEIGHTS}, jnp.asarray(at), jnp.asarray(along))
+    images = ValidInputs({"f": X}, {"f": TOKENS}, jnp.ones(len(X), bool))
+    found = sensitivity_of("f", draw_sensitivities(model, [images], 10**6, len(X), seed=0))
+    drawn, exist = map(np.asarray, drawn_tokens(TOKENS, jax.random.fold_in(jax.random.key(0), 0), TOKENS.shape[1]))
+    weighs = np.take_along_axis(at, drawn, axis=1)[exist]
+    assert found.tokens.shape == (int(TOKENS.sum()),) == weighs.shape
+    # Gradients are proportional to the second derivatives, so their squares have those of the weights.
+    assert found.tokens[weighs == 1].mean() / found.tokens[weighs < 1].mean() == pytest.approx(100, rel=0.2)
+    expected = np.diag(along**2)
+    np.testing.assert_allclose(found.metric / np.trace(found.metric), expected / np.trace(expected), atol=0.02)
+
+
+def test_tokens_and_directions_that_count_more_have_smaller_errors():
+    exist, method = np.asarray(TOKENS), dataclasses.replace(FEW, rounds=0)
+    dense, ids = np.asarray(ffn(X, *WEIGHTS))[exist], selector(method)(WEIGHTS, X, TOKENS).routed.assignment[exist]
+    important = np.asarray(ids) == np.bincount(ids).argmax()
+
+    def missed(sensitivity) -> np.ndarray:
+        material = FitMaterial(WEIGHTS, inputs=INPUTS, sensitivity=sensitivity)
+        (found,) = method.at_densities(material, lambda density: 0.0, (0.2,))
+        return (np.asarray(forward(WEIGHTS, X, found(WEIGHTS, X, TOKENS)))[exist] - dense) ** 2
+
+    alike, direction = np.ones(len(dense)), np.diag(np.where(np.arange(D) < 2, 1.0, 1e-3))
+    by_default, by_token = missed(None), missed(Sensitivity(np.where(important, 1.0, 0.01), np.eye(D)))
+    assert by_token[important].sum() < 0.9 * by_default[important].sum()
+    assert missed(Sensitivity(alike, direction))[:, :2].sum() < 0.9 * by_default[:, :2].sum()
+    np.testing.assert_allclose(missed(Sensitivity(0 * alike, 0 * direction)), by_default, rtol=0.1, atol=1e-3)
 
 
 def test_features_of_the_images_to_fit_on_are_not_kept(monkeypatch):
@@ -197,6 +254,7 @@ def test_an_interrupted_fit_goes_on_where_it_stopped_to_the_same_experts(tmp_pat
         monkeypatch.setattr(owner, name, watched)
 
     watch(fit, "draw_inputs")
+    watch(fit, "draw_sensitivities")
     watch(OutputDivergence, "__call__")
     for name in ("start", "ranked_by_elimination", "reconstructed", "trained"):
         watch(_Layer, name)
@@ -208,9 +266,10 @@ def test_an_interrupted_fit_goes_on_where_it_stopped_to_the_same_experts(tmp_pat
     whole, every = run("whole", False), computed.copy()
     assert every.count("trained") == 2 and every.count("reconstructed") == 6
     computed.clear()
-    for left in [*range(1, len(every), 4), math.inf]:  # each goes on where the one before was interrupted
+    for left in [*range(2, len(every), 4), math.inf]:  # each goes on where the one before was interrupted
         with contextlib.nullcontext() if left == math.inf else pytest.raises(KeyboardInterrupt):
             resumed = run("interrupted", (tmp_path / "interrupted").exists())
+        assert (tmp_path / "interrupted" / PARTS).exists() == (left < math.inf)  # only an unfinished fit needs them
     assert computed == every  # none of the interruptions is between divergences, which are one part
     assert jax.tree.structure(resumed) == jax.tree.structure(whole)
     for one, other in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole), strict=True):

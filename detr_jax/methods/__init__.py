@@ -40,6 +40,7 @@ from detr_jax.methods.static import (
     by_contribution,
 )
 from detr_jax.methods.teal import HiddenMagnitude, InputMagnitude, TEALHidden, TEALInput
+from detr_jax.methods.token_gates import GatedTokens, TokenGates
 from detr_jax.methods.topk import LazyNeuron, TopK
 from detr_jax.methods.wina import WINAHidden, WINAInput
 from detr_jax.methods.wrappers import LowRankCompensation, PartitionedSelector, Pooled, low_rank_factors

@@ -29,6 +29,7 @@ from detr_jax.safetensors_io import Part
 if TYPE_CHECKING:
     from detr_jax.calibration.activations import ActivationStatistics
     from detr_jax.calibration.moments import Moments
+    from detr_jax.calibration.token_sensitivity import Sensitivity
 
 Class = TypeVar("Class", bound=type)
 AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
@@ -41,7 +42,7 @@ STORABLE: dict[str, type] = {cls.__name__: cls for cls in (Execution, LowRankFac
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def storable(cls: Class) -> Class:
     """Makes a class a frozen dataclass and a pytree that plan files may hold: of arrays, of such classes, and, in
-    fields with the metadata `static=True`, of None, booleans, integers and strings."""
+    fields with the metadata `static=True`, of None, booleans, numbers and strings."""
     STORABLE[cls.__name__] = cls
     return pytree(cls)
 
@@ -197,7 +198,8 @@ class FitMaterial:
     """Data that the selector of one FFN is fitted from; None where `Method.requires` does not name it.
 
     Statistics are of training images, the gate is trained with `TrainedMethod.init` and `loss`, `inputs` (tokens, d)
-    are drawn from the method's `images` training images, `tokens` of them at most; `name` is for errors.
+    are drawn from the method's `images` training images, `tokens` of them at most; `sensitivity` is of the detector's
+    outputs to errors at those, or None for all alike; `name` is for errors.
     """
 
     weights: FFNWeights
@@ -206,6 +208,7 @@ class FitMaterial:
     hidden_moments: "Moments" = _ABSENT
     gate: Score = _ABSENT
     inputs: np.ndarray = _ABSENT
+    sensitivity: "Sensitivity | None" = None
     name: str = "the FFN"
 
 

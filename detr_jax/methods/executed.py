@@ -7,6 +7,7 @@ import jax
 from detr_jax.errors import InputError
 from detr_jax.kernels import Execution
 from detr_jax.methods.base import Wrapper, storable
+from detr_jax.methods.token_gates import GatedTokens
 from detr_jax.models import FFNWeights, Selection, Selector, Selectors
 
 
@@ -43,6 +44,8 @@ def computation_of(selectors: Selectors) -> str:
 
 
 def executed(selectors: Selectors, execution: Execution | None) -> dict[str, Selector]:
-    """The same selectors computed in another way; None is the masked reference."""
+    """The same selectors computed in another way; None is the masked reference. Those of tokens stay as they are."""
     bare = {name: s.selector if isinstance(s, Executed) else s for name, s in selectors.items()}
-    return bare if execution is None else {name: Executed(selector, execution) for name, selector in bare.items()}
+    if execution is None:
+        return bare
+    return {name: s if isinstance(s, GatedTokens) else Executed(s, execution) for name, s in bare.items()}

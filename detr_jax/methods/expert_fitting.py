@@ -3,6 +3,7 @@
 Per FFN: tokens are split by a linear router, which starts as k-means. Expert c keeps neuron j while leaving it out
 costs more than one price for all FFNs; its output layer is a ridge regression of y = h W_out on the neurons it keeps,
 over its own tokens. Then the router is trained to the lowest sum of error and price, tokens are split again, and so on.
+Costs and errors count by the sensitivity of the detector's outputs.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from detr_jax.methods.base import FitMaterial
 from detr_jax.methods.reconstruction import eliminate
-from detr_jax.models import FFNWeights
 from detr_jax.safetensors_io import Arrays, Part
 
 if TYPE_CHECKING:
@@ -29,6 +30,11 @@ _CHUNK = 16384
 _FEW_TOKENS = 100
 """How much the ridge grows with the number of neurons for each token."""
 _KMEANS_STEPS = 30
+_CELLS = 256
+_LEAST_IMPORTANCE = 0.02
+"""Of a token, and of a direction, as shares of the mean: what never mattered in the sample may matter later."""
+_LEAST_METRIC = 0.05
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 class FittedExperts(NamedTuple):
@@ -49,7 +55,7 @@ class FittedExperts(NamedTuple):
 
 
 def fit_experts(
-    ffns: Mapping[str, tuple[FFNWeights, np.ndarray]],
+    material: Mapping[str, FitMaterial],
     density: float,
     method: "Experts",
     importance: Callable[[dict[str, FittedExperts], dict[str, float]], Arrays] | None = None,
@@ -58,14 +64,14 @@ def fit_experts(
     """Experts of some FFNs that together compute a share of the hidden neurons.
 
     Args:
-        ffns: by name, the FFN and (tokens, d) inputs.
+        material: of each FFN by name.
         density: mean over FFNs of the share of neurons that a token gets.
         method: options.
         importance: weights () of the FFNs' errors, from first experts and the share of each output's variance that they
             miss; None weighs all alike.
         part: see `Method.at_mean_density`.
     """
-    layers = {name: _Layer(*ffn, method) for name, ffn in ffns.items()}
+    layers = {name: _Layer(of, method) for name, of in material.items()}
     weights = dict.fromkeys(layers, 1.0)
 
     def each(title: str, step: Callable[[_Layer, float], Arrays], price: float = 0.0) -> None:
@@ -112,11 +118,15 @@ def fit_experts(
 class _Layer:
     """The experts of one FFN while they are fitted; errors are shares of the variance of its output.
 
+    They count by what they change in the detector's outputs: at a token by `importance`, in a direction by `_root`.
+
     Steps return the arrays by which they change it, see `take`; the rest follows from the inputs.
     """
 
     covariance: np.ndarray
     """(F, F) of the hidden activations of all tokens, towards which those of few tokens are shrunk."""
+    importance: np.ndarray
+    """(tokens,) how much an error counts, 1 on average."""
     kernel: np.ndarray
     bias: np.ndarray
     ids: np.ndarray
@@ -136,9 +146,10 @@ class _Layer:
     biases: np.ndarray
     """(C, d)."""
 
-    def __init__(self, weights: FFNWeights, inputs: np.ndarray, method: "Experts"):
-        self._w_in, self._b_in, self._w_out, self._b_out = (np.asarray(array, np.float32) for array in weights)
-        self._x, self._method = np.asarray(inputs, np.float32), method
+    def __init__(self, material: FitMaterial, method: "Experts"):
+        self._w_in, self._b_in, self._w_out, self._b_out = (np.asarray(of, np.float32) for of in material.weights)
+        self._x, self._method = np.asarray(material.inputs, np.float32), method
+        self._sensitivity = material.sensitivity
         self._count = min(method.experts, len(self._x))
 
     def take(self, arrays: Arrays) -> None:
@@ -150,20 +161,51 @@ class _Layer:
 
     @cached_property
     def _variance(self) -> float:
-        return max(float(self._y.var(0, dtype=np.float64).sum()), float(np.finfo(np.float32).tiny))
+        centred = (self._y - np.average(self._y, axis=0, weights=self.importance)) @ self._root
+        return max(float(self.importance @ (centred**2).sum(1) / len(centred)), _TINY)
+
+    @cached_property
+    def _root(self) -> np.ndarray:
+        """(d, d) by which errors are multiplied; second derivatives are the root of the metric."""
+        size = self._w_out.shape[1]
+        if self._sensitivity is None:
+            return np.eye(size)
+        metric = self._sensitivity.metric.astype(np.float64)
+        values, vectors = np.linalg.eigh(metric * size / max(np.trace(metric), _TINY) + _LEAST_METRIC * np.eye(size))
+        return vectors * values**0.25 @ vectors.T
+
+    def _importance(self) -> np.ndarray:
+        """Weight of each token, the mean of tokens with similar inputs: each alone was measured with few draws."""
+        if self._sensitivity is None:
+            return np.ones(len(self._x))
+        cells = min(_CELLS, len(self._x))
+        kernel, bias = self._nearest(cells, self._method.seed + 1)
+        ids = (self._x @ kernel + bias).argmax(-1)
+        counts = np.maximum(np.bincount(ids, minlength=cells), 1)
+        mean = (np.bincount(ids, self._sensitivity.tokens, minlength=cells) / counts)[ids]
+        importance = np.sqrt(mean)
+        importance = np.maximum(importance / max(importance.mean(), _TINY), _LEAST_IMPORTANCE)
+        return importance / importance.mean()
 
     def _tokens_of(self, ids: np.ndarray) -> list[np.ndarray]:
         return [np.flatnonzero(ids == expert) for expert in range(self._count)]
 
     def start(self, _: float) -> Arrays:
         """A router by k-means."""
-        self.covariance = self._covariance_of_all()
-        centres = np.asarray(_kmeans(self._x, _start(self._x, self._count, self._method.seed)))
-        kernel, bias = 2 * centres.T, -(centres**2).sum(1)
+        self.covariance, self.importance = self._covariance_of_all(), self._importance()
+        kernel, bias = self._nearest(self._count, self._method.seed)
         # Neither a flat nor a hard softmax to start from.
         scores = np.sort(self._x[:4096] @ kernel + bias, axis=-1)
         gap = np.median(scores[:, -1] - scores[:, -2]) if self._count > 1 else 1.0
-        return {"covariance": self.covariance} | self._routed(kernel / max(gap, 1e-6), bias / max(gap, 1e-6))
+        of_all = {"covariance": self.covariance, "importance": self.importance}
+        return of_all | self._routed(kernel / max(gap, 1e-6), bias / max(gap, 1e-6))
+
+    def _nearest(self, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """(d, count) and (count,), linear scores of which the highest is that of the nearest centre by k-means."""
+        mean = self._x.mean(0)
+        x = self._x - mean  # what is close together, far from zero, would be lost in rounding
+        centres = np.asarray(_kmeans(x, x[np.random.default_rng(seed).choice(len(x), count, replace=False)]))
+        return 2 * centres.T, -(centres**2).sum(1) - mean @ (2 * centres.T)
 
     def _hidden(self, x: np.ndarray, neurons: np.ndarray | slice = slice(None)) -> np.ndarray:
         return np.maximum(x @ self._w_in[neurons].T + self._b_in[neurons], 0)
@@ -171,8 +213,9 @@ class _Layer:
     def _covariance_of_all(self) -> np.ndarray:
         size = len(self._w_in)
         products, sums = np.zeros((size, size)), np.zeros(size)
+        about = self._hidden(self._x[:_CHUNK]).mean(0)  # deviations far below the mean would be lost in rounding
         for part in _chunks(self._x):
-            hidden = self._hidden(part)
+            hidden = self._hidden(part) - about
             products += hidden.T @ hidden
             sums += hidden.sum(0, dtype=np.float64)
         mean = sums / len(self._x)
@@ -185,12 +228,13 @@ class _Layer:
 
     def _routed(self, kernel: np.ndarray, bias: np.ndarray) -> Arrays:
         ids = (self._x @ kernel + bias).argmax(-1)
-        norms = (self._w_out.astype(np.float64) ** 2).sum(1) / self._variance
+        norms = ((self._w_out @ self._root) ** 2).sum(1) / self._variance
         energies = np.zeros((self._count, len(self._w_in)))
         for expert, tokens in enumerate(self._tokens_of(ids)):
             if len(tokens):
                 variances = self._hidden(self._x[tokens]).var(0)
-                energies[expert] = norms * self._shrunk(variances, np.diag(self.covariance), tokens)
+                shrunk = self._shrunk(variances, np.diag(self.covariance), tokens)
+                energies[expert] = norms * self.importance[tokens].mean() * shrunk
         return {"kernel": kernel, "bias": bias, "ids": ids, "energies": energies}
 
     def ranked_by_energy(self) -> Arrays:
@@ -207,9 +251,10 @@ class _Layer:
             centred = (hidden - hidden.mean(0)).astype(np.float64) if len(tokens) else np.zeros((1, len(candidates)))
             covariance = centred.T @ centred / len(centred)
             covariance = self._shrunk(covariance, self.covariance[np.ix_(candidates, candidates)], tokens)
-            order, costs = eliminate(covariance, self._w_out[candidates].astype(np.float64))
+            order, costs = eliminate(covariance, self._w_out[candidates] @ self._root)
             ranks[expert, : len(candidates)] = candidates[order]
-            gains[expert, : len(order)] = costs / self._variance
+            importance = self.importance[tokens].mean() if len(tokens) else 1.0
+            gains[expert, : len(order)] = costs * importance / self._variance
         return self._ranked(ranks, gains)
 
     def _ranked(self, ranks: np.ndarray, gains: np.ndarray) -> Arrays:
@@ -264,12 +309,13 @@ class _Layer:
         return own + np.linalg.solve(covariance + ridge * np.eye(len(own)), missing)
 
     def _errors(self, expert: int, tokens: np.ndarray | slice = slice(None)) -> np.ndarray:
-        """Squared error of each token's output with an expert."""
+        """Weighted squared error of each token's output with an expert."""
         neurons, rows = (of[expert] for of in self._by_expert())
         parts = zip(_chunks(self._x[tokens]), _chunks(self._y[tokens]), strict=True)
         bias = self.biases[expert] - self._b_out
-        missed = [self._hidden(x, neurons) @ rows + bias - y for x, y in parts]
-        return np.concatenate([np.einsum("td,td->t", part, part) for part in missed]) / self._variance
+        missed = [(self._hidden(x, neurons) @ rows + bias - y) @ self._root for x, y in parts]
+        squared = np.concatenate([np.einsum("td,td->t", part, part) for part in missed])
+        return self.importance[tokens] * squared / self._variance
 
     def missed(self) -> float:
         """Share of the output's variance that the experts miss."""
@@ -302,10 +348,6 @@ class _Layer:
 
 def _chunks(array: np.ndarray) -> list[np.ndarray]:
     return [array[i : i + _CHUNK] for i in range(0, len(array), _CHUNK)]
-
-
-def _start(x: np.ndarray, count: int, seed: int) -> np.ndarray:
-    return x[np.random.default_rng(seed).choice(len(x), count, replace=False)]
 
 
 @jax.jit

@@ -123,7 +123,7 @@ class Experts(Method):
     name: ClassVar = "experts"
     paper: ClassVar = "ours, after MoEfication"
     decides: ClassVar = "neuron"
-    requires: ClassVar = frozenset({"inputs"})
+    requires: ClassVar = frozenset({"inputs", "sensitivity"})
     tuned_by: ClassVar = "density"
     shares_density: ClassVar = True
     note: ClassVar = "each token computes one narrow FFN"
@@ -173,7 +173,7 @@ class Experts(Method):
                 computed[name] = compute()
             return computed[name]
 
-        ffn = {material.name: (material.weights, material.inputs)}
+        ffn = {material.name: material}
         for density in densities:
             yield self._selector(fit_experts(ffn, density, self, part=part)[material.name], material.weights)
 
@@ -199,9 +199,8 @@ class Experts(Method):
             mean = max(float(np.mean(list(caused.values()))), 1e-12)
             return {name: np.array(max(of / mean, 1e-3)) for name, of in caused.items()}
 
-        ffns = {name: (of.weights, of.inputs) for name, of in material.items()}
         # What an error causes must not make some FFNs wider than others where all widths are to be equal.
-        found = fit_experts(ffns, density, self, importance if self.widths == "price" else None, part)
+        found = fit_experts(material, density, self, importance if self.widths == "price" else None, part)
         return {name: self._selector(fitted, material[name].weights) for name, fitted in found.items()}
 
     def _selector(self, fitted: FittedExperts, weights: FFNWeights) -> RoutedExperts:

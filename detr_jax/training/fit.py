@@ -22,6 +22,7 @@ from detr_jax.calibration.moments import measure_moments
 from detr_jax.calibration.permutation import coactivation_permutation, kmeans_permutation
 from detr_jax.calibration.sensitivity import OutputDivergence, layer_sensitivity
 from detr_jax.calibration.thresholds import calibrate, recall_threshold, selectors_at_densities
+from detr_jax.calibration.token_sensitivity import draw_sensitivities, sensitivity_of
 from detr_jax.data.batches import CachedBatches, ImageBatches
 from detr_jax.data.dataset import Dataset, Subset
 from detr_jax.data.features import BackboneFeatures, backbone_features
@@ -32,7 +33,8 @@ from detr_jax.methods.tiles import TileCounts, count_kept
 from detr_jax.models import Detector, HasFFNs, Selector, Selectors
 from detr_jax.models.parameters import fingerprint
 from detr_jax.plan import Plan
-from detr_jax.run_folder import resumable_parts, versions
+from detr_jax.run_folder import PARTS, resumable_parts, versions
+from detr_jax.safetensors_io import Arrays
 from detr_jax.training.budgets import (
     Budget,
     Density,
@@ -46,7 +48,7 @@ from detr_jax.training.budgets import (
 )
 from detr_jax.training.gates import train_gates
 
-OUTPUTS = ("checkpoints", "tuned", "parts", "activations.safetensors", "plan.safetensors")
+OUTPUTS = ("checkpoints", "tuned", PARTS, "activations.safetensors", "plan.safetensors")
 GRID = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03, 0.02, 0.01)
 """Densities that an allocation among FFNs chooses from."""
 _HALVINGS = 10
@@ -184,7 +186,10 @@ class Fit:
         if isinstance(self.method, TrainedMethod):
             found["gate"] = self._train(self.method)
         if "inputs" in requires:
-            found["inputs"] = resumable_parts(self._folder / "parts")("inputs", self._drawn_inputs)
+            found["inputs"] = self._drawn("inputs", draw_inputs)
+        if "sensitivity" in requires:
+            of_all = self._drawn("sensitivities", draw_sensitivities)
+            found["sensitivity"] = {name: sensitivity_of(name, of_all) for name in self._weights}
         if requires & {"activations", "input_moments", "hidden_moments"}:
             batches = self._cached(self._embedded(self._sample, "training"))
             if "activations" in requires:
@@ -196,12 +201,16 @@ class Fit:
             for name, weights in self._weights.items()
         }
 
-    def _drawn_inputs(self) -> dict[str, np.ndarray]:
+    def _drawn(self, what: str, draw: Callable[..., Arrays]) -> Arrays:
         method: Any = self.method  # it says how many
-        sample = Subset(self._data, 0, min(method.images, len(self._data)))
-        source = ImageBatches(self.permuted, sample, self._options.batch_size)  # features of so many fill the memory
-        batches = tqdm(source.batches(), "drawing inputs", len(source), unit="batch", disable=not self._progress)
-        return draw_inputs(self.permuted, batches, method.tokens, len(sample), method.seed)
+
+        def compute() -> Arrays:
+            sample = Subset(self._data, 0, min(method.images, len(self._data)))
+            source = ImageBatches(self.permuted, sample, self._options.batch_size)  # features of all fill the memory
+            batches = tqdm(source.batches(), f"drawing {what}", len(source), unit="batch", disable=not self._progress)
+            return draw(self.permuted, batches, method.tokens, len(sample), method.seed)
+
+        return resumable_parts(self._folder / PARTS)(what, compute)
 
     def _train(self, method: TrainedMethod) -> dict[str, Score]:
         batch_size = self._options.batch_size
@@ -309,7 +318,7 @@ class Fit:
         @cache
         def shared(density: float) -> dict[str, Selector]:
             with self._bar(method.parts(len(material)), f"fitting to a density of {density:.3g}", "part") as bar:
-                part = resumable_parts(self._folder / "parts", bar.update)
+                part = resumable_parts(self._folder / PARTS, bar.update)
                 return method.at_mean_density(material, density, divergence, part)
 
         return shared
