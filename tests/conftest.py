@@ -28,6 +28,9 @@ import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
+# Parts of tests that import torch, which need not be installed; pytest would look for examples in them.
+collect_ignore = ["torch_detectors.py", "golden/make_small.py"]
+
 # Shapes in annotations are checked at every call in the tests.
 jaxtyping.install_import_hook(["detr_jax.kernels", "detr_jax.models"], "shape_checks.check_shapes")
 from fixtures_coco import mixed_shapes as mixed_shapes  # noqa: E402
@@ -35,12 +38,25 @@ from fixtures_coco import mixed_shapes as mixed_shapes  # noqa: E402
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 sys.path += [str(SCRIPTS), str(SCRIPTS / "studies"), str(SCRIPTS / "benchmarks")]
 
+# XLA maps every program that it compiles into memory, the larger ones in tens of maps. Linux allows a process 65,530
+# (vm.max_map_count); XLA crashes where it needs one more.
+MANY_MEMORY_MAPS = 40_000
+
 # Accelerators and some CPUs multiply in less than float32 by default; the golden numbers do not.
 jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, help="kills of runs in all in tests/test_kills.py")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten_programs():
+    """Programs of earlier tests are let go where there are many; what needs one of them takes it from the disk."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MEMORY_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture
