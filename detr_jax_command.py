@@ -8,7 +8,8 @@ COMMANDS = {
     "train-gates": "make a detector sparse: train gates and write its plan",
     "search-plan": "search the fastest or sparsest plan within a budget",
     "convert": "write a published checkpoint as one safetensors file",
-    "train-detector": "train the embedded detector from scratch",
+    "export": "write a detector as StableHLO or ONNX, to serve it without this library",
+    "train-detector": "fine-tune a detector on own classes, or train the embedded one from scratch",
 }
 
 

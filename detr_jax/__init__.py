@@ -8,6 +8,7 @@ from detr_jax.data.image_list import preprocess_images
 from detr_jax.data.registry import open_dataset
 from detr_jax.detection import detect
 from detr_jax.evaluation.inspection import FFNActivity
+from detr_jax.export import export
 from detr_jax.load import load, load_sparse, save
 from detr_jax.methods import log_odds
 from detr_jax.models import DETR, DetrConfig, DetrOutputs, preset_config
@@ -15,7 +16,7 @@ from detr_jax.models.detections import ImageDetections
 from detr_jax.models.parameters import fingerprint
 from detr_jax.plan import Plan, load_plan, push_plan, save_plan
 from detr_jax.sparse import SparseDETR
-from detr_jax.sparsify import sparsify
+from detr_jax.sparsify import gate_tokens, sparsify
 
 if TYPE_CHECKING:
     from detr_jax.evaluation.evaluate import Scores, evaluate
@@ -38,7 +39,9 @@ __all__ = [
     "Threshold",
     "detect",
     "evaluate",
+    "export",
     "fingerprint",
+    "gate_tokens",
     "load",
     "load_plan",
     "load_sparse",

@@ -18,6 +18,8 @@ from detr_jax.safetensors_io import Arrays, Format, Part
 
 RESULTS = "results.json"
 """Written last: a folder that holds it holds a finished run."""
+PARTS = "parts"
+"""Folder of what `resumable_parts` keeps."""
 _PART = Format("detr-jax-part", 1, "a part of a fit", "a fit leaves it")
 _LOCKS: dict[Path, IO[str]] = {}
 """Held until `release_run`, or until this process ends, however it does."""
@@ -103,6 +105,12 @@ def resumable_parts(folder: Path, report: Callable[[], object] = lambda: None) -
         return arrays
 
     return part
+
+
+def finish_run(folder: Path, results: Any) -> None:
+    """Writes the results of a run, then deletes the parts, which only an unfinished run needs."""
+    write_json(folder / RESULTS, results)
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
 
 
 def _lock(folder: Path) -> None:

@@ -25,7 +25,7 @@ from detr_jax.calibration.thresholds import calibrate, density_threshold, measur
 from detr_jax.commands import cli
 from detr_jax.commands.options import DataOptions
 from detr_jax.errors import InputError
-from detr_jax.files import replacing, write_json
+from detr_jax.files import replacing
 from detr_jax.methods import (
     METHODS,
     MGS,
@@ -40,11 +40,11 @@ from detr_jax.methods import (
 from detr_jax.methods.grouping import group_count
 from detr_jax.models import DETR, Selector
 from detr_jax.plan import Plan, save_plan
-from detr_jax.run_folder import RESULTS, open_run
+from detr_jax.run_folder import PARTS, finish_run, open_run
 from detr_jax.training.gates import Gates, GateTraining
 
 SCENES_TRAINING_IMAGES = 4096
-OUTPUTS = ("gates-own", "gates-ordered", "gates-tuned", "parts", "progress.json", "plan.safetensors")
+OUTPUTS = ("gates-own", "gates-ordered", "gates-tuned", PARTS, "progress.json", "plan.safetensors")
 OUTPUTS += ("comparison.md", "activations.safetensors", "activations-ordered.safetensors")
 OUTPUTS += ("accuracy.png", "tile_density.png", "activations.png", "sizes.png", "layers.png")
 
@@ -242,7 +242,7 @@ def main(arguments: Arguments) -> None:
     model = detr_jax.load(arguments.model, preset=arguments.preset)
     check(arguments, model)
     wanted = arguments.train_images
-    if arguments.data.name == "scenes" and wanted is None:
+    if arguments.data.generated and wanted is None:
         wanted = SCENES_TRAINING_IMAGES
     splits = open_splits(arguments.data, model, wanted, arguments.calibration_images, arguments.eval_images)
     with frozen(model) as fingerprint:
@@ -283,7 +283,7 @@ def main(arguments: Arguments) -> None:
         temporary.write_text(markdown, encoding="utf-8")
     plot_comparison(results, arguments.out)
     save_best(bench, best, results, arguments.out / "plan.safetensors")
-    write_json(arguments.out / RESULTS, results)
+    finish_run(arguments.out, results)
     print(f"results.json, comparison.md and figures are in {arguments.out} after {math.ceil(results['seconds'])} s")
 
 

@@ -22,9 +22,13 @@ from safetensors import safe_open
 from tiny import TINY_CONFIG, annotation, tiny_detector, write_coco
 
 import detr_jax
+from detr_jax.data.augment import AugmentedBatches
+from detr_jax.data.classes import match_classes
 from detr_jax.data.coco import CocoDataset
 from detr_jax.kernels import Execution
-from detr_jax.methods import InputMagnitude, LinearGate, Random, Thresholded, TopK
+from detr_jax.methods import InputMagnitude, LinearGate, Random, Thresholded, TopK, executed
+from detr_jax.models.labels import COCO_LABELS
+from detr_jax.training.detector.finetune import FineTuning, check_parts
 
 PAGE = Path(__file__).parent.parent / "docs/errors.md"
 HEAD = """# What goes wrong, and what is said
@@ -109,6 +113,16 @@ def objects(**changes: object) -> dict:
     return {"annotations": [annotation(1, 1, (1, 2, 10, 12)) | changes]}
 
 
+def match(*names: str, **table: str) -> None:
+    """Categories with these names, for a detector of COCO's classes."""
+    match_classes(COCO_LABELS, [{"id": id, "name": name} for id, name in enumerate(names)], table)
+
+
+def many(count: int) -> dict:
+    """So many objects in one image."""
+    return {"annotations": [annotation(i, 1, (1, 2, 10, 12)) for i in range(1, count + 1)]}
+
+
 def offline(call: Callable[[], object]) -> None:
     """Without a network, and without anything in the hub's cache."""
     with mock.patch("huggingface_hub.hf_hub_download", side_effect=ConnectionError("no route")):
@@ -121,6 +135,16 @@ def with_selector(selector: object) -> detr_jax.SparseDETR:
 
 def detect(images: object, **options: object) -> None:
     detr_jax.detect(dense(), images, **options)
+
+
+def export(folder: Path, name: str = "a.stablehlo", size: tuple = (32, 32), model: object = None, **options) -> None:
+    detr_jax.export(model or dense(), folder / name, size=size, **options)
+
+
+def by_kernels(implementation: str | None) -> detr_jax.SparseDETR:
+    """A plan that nobody could load on this device."""
+    selectors = executed(plan().selectors, Execution(implementation=implementation))
+    return detr_jax.SparseDETR(dense(), dataclasses.replace(plan(), selectors=selectors))
 
 
 def load_plan(path: Path) -> None:
@@ -198,7 +222,7 @@ TABLE = {
         ),
     ],
     "Annotations": [
-        Bad("no folder of images", lambda t: CocoDataset(t / "coco", "val2017")),
+        Bad("no folder", lambda t: CocoDataset(t / "coco", "val2017")),
         Bad("no annotation file", lambda t: CocoDataset(written(t / "val2017/a.png", "").parent.parent, "val2017")),
         Bad(
             "no JSON",
@@ -232,9 +256,19 @@ TABLE = {
         Bad("more images than there are", lambda t: [coco(t), CocoDataset(t, "val2017", images=3)]),
         Bad("a split that is not there", lambda t: [coco(t), CocoDataset(t, "train2017")]),
         Bad(
-            "annotations beside the images",
-            lambda t: CocoDataset(written(t / "train/_annotations.coco.json", "{}").parent.parent, "train"),
+            "an export that is not divided",
+            lambda t: CocoDataset(written(t / "export/result.json", "{}").parent, "val"),
         ),
+        Bad(
+            "two splits for one use",
+            lambda t: [
+                *(written(t / f"annotations/instances_val{year}.json", "{}") for year in (2014, 2017)),
+                CocoDataset(t, "val"),
+            ],
+        ),
+        Bad("categories that the detector does not know", lambda t: match("helmet", "vest")),
+        Bad("a table with a category that is not there", lambda t: match("helmet", casque="person")),
+        Bad("a table with a class that is not there", lambda t: match("helmet", helmet="persn")),
     ],
     "Data sets": [
         Bad("a kind that does not exist", lambda t: detr_jax.open_dataset("voc:photos", "val")),
@@ -251,7 +285,7 @@ TABLE = {
     "Detectors": [
         Bad("a name that nothing has", lambda t: detr_jax.load("detr-r52")),
         Bad("a file that does not exist", lambda t: detr_jax.load(t / "model.pth")),
-        Bad("a file of another kind", lambda t: detr_jax.load(written(t / "model.bin", "weights"))),
+        Bad("a file of another kind", lambda t: detr_jax.load(written(t / "model.h5", "weights"))),
         Bad(
             "a truncated file",
             lambda t: detr_jax.load(written(t / "short.safetensors", detector_file(t).read_bytes()[:-9])),
@@ -271,6 +305,15 @@ TABLE = {
         Bad("a folder that is not there", lambda t: detr_jax.load(t / "runs/detr")),
         Bad("a preset that it is not", lambda t: detr_jax.load(detector_file(t), preset="detr-tiny")),
         Bad("a preset that does not exist", lambda t: detr_jax.load(detector_file(t), preset="detr-r18")),
+    ],
+    "Fine-tuning": [
+        Bad("no class", lambda t: detr_jax.load(detector_file(t), labels=[])),
+        Bad("one class as a text", lambda t: detr_jax.load(detector_file(t), labels="cat")),
+        Bad("a class twice", lambda t: detr_jax.load(detector_file(t), labels=["fox", "Fox"])),
+        Bad("fewer images than a batch", lambda t: AugmentedBatches(dense(), coco(t), 3, 0)),
+        Bad("an image of more objects than queries", lambda t: AugmentedBatches(dense(), coco(t, **many(6)), 1, 0)),
+        Bad("a batch that cannot be divided", lambda t: check_parts(FineTuning(batch_size=8, accumulation=3), None)),
+        Bad("no epochs", lambda t: FineTuning(epochs=0)),
     ],
     "Plans": [
         Bad("a file that does not exist", lambda t: load_plan(t / "plan.safetensors")),
@@ -326,6 +369,20 @@ TABLE = {
             "the hub's cache (",
         ),
         Bad("pushed to no repository", lambda t: detr_jax.push_plan(plan(), "plans")),
+    ],
+    "Exports": [
+        Bad("a file that exists", lambda t: export(written(t / "a.stablehlo", "").parent)),
+        Bad("a description that exists", lambda t: export(written(t / "a.stablehlo.json", "").parent)),
+        Bad("a suffix that says no format", lambda t: export(t, "a.pb")),
+        Bad("a format that does not exist", lambda t: export(t, format="tflite")),
+        Bad("a platform that does not exist", lambda t: export(t, platforms=("cpu", "gpu"))),
+        Bad("platforms for ONNX", lambda t: export(t, "a.onnx", platforms=("cpu",))),
+        Bad("bfloat16 for ONNX", lambda t: export(t, "a.onnx", model=tiny_detector(dtype=jnp.bfloat16))),
+        Bad("a size without pixels", lambda t: export(t, size=(32, 0))),
+        Bad("a size of one number", lambda t: export(t, size=(32,))),
+        Bad("a batch without images", lambda t: export(t, batch=0)),
+        Bad("a kernel for one platform", lambda t: export(t, model=by_kernels("mosaic_gpu"))),
+        Bad("groups left out in ONNX", lambda t: export(t, "a.onnx", model=by_kernels(None))),
     ],
     "Arguments": [
         Bad("a dtype for a detector", lambda t: detr_jax.load_sparse(dense(), plan(), dtype=jnp.bfloat16)),

@@ -15,7 +15,7 @@ from tiny import annotation, tiny_detector, write_coco
 import detr_jax_command
 from detr_jax import errors
 from detr_jax.commands import cli
-from detr_jax.commands.options import DataOptions
+from detr_jax.commands.options import DataOptions, ModelOptions
 
 ROOT = Path(__file__).parent.parent
 
@@ -121,3 +121,12 @@ def test_a_run_is_the_same_wherever_its_inputs_are(tmp_path):
     root = write_coco(tmp_path / "other", [(20, 31)] * 4, [], "train2017")
     other = open_splits(DataOptions(coco=write_coco(root, [(20, 30)] * 2, [], "val2017")), tiny_detector(), 3, 1, 2)
     assert other.fingerprints["training"] != splits[0].fingerprints["training"]
+
+
+@pytest.mark.parametrize(("size", "sides"), [((96,), (96, 160)), ((96, 300), (96, 300))])
+def test_a_size_replaces_that_of_the_checkpoint(size, sides):
+    options = ModelOptions(size=size)
+    for model in (options.load(), options.load_sparse("detr-tiny")):
+        assert (model.preprocessing.shortest_side, model.preprocessing.longest_side) == sides
+    with pytest.raises(errors.InputError, match="shorter side and a cap on the longer one, not 300 and 96"):
+        ModelOptions(size=(300, 96)).load()

@@ -95,6 +95,7 @@ def test_it_keeps_the_best_gates_as_a_plan(finished):
     assert "trained with the others on" in plan.measured["setting"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_comparison_resumes(inputs, finished, tmp_path, monkeypatch):
     from detr_jax.evaluation.comparison import Comparison
 

@@ -53,6 +53,7 @@ def run_of(computed: int) -> Scores:
         *("some data", 10, {"AP": 0.7}, (0.6, 0.75), {}, 0.72, (-0.03, 0.01), 0.01),
         counts={"encoder.0": counts(computed), "decoder.0": counts(computed)},
         executed={},
+        tokens=None,
         coco=None,
     )
 

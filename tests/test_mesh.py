@@ -2,11 +2,8 @@
 
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -16,6 +13,7 @@ import safetensors.numpy
 from commands import cpu_devices
 from jax.sharding import AbstractMesh
 from mesh_job import EPOCHS
+from processes import finish, kill_after_checkpoint, start, start_two
 from tiny import TINY_CONFIG, annotation, tiny_detector, write_coco
 
 import detr_jax
@@ -42,34 +40,17 @@ def inputs(tmp_path_factory):
     return root
 
 
-def start(inputs: Path, out: Path, devices: int, *options: str, **environment: object) -> subprocess.Popen:
-    variables = cpu_devices(devices) | {name: str(v) for name, v in environment.items()}
-    out.mkdir(exist_ok=True)
-    with (out / f"log-{environment.get('JAX_PROCESS_ID', 0)}.txt").open("a") as log:
-        command = [sys.executable, str(TESTS / "mesh_job.py"), str(inputs), str(out), *options]
-        return subprocess.Popen(command, env=os.environ | variables, stdout=log, stderr=log)
-
-
-def start_two(inputs: Path, out: Path, *options: str) -> list[subprocess.Popen]:
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        address = f"localhost:{found.getsockname()[1]}"
-    job = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": 2}
-    return [start(inputs, out, 4, *options, **job, JAX_PROCESS_ID=index) for index in range(2)]
-
-
-def finish(out: Path, *processes: subprocess.Popen) -> Path:
-    for process in processes:
-        assert process.wait(600) == 0, "\n".join(log.read_text()[-3000:] for log in out.glob("log-*.txt"))
-    return out
+def job(inputs: Path, out: Path, *options: str) -> list[object]:
+    return [TESTS / "mesh_job.py", inputs, out, *options]
 
 
 @pytest.fixture(scope="module")
 def runs(inputs, tmp_path_factory):
     """Output folders of a run on one device, and of one on eight."""
     root = tmp_path_factory.mktemp("runs")
-    processes = {count: start(inputs, root / str(count), count) for count in (1, 8)}
-    return [finish(root / str(count), process) for count, process in processes.items()]
+    outs = {count: root / str(count) for count in (1, 8)}
+    processes = {count: start(job(inputs, out), out, count) for count, out in outs.items()}
+    return [finish(outs[count], process) for count, process in processes.items()]
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -118,18 +99,10 @@ def test_eight_devices_give_what_one_gives(inputs, runs):
 
 @pytest.mark.slow
 def test_two_processes_give_what_one_device_gives_though_one_was_killed(inputs, runs, tmp_path):
-    first, second = start_two(inputs, tmp_path)
-    deadline = time.monotonic() + 300
-    while not any(path.name.isdigit() for path in (tmp_path / "checkpoints").glob("*")):
-        assert first.poll() is None and second.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    second.send_signal(signal.SIGKILL)
-    first.send_signal(signal.SIGKILL)
-    assert [process.wait() for process in (first, second)] == [-signal.SIGKILL] * 2
-    kept = max(int(path.name) for path in (tmp_path / "checkpoints").glob("*") if path.name.isdigit())
+    kept = kill_after_checkpoint(start_two(job(inputs, tmp_path), tmp_path), tmp_path / "checkpoints")
     assert 5 <= kept < EPOCHS and not (tmp_path / "plan.safetensors").exists()
 
-    assert_same(runs[0], finish(tmp_path, *start_two(inputs, tmp_path, "--resume")))
+    assert_same(runs[0], finish(tmp_path, *start_two(job(inputs, tmp_path, "--resume"), tmp_path)))
     assert_same_experts(inputs, runs[0], tmp_path)
     # The first process speaks for all.
     assert "all gated" in (tmp_path / "log-0.txt").read_text()

@@ -16,6 +16,7 @@ from toy_method import InputSize, LargestInput
 from detr_jax.calibration.activations import measure
 from detr_jax.calibration.moments import moments_of
 from detr_jax.calibration.thresholds import density_threshold, recall_threshold, score_histogram, selectors_at_densities
+from detr_jax.calibration.token_sensitivity import Sensitivity
 from detr_jax.data.batches import CachedBatches
 from detr_jax.errors import InputError
 from detr_jax.methods import METHODS, FitMaterial, Thresholded, TrainedMethod, named
@@ -47,6 +48,7 @@ def material_for(method, weights=WEIGHTS) -> FitMaterial:
         "input_moments": moments_of(X, TOKENS),
         "hidden_moments": moments_of(what.hidden, TOKENS),
         "inputs": np.asarray(X)[np.asarray(TOKENS)],
+        "sensitivity": Sensitivity(np.ones(int(TOKENS.sum()), np.float32), np.eye(X.shape[-1], dtype=np.float32)),
     }
     if isinstance(method, TrainedMethod):
         rng = np.random.default_rng(0)

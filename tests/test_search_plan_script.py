@@ -27,6 +27,7 @@ def folder(mixed_shapes, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_the_budget_is_kept_and_every_candidate_is_reported(folder):
     results = json.loads((folder / "results.json").read_text())
     assert set(results["choices"]) == {"any", "fixed sets, reconstructed or not", "fixed sets"}
@@ -41,6 +42,7 @@ def test_the_budget_is_kept_and_every_candidate_is_reported(folder):
     assert (folder / "search.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_the_plan_computes_what_was_measured(folder):
     model = varied_detector()
     plan = load_plan(folder / "plan.safetensors", model)
@@ -75,6 +77,7 @@ def test_without_a_usable_ap_there_is_none_to_lose(mixed_shapes, tmp_path, capsy
     assert "AP is undefined on these images" in refusal(capsys, "search_plan.py", *inputs, "--budget", "ap-loss=1")
 
 
+@pytest.mark.slow
 def test_a_finished_search_is_kept(folder, mixed_shapes, capsys):
     options = (*mixed_shapes.options, "--budget", "density=0.4", *FEW, "--out", folder)
     error = refusal(capsys, "search_plan.py", *options)

@@ -14,6 +14,8 @@ from detr_jax.calibration.activations import measure, measure_activations
 from detr_jax.data.batches import CachedBatches
 from detr_jax.methods import METHODS, InputMagnitude, Oracle, Thresholded
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = "studies/ffns.py"
 IMAGES, D = 4, 16
 FEATURES, TOKENS = {"layer0": 32, "layer2": 64}, {"layer0": 9, "layer2": 6}

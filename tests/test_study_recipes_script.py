@@ -3,6 +3,7 @@
 import json
 
 import jax
+import pytest
 from commands import refusal, run
 from recipe_report import best_table, points_table
 
@@ -29,6 +30,7 @@ def traced_times(weights, trace, ways, repeats):
     return [1.0 if selector is None else 0.3 for selector, _ in ways]
 
 
+@pytest.mark.slow
 def test_every_recipe_is_measured_in_three_ways(mixed_shapes, tmp_path, monkeypatch):
     monkeypatch.setattr("detr_jax.search.search.measure_times", traced_times)
     run("studies/recipes.py", *mixed_shapes.options, *FEW, "--out", tmp_path / "run")

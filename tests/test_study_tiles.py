@@ -8,6 +8,8 @@ from commands import refusal, run
 from PIL import Image
 from tiny import TINY_CONFIG
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = "studies/tiles.py"
 IMAGES, TOKENS, D, FEATURES = 4, 9, 6, 16
 OPTIONS = ["--tile-sizes", "1", "4", "64", "--order-tile-sizes", "4", "--block-sizes", "4", "8", "--fit-tile-size", "4"]

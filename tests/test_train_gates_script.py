@@ -130,6 +130,7 @@ def test_it_refuses_with_one_line(inputs, finished, capsys, extra, message):
     assert message in refusal(capsys, NAME, *inputs, "--out", finished, *extra)
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_refused_then_resumed_to_the_same_gates(inputs, finished, tmp_path, capsys):
     model, inputs = tiny_detector(), [*inputs, "--checkpoint-steps", "3"]
     command = [sys.executable, str(SCRIPTS / NAME), *inputs, "--out", str(tmp_path)]

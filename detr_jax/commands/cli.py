@@ -25,8 +25,15 @@ PLACES = ("out", "resume", "overwrite", "model", "preset", "data", "coco", "plan
 
 
 def run_command(name: str) -> None:
-    """Runs the command of a module of `detr_jax.commands`: its `main`, with its `Arguments`."""
+    """Runs the command of a module of `detr_jax.commands`: its `main`, with its `Arguments`.
+
+    A module can name another one in `VARIANTS`, by options that make a command that one's.
+    """
     module = importlib.import_module(f"detr_jax.commands.{name}")
+    given = {argument.partition("=")[0] for argument in sys.argv[1:]}
+    for option, variant in getattr(module, "VARIANTS", {}).items():
+        if option in given:
+            module = importlib.import_module(f"detr_jax.commands.{variant}")
     run(module.main, module.Arguments, many_processes=getattr(module, "MANY_PROCESSES", False))
 
 

@@ -10,7 +10,7 @@ import tyro
 
 from detr_jax.commands.options import ModelOptions
 from detr_jax.data.image_list import GivenImages
-from detr_jax.data.scenes import ScenesDataset
+from detr_jax.data.scenes import SIDE, ScenesDataset
 from detr_jax.detection import check_threshold, detect_each
 from detr_jax.errors import InputError
 from detr_jax.files import refuse_existing, replacing, write_json
@@ -22,16 +22,18 @@ from detr_jax.weights import EMBEDDED
 class Arguments(ModelOptions):
     """Detects objects in images; for every image writes a picture with labelled boxes and a JSON file.
 
-    For example `detr-jax detect street.jpg --model detr-r50 --out detections`. The default detr-tiny comes with the
-    package and knows only the shapes of generated scenes. Boxes refer to the upright image.
+    For example `detr-jax detect street.jpg --model detr-r50 --out detections`. The default detr-tiny and
+    deformable-tiny come with the package and know only the shapes of generated scenes. Boxes refer to the upright
+    image.
     """
 
     images: tyro.conf.Positional[tuple[Path, ...]]
     """Image files."""
     scenes: int = 0
-    """Instead of files, take the first so many generated validation scenes, which detr-tiny was made for."""
+    """Instead of files, take the first so many generated validation scenes, which detr-tiny was made for; of 256 pixels
+    a side for deformable-tiny."""
     plan: str | None = None
-    """Plan of the detector, which computes sparse with it: a file, a folder, a hub id, or detr-tiny."""
+    """Plan of the detector, which computes sparse with it: a file, a folder, a hub id, or an embedded detector."""
     threshold: float = 0.7
     """Least score of a detection."""
     out: Path = Path("runs/detect")
@@ -54,11 +56,12 @@ def main(arguments: Arguments) -> None:
             if result.resolve() in {image.resolve() for image in arguments.images}:
                 raise InputError(f"{result} is one of the images and would be replaced; choose another folder by --out")
             refuse_existing(result, arguments.overwrite)
-    dataset = GivenImages(arguments.images) if arguments.images else ScenesDataset("val", arguments.scenes)
+    side = EMBEDDED.get(arguments.model, SIDE)
+    dataset = GivenImages(arguments.images) if arguments.images else ScenesDataset("val", arguments.scenes, side)
     model = arguments.load() if arguments.plan is None else arguments.load_sparse(arguments.plan)
-    if arguments.images and arguments.model == EMBEDDED:
+    if arguments.images and (name := arguments.model) in EMBEDDED:
         print(
-            f"note: {EMBEDDED} knows only the shapes of generated scenes; choose e.g. --model detr-r50 for photographs",
+            f"note: {name} knows only the shapes of generated scenes; choose e.g. --model detr-r50 for photographs",
             file=sys.stderr,
         )
 

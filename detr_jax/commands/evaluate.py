@@ -12,8 +12,6 @@ import tyro
 import detr_jax
 from detr_jax.commands import cli
 from detr_jax.commands.options import DataOptions, ExecutionOptions, ModelOptions
-from detr_jax.data.classes import match_classes
-from detr_jax.data.transforms import resized_size
 from detr_jax.errors import InputError
 from detr_jax.evaluation.coco_ap import shown
 from detr_jax.evaluation.inspection import describe
@@ -34,11 +32,11 @@ class Arguments(ModelOptions):
     """
 
     plan: str | None = None
-    """Plan of the detector, to evaluate it sparse instead of dense: a file, a folder, a hub id, or detr-tiny."""
+    """Plan of the detector, to evaluate it sparse, not dense: a file, a folder, a hub id, or an embedded detector."""
     computation: Annotated[ExecutionOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=ExecutionOptions)
     data: Annotated[DataOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=DataOptions)
     split: str = "val"
-    """val or train, or the full name of another split of a COCO folder."""
+    """val, train, or any other split of a coco: folder; all, where it is not divided."""
     images: int | None = None
     """Evaluate the first so many images only; default all."""
     batch_size: int = 8
@@ -70,29 +68,27 @@ def main(arguments: Arguments) -> None:
         raise InputError(
             f"--implementation {arguments.computation.implementation} needs a --plan: dense FFNs leave nothing out"
         )
-    data = arguments.data.open(arguments.split, arguments.images)
     padded = arguments.padding_report
-    sample = None if padded is None else arguments.data.open(arguments.split, padded)
+    sizes = (arguments.images,) if padded is None else (arguments.images, padded)
+    datasets = [arguments.data.open(arguments.split, images) for images in sizes]
     detector = arguments.load() if arguments.plan is None else arguments.load_sparse(arguments.plan)
     if isinstance(detector, detr_jax.SparseDETR):
         selectors = arguments.computation.of(detector.plan.selectors)
         detector = detector.with_plan(dataclasses.replace(detector.plan, selectors=selectors))
-    if data.has_annotations:
-        print(match_classes(detector.labels, data.categories()))
+    data, *samples = arguments.data.matched(detector.labels, *datasets)
 
     started = time.perf_counter()
     scores = detr_jax.evaluate(detector, data, batch_size=arguments.batch_size, exact_shapes=arguments.exact_shapes)
     report = scores.to_json() | {"implementation": "dense", "seconds": time.perf_counter() - started}
     print(scores)
     if isinstance(detector, detr_jax.SparseDETR):
-        sides = detector.preprocessing.shortest_side, detector.preprocessing.longest_side
-        size = resized_size(np.median(data.image_sizes(), axis=0), *sides)
+        size = detector.preprocessing.resized_size(np.median(data.image_sizes(), axis=0))
         executions = detector.execution_report(size, arguments.batch_size)
         rows = [(name, counts.density, scores.executed[name]) for name, counts in scores.counts.items()]
         print(f"\n{table(('FFN', 'kept', 'computed'), rows)}\n\n{describe(executions)}")
         report["implementation"] = arguments.computation.implementation
         report["execution"] = {name: dataclasses.asdict(execution) for name, execution in executions.items()}
-    if sample is not None:
+    for sample in samples:
         report["padding"] = padding_effect(detector, sample, arguments.batch_size)
         print(f"\n{padding_table(report['padding'])}")
     if is_first_process():

@@ -1,12 +1,14 @@
 """Options that several commands have, for their `Arguments`: as a base class, or in fields with `OmitArgPrefixes`."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import jax.numpy as jnp
 
 import detr_jax
+from detr_jax.data.classes import read_table, with_classes
 from detr_jax.data.dataset import Dataset
 from detr_jax.data.registry import open_dataset
 from detr_jax.errors import InputError
@@ -30,14 +32,19 @@ class ModelOptions:
     """Architecture of a checkpoint that does not say which it is, e.g. detr-r50."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the detector's computation; gates are float32."""
+    size: tuple[int, int] | tuple[int] | None = None
+    """Shorter side of resized images, and a cap on the longer one, in pixels; default as the detector was trained."""
 
-    def load(self) -> Detector:
-        """The dense detector; errors as of `detr_jax.load`."""
-        return detr_jax.load(self.model, self.preset, jnp.dtype(self.dtype))
+    def load(self, labels: Sequence[str] | None = None) -> Detector:
+        """The dense detector; arguments and errors as of `detr_jax.load` and `Preprocessing.with_size`."""
+        detector = detr_jax.load(self.model, self.preset, jnp.dtype(self.dtype), labels=labels)
+        if self.size is not None:
+            detector.config = replace(detector.config, preprocessing=detector.preprocessing.with_size(*self.size))
+        return detector
 
     def load_sparse(self, plan: str) -> detr_jax.SparseDETR:
-        """The detector with a plan; errors as of `detr_jax.load_sparse`."""
-        return detr_jax.load_sparse(self.model, plan, preset=self.preset, dtype=jnp.dtype(self.dtype))
+        """The detector with a plan; errors as of `load` and `detr_jax.load_sparse`."""
+        return detr_jax.load_sparse(self.load(), plan)
 
 
 @dataclass(frozen=True)
@@ -45,10 +52,13 @@ class DataOptions:
     """The data set that a command uses."""
 
     data: str = "scenes"
-    """scenes for generated ones, coco:PATH for a folder in COCO's layout, images:PATH for a folder of photographs that
-    have no annotations."""
+    """scenes for generated ones, scenes:256 for those of 256 pixels a side, coco:PATH for a folder in COCO's layout or
+    an export of Roboflow, CVAT, Label Studio, images:PATH for a folder of photographs that have no annotations."""
     coco: Path | None = None
-    """Folder with train2017/, val2017/ and annotations/; short for --data coco:PATH."""
+    """Short for --data coco:PATH."""
+    classes: tuple[str, ...] = ()
+    """Categories of the data that the detector knows by another name, as NAME_IN_DATA=NAME_IN_DETECTOR, or a JSON file
+    of such pairs; the others are matched by name."""
 
     @property
     def name(self) -> str:
@@ -61,9 +71,25 @@ class DataOptions:
             )
         return f"coco:{self.coco}"
 
+    @property
+    def generated(self) -> bool:
+        """True for scenes, whose training images have no end; errors as of `name`."""
+        return self.name.partition(":")[0] == "scenes"
+
     def open(self, split: str, images: int | None = None) -> Dataset:
         """A split of it; arguments and errors as of `detr_jax.open_dataset`."""
         return open_dataset(self.name, split, images)
+
+    def matched(self, labels: Sequence[str], *datasets: Dataset) -> list[Dataset]:
+        """Data sets with a detector's classes as categories; prints how, once if it is the same for all.
+
+        Errors as of `detr_jax.data.classes.with_classes` and `read_table`.
+        """
+        table = read_table(self.classes)
+        found = [with_classes(dataset, labels, table) for dataset in datasets]
+        for text in dict.fromkeys(str(mapping) for _, mapping in found if mapping.categories):
+            print(text)
+        return [dataset for dataset, _ in found]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from tqdm import tqdm
 import detr_jax
 from detr_jax.commands import cli
 from detr_jax.commands.options import DataOptions
-from detr_jax.data.classes import with_classes
 from detr_jax.data.dataset import Dataset, Subset
 from detr_jax.data.features import backbone_features
 from detr_jax.errors import InputError
@@ -89,10 +88,11 @@ def open_data(arguments: Arguments, model: Detector) -> dict[str, Dataset]:
     """Training images for statistics, others for thresholds, others for AP, and validation images."""
     settings = arguments.search
     held_out = settings.calibration_images + arguments.accuracy_images
-    training, _ = with_classes(arguments.data.open("train", settings.statistics_images + held_out), model.labels)
+    training = arguments.data.open("train", settings.statistics_images + held_out)
     if len(training) <= held_out:
         raise InputError(f"{training.name} has {len(training)} images, too few to hold out {held_out}")
-    validation, _ = with_classes(arguments.data.open("val", arguments.eval_images), model.labels)
+    validation = arguments.data.open("val", arguments.eval_images)
+    training, validation = arguments.data.matched(model.labels, training, validation)
     ends = (0, len(training) - held_out, len(training) - arguments.accuracy_images, len(training))
     parts = [Subset(training, *part) for part in itertools.pairwise(ends)]
     return dict(zip(("statistics", "calibration", "accuracy"), parts, strict=True)) | {"validation": validation}

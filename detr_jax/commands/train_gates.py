@@ -16,12 +16,11 @@ from detr_jax.commands.options import DataOptions, ExecutionOptions, ModelOption
 from detr_jax.errors import InputError
 from detr_jax.evaluation.coco_ap import shown
 from detr_jax.evaluation.evaluate import DENSE, Scores, evaluate_selections
-from detr_jax.files import write_json
 from detr_jax.mesh import is_first_process
 from detr_jax.methods import PAPER_THRESHOLD, Experts, Method, Thresholded, named, restricted_to
 from detr_jax.models import Selector
 from detr_jax.plan import save_plan
-from detr_jax.run_folder import RESULTS
+from detr_jax.run_folder import finish_run
 from detr_jax.sparse import SparseDETR
 from detr_jax.sparsify import fit
 from detr_jax.training.budgets import Density, GateTuning, MaxDivergence, Recall, Threshold
@@ -162,9 +161,9 @@ def main(arguments: Arguments) -> None:
     options = FitOptions(
         order, split.statistics, training.batch_size, training.checkpoint_steps, tuning=arguments.tuning
     )
-    wanted = SCENES_TRAINING_IMAGES if split.train is None and arguments.data.name == "scenes" else split.train
+    wanted = SCENES_TRAINING_IMAGES if split.train is None and arguments.data.generated else split.train
     data = arguments.data.open("train", None if wanted is None else wanted + split.calib)
-    validation = arguments.data.open("val", split.val)
+    data, validation = arguments.data.matched(model.labels, data, arguments.data.open("val", split.val))
 
     fitted = fit(
         *(model, data, method, split.calib, options, arguments.out),
@@ -219,5 +218,5 @@ def main(arguments: Arguments) -> None:
         "runs": runs,
         "seconds": seconds,
     }
-    write_json(arguments.out / RESULTS, results | provenance)
+    finish_run(arguments.out, results | provenance)
     print(f"\nplan.safetensors, results.json{figures} are in {arguments.out} after {math.ceil(seconds)} s")

@@ -31,8 +31,8 @@ def check_fit(selectors: Selectors, permutations: Mapping[str, np.ndarray], mode
             numbers are NaN or infinite (thresholds may be infinite), or shapes do not fit. It names their `source`.
     """
     specs = model.ffn_specs()
-    for what, names in (("selectors", selectors), ("permutations", permutations)):
-        if unknown := set(names) - set(specs):
+    for what, names, more in (("selectors", selectors, model.token_parts), ("permutations", permutations, ())):
+        if unknown := set(names) - {*specs, *more}:
             raise InputError(f"{source} has {what} for {sorted(unknown)}; this detector has {tuple(specs)}")
     for name, order in permutations.items():
         hidden = specs[name].hidden
@@ -49,7 +49,22 @@ def check_fit(selectors: Selectors, permutations: Mapping[str, np.ndarray], mode
             if is_threshold and np.shape(array):
                 raise InputError(f"{about} has the shape {np.shape(array)}; a threshold is one number")
         shapes = {entry: np.shape(array) for entry, array in arrays.items()}
-        _check_shapes(f"{source}: the selector of {name}", selector, shapes, weights[name])
+        if name in model.token_parts:
+            _check_tokens(f"{source}: the selector of tokens", selector, shapes, model)
+        else:
+            _check_shapes(f"{source}: the selector of {name}", selector, shapes, weights[name])
+
+
+def _check_tokens(about: str, selector: Any, shapes: dict[str, tuple[int, ...]], model: Detector) -> None:
+    tokens = jax.ShapeDtypeStruct((1, 4), bool)
+    x = jax.ShapeDtypeStruct((*tokens.shape, model.config.d_model), model.dtype)
+    try:
+        selector.counts(4, model.config.encoder_layers)
+        scores = jax.eval_shape(lambda x, tokens: selector(x, tokens, (3, 1)), x, tokens)
+        if scores.shape != tokens.shape:
+            raise ValueError("it does not decide token by token")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"{about} does not fit the encoder: {error}; shapes of its arrays: {shapes}") from error
 
 
 def _check_shapes(about: str, selector: Selector, shapes: dict[str, tuple[int, ...]], weights: FFNWeights) -> None:

@@ -50,7 +50,7 @@ def load_plan(name_or_path: Path | str, model: Detector, *, revision: str | None
 
     Args:
         name_or_path: a file, a folder that holds a `plan.safetensors`, the id of a repository on the Hugging Face
-            hub that holds one, or "detr-tiny" for the plan that comes with the package.
+            hub that holds one, or "detr-tiny" or "deformable-tiny" for the plan that comes with the package.
         model: the detector that it was made for, in its own order.
         revision: commit, branch or tag of the repository.
 
@@ -59,8 +59,8 @@ def load_plan(name_or_path: Path | str, model: Detector, *, revision: str | None
         ValueError: if the file is damaged, no plan, of a newer version, or the plan of another detector.
     """
     path = Path(name_or_path)
-    if str(name_or_path) == EMBEDDED:
-        with plan_file() as path:
+    if (name := str(name_or_path)) in EMBEDDED:
+        with plan_file(name) as path:
             return _read(path, model)
     if path.is_dir():
         path = path / FILENAME
@@ -116,7 +116,7 @@ def _take_apart(part: Any, name: str, arrays: dict[str, np.ndarray]) -> Any:
         return {"class": type(part).__name__} | {
             key: _take_apart(value, f"{name}.{key}", arrays) for key, value in values.items()
         }
-    if part is None or isinstance(part, bool | int | str):
+    if part is None or isinstance(part, bool | int | float | str):
         return part
     if isinstance(part, tuple):
         return [_take_apart(value, f"{name}.{i}", arrays) for i, value in enumerate(part)]

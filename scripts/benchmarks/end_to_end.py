@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from torch_runtimes import NAMES, runtime_forwards, runtime_versions
 from tqdm import tqdm
 
 import detr_jax
@@ -46,6 +47,9 @@ class Arguments:
     data: Annotated[DataOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=DataOptions)
     images: int = 32
     """Images of the batch; of a data set with several sizes the first batch holds fewer."""
+    runtimes: bool = False
+    """Also time transformers' detector of the same architecture, with random weights, on torch, torch.compile,
+    onnxruntime and OpenVINO."""
     implementation: str | None = None
     """Implementation of the plans' FFNs; default what pays on this device."""
     repeats: int = 15
@@ -110,6 +114,12 @@ def main(arguments: Arguments) -> None:
     for name, one in tqdm(sparse.items(), desc="compiling plans", unit="plan"):
         found = contestants(one.detector, one.plan.selectors, batch, tokens)
         calls |= {(name, stage): call for stage, call in found.items()}
+    theirs, left_out = {}, {}
+    if arguments.runtimes:
+        theirs, left_out = runtime_forwards(model.config, batch.pixel_mask.shape, "float32")
+        calls |= {(name, "detector"): call for name, call in theirs.items() if name in NAMES}
+    for name, reason in left_out.items():
+        print(f"{name} is left out: {reason}")
     medians = {name: statistics.median(times) for name, times in interleaved_times(calls, arguments.repeats).items()}
 
     rows, ran = [], {}
@@ -126,8 +136,12 @@ def main(arguments: Arguments) -> None:
         )
     dense = {stage: medians["dense", stage] for stage in STAGES}
     images = int(embedded.valid.sum())
+    others = {name: medians[name, "detector"] for name in theirs if name in NAMES}
     results = {"dense_seconds": dense, "rows": rows, "executions": ran, "data": dataset.name, "images": images}
-    write_json(arguments.out, results | cli.provenance(arguments))
+    results |= {"shape": batch.pixel_values.shape, "runtime_seconds": others, "left_out": left_out}
+    report = results | cli.provenance(arguments)
+    report["versions"] |= runtime_versions() if arguments.runtimes else {}
+    write_json(arguments.out, report)
     print(f"\n{images} images of {dataset.name} in one batch, {jax.devices()[0].device_kind}; shares of the dense time")
     header = ("plan", "density", "executed", *STAGES)
     lines = [
@@ -135,6 +149,8 @@ def main(arguments: Arguments) -> None:
         for row in rows
     ]
     print(table(header, lines))
+    for name, seconds in others.items():
+        print(f"{name}: the detector in {1e3 * seconds:.1f} ms, {seconds / dense['detector']:.2f} of ours")
     print("dense, ms: " + ", ".join(f"{stage} {1e3 * seconds:.1f}" for stage, seconds in dense.items()))
     for name, report in ran.items():
         print(f"\n{name}\n{report}")

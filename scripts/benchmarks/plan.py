@@ -122,7 +122,8 @@ def main(arguments: Arguments) -> None:
             if block_size < 1 or spec.hidden % block_size:
                 raise InputError(f"{spec.hidden} hidden neurons cannot be divided into blocks of {block_size}")
     dataset = arguments.data.open("val", arguments.images)
-    selectors = executed(plan.selectors, None)  # they are executed in each of the ways that are asked for
+    bare = executed(plan.selectors, None)  # they are executed in each of the ways that are asked for
+    selectors = {name: selector for name, selector in bare.items() if name in model.ffn_specs()}
     (batch, *_) = backbone_features(model, dataset, arguments.images, "embedding images")
     traces, weights = jax.jit(type(model).traces)(model, batch.tokens, selectors), model.ffn_weights()
     rows = [

@@ -122,7 +122,7 @@ def training_stages(
     shape = _most_frequent_shape(dataset, model, batch_size)
     _, calls, tokens = _forward_stages(model, dataset, batch_size, shape, {})
     stages = _medians(calls, repeats)
-    stored = CachedBatches([tokens] * (repeats + _WARM_UP))
+    stored = CachedBatches([tokens] * (repeats + _WARM_UP + 1))  # times are differences
     steps = _step_times(model, stored, group_size, batch_size)
     forward_pass = stages["transformer without FFNs"] + stages["FFNs"]
     stages["gates"] = max(statistics.median(steps[_WARM_UP:]) - forward_pass, 0)
