@@ -175,7 +175,7 @@ def test_impossible_recipes_are_refused(change, message):
 def train(tmp_path, monkeypatch):
     """Runs the script for a tiny detector and 8 validation scenes; returns its exit status."""
     monkeypatch.setattr(detr_jax, "preset_config", lambda name: CONFIG)
-    monkeypatch.setattr(scenes, "VALIDATION_IMAGES", 8)
+    monkeypatch.setitem(scenes.IMAGES, "val", 8)
 
     def run(*options):
         settings = ("--steps", 4, "--batch-size", 2, "--warmup-steps", 1, "--checkpoint-steps", 2)

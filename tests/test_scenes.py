@@ -19,7 +19,8 @@ def test_a_scene_depends_on_split_and_index_only(sample):
     np.testing.assert_array_equal(again.image, sample[7].image)
     np.testing.assert_array_equal(again.boxes, sample[7].boxes)
     np.testing.assert_array_equal(again.labels, sample[7].labels)
-    assert len({scene.image.tobytes() for scene in [*sample, render_scene("val", 7)]}) == SAMPLE + 1
+    others = [render_scene(split, 7) for split in ("val", "test")]
+    assert len({scene.image.tobytes() for scene in [*sample, *others]}) == SAMPLE + 2
 
 
 def test_boxes_enclose_the_visible_pixels(sample):
@@ -105,15 +106,15 @@ def test_large_scenes_have_more_and_larger_objects():
     assert max(len(dataset[i].labels) for i in range(len(dataset))) > max_objects(SIDE)
 
 
-@pytest.mark.parametrize("images", [0, -1, 601])
+@pytest.mark.parametrize("images", [0, -1, 2001])
 def test_images_that_do_not_exist(images):
-    with pytest.raises(ValueError, match="has 600 images"):
-        ScenesDataset("val", images=images)
+    with pytest.raises(ValueError, match="has 2000 images"):
+        ScenesDataset("test", images=images)
 
 
 def test_unknown_split_and_index():
-    with pytest.raises(ValueError, match="train, val, not 'test'"):
-        ScenesDataset("test")
+    with pytest.raises(ValueError, match="train, val, test, not 'dev'"):
+        ScenesDataset("dev")
     with pytest.raises(ValueError, match="no end of training scenes"):
         ScenesDataset("train")
     with pytest.raises(ValueError, match="sides of 128 or 256 pixels, not 64"):

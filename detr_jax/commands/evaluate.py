@@ -36,7 +36,7 @@ class Arguments(ModelOptions):
     computation: Annotated[ExecutionOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=ExecutionOptions)
     data: Annotated[DataOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=DataOptions)
     split: str = "val"
-    """val, train, or any other split of a coco: folder; all, where it is not divided."""
+    """val or train; of scenes also test, of a coco: folder any other split, or all where it is not divided."""
     images: int | None = None
     """Evaluate the first so many images only; default all."""
     batch_size: int = 8

@@ -33,8 +33,9 @@ def open_dataset(data: str, split: str, images: int | None = None) -> Dataset:
         data: "scenes" for generated scenes, "scenes:256" for those of 256 pixels a side, "coco:PATH" for a folder in
             COCO's layout or an export of Roboflow, CVAT or Label Studio, "images:PATH" for a folder of photographs
             without annotations, or a kind added by `register_dataset`.
-        split: "train" or "val"; of a "coco:" folder any that is there, see `detr_jax.data.coco_layouts.find_split`, and
-            "all" where it is not divided; of a folder of photographs also "all".
+        split: "train" or "val"; of scenes also "test"; of a "coco:" folder any that is there, see
+            `detr_jax.data.coco_layouts.find_split`, and "all" where it is not divided; of a folder of photographs also
+            "all".
         images: use the first so many images only.
 
     Raises:

@@ -16,15 +16,15 @@ from detr_jax.models.labels import SCENES_LABELS
 
 SIDE = 128
 SIDES = (128, 256)
-VALIDATION_IMAGES = 600
-TRAINING_IMAGES = 2**31
+IMAGES = {"train": 2**31, "val": 600, "test": 2000}
+"""Scenes of each split. Choices are made on those of "val"; "test" is for what is reported of the choice."""
 MIN_DIAMETER = 26.0  # of a shape's circumscribed circle in pixels, drawn log-uniformly
 MAX_DIAMETER = 0.625  # in sides of the scene
 MIN_VISIBLE = 0.6  # fraction of a shape, and of every shape below it, that stays visible
 MIN_CONTRAST = 90.0  # least distance of a shape's colour from the mean colour of the background, in 8-bit RGB
 SUPERSAMPLING = 4
 PLACEMENTS = 8  # positions tried for a shape before it is left out
-_SPLITS = {"train": 0, "val": 1}
+_SPLITS = {"train": 0, "val": 1, "test": 2}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ScenesDataset:
     """The scenes of one split as a data set.
 
     Args:
-        split: "val" (600 fixed scenes) or "train" (any number).
+        split: "val" (600 fixed scenes), "test" (2000 others) or "train" (any number).
         images: use the first so many scenes only; needed for "train".
         side: height and width of the scenes in pixels, one of `SIDES`.
 
@@ -71,7 +71,7 @@ class ScenesDataset:
             raise InputError(f"scenes have the splits {', '.join(_SPLITS)}, not {split!r}")
         if split == "train" and images is None:
             raise InputError("there is no end of training scenes: say how many to use")
-        available = VALIDATION_IMAGES if split == "val" else TRAINING_IMAGES
+        available = IMAGES[split]
         images = available if images is None else images
         if not 0 < images <= available:
             raise InputError(f"the {split} split of scenes has {available} images, asked for {images}")

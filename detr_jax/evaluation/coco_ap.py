@@ -4,6 +4,7 @@ import contextlib
 import io
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,10 @@ from detr_jax.errors import InputError
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 """COCO's twelve numbers: mean over IoU .50 to .95 unless a threshold is named; s, m, l are object sizes, numbers
 after AR are detections per image."""
+REPLICATES = 2000
+"""Draws of the images for a confidence interval."""
+PART = 1 << 18
+"""Detections times draws that are computed at once."""
 
 
 @dataclass(frozen=True)
@@ -126,13 +131,17 @@ def category_ap(matches: CategoryMatches, weights: np.ndarray) -> np.ndarray:
     """
     objects = (weights @ matches.objects)[..., None]
     repeated = weights[..., matches.image]
+    counted, totals = None, repeated
     per_threshold = []
     for hit, miss in zip(matches.hit, matches.miss, strict=True):
+        # Without crowds every detection counts at all thresholds.
+        if counted is None or not np.array_equal(counted, hit | miss):
+            counted = hit | miss
+            totals = np.cumsum(repeated * counted, axis=-1, dtype=np.float64)
         # Only at a hit recall rises, and precision is highest there.
         at = np.flatnonzero(hit)
         hits = np.cumsum(repeated[..., at], axis=-1, dtype=np.float64)
-        misses = np.cumsum(repeated * miss, axis=-1, dtype=np.float64)[..., at]
-        precision = hits / (hits + misses + np.spacing(1))
+        precision = hits / (totals[..., at] + np.spacing(1))
         envelope = np.maximum.accumulate(precision[..., ::-1], axis=-1)[..., ::-1]
         # How many of the recalls are first reached at each hit; those that are never reached have precision 0.
         recall = np.divide(hits, objects, out=np.zeros_like(hits), where=objects > 0)
@@ -141,7 +150,7 @@ def category_ap(matches: CategoryMatches, weights: np.ndarray) -> np.ndarray:
     return np.where(objects[..., 0] > 0, np.mean(per_threshold, axis=0), np.nan)
 
 
-def bootstrap(scores: CocoScores, replicates: int = 200, seed: int = 0) -> np.ndarray:
+def bootstrap(scores: CocoScores, replicates: int = REPLICATES, seed: int = 0) -> np.ndarray:
     """(replicates,) AP of the same detections on images drawn with replacement; NaN for a draw without any object.
 
     The draws depend on the seed and the number of images only, so replicates of two detectors on the same images can be
@@ -153,10 +162,15 @@ def bootstrap(scores: CocoScores, replicates: int = 200, seed: int = 0) -> np.nd
     if replicates < 1:
         raise InputError(f"a bootstrap needs at least one replicate, not {replicates}")
     images = len(scores.image_ids)
-    draws = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), replicates)
-    # A few at a time, because a replicate takes numbers for every detection.
-    parts = np.array_split(draws.astype(np.int32), -(-replicates // 25))
-    per_category = [np.concatenate([category_ap(m, part) for part in parts]) for m in scores.matches]
+    draws = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), replicates).astype(np.int32)
+
+    def of_category(matches: CategoryMatches) -> np.ndarray:
+        # A few draws at a time, because each takes numbers for every detection.
+        parts = np.array_split(draws, min(replicates, -(-replicates * len(matches.image) // PART) or 1))
+        return np.concatenate([category_ap(matches, part) for part in parts])
+
+    with ThreadPoolExecutor() as pool:
+        per_category = list(pool.map(of_category, scores.matches))  # numpy computes outside of Python's lock
     samples = np.array(per_category).reshape(-1, replicates).T
     defined = ~np.isnan(samples)
     return np.where(defined, samples, 0).sum(1) / np.where(defined.any(1), defined.sum(1), np.nan)
@@ -170,7 +184,7 @@ def confidence_interval(samples: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def bootstrap_difference(a: CocoScores, b: CocoScores, replicates: int = 200, seed: int = 0) -> np.ndarray:
+def bootstrap_difference(a: CocoScores, b: CocoScores, replicates: int = REPLICATES, seed: int = 0) -> np.ndarray:
     """(replicates,) AP of `a` minus AP of `b`, both on the same drawn images.
 
     Raises:
