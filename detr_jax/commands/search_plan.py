@@ -192,7 +192,7 @@ def main(arguments: Arguments) -> None:
     curves = {
         unit: {
             title: [
-                point(comparison, search, choice, search.cost(choice, "latency"))
+                point(comparison, search, choice, search.time(choice))
                 for choice in tqdm(search.choices(CURVE, kinds, unit), desc=f"{title} by {unit}", unit="plan")
             ]
             for title, kinds in CHOICES.items()
@@ -215,8 +215,11 @@ def main(arguments: Arguments) -> None:
     save_figure(plot_search(title, curves, measured["any"], ffns), arguments.out / "search.png")
     candidates = {
         name: [
-            {"kind": c.kind, "density": c.density, "loss": float(loss), "seconds": float(time)}
-            for c, loss, time in zip(of, search.losses[name], search.seconds[name], strict=True)
+            {"kind": c.kind, "density": c.density, "loss": float(loss)}
+            | {"seconds": float(chosen_by), "seconds_again": float(again)}
+            for c, loss, chosen_by, again in zip(
+                of, search.losses[name], search.seconds[name], search.retimed[name], strict=True
+            )
         ]
         for name, of in search.candidates.items()
     }
