@@ -8,6 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
+import jax.numpy as jnp
+
 from detr_jax.errors import InputError
 from detr_jax.methods import METHODS, GatedTokens, Method, TokenGates, named
 from detr_jax.methods.grouping import group_count
@@ -112,7 +115,7 @@ def gate_tokens(
         detector: dense, or sparse with a plan that is kept.
         data: images to train on, see `detr_jax.open_dataset`.
         method: `methods.TokenGates` with its options; None for the defaults.
-        batch_size: images per step.
+        batch_size: images per step, over all devices.
         folder: for checkpoints and `plan.safetensors`; None keeps nothing.
         resume: resume an interrupted run in the folder, which must have had the same arguments.
         overwrite: delete an earlier run in the folder.
@@ -132,7 +135,7 @@ def gate_tokens(
     from tqdm import tqdm
 
     from detr_jax.data.batches import ImageBatches
-    from detr_jax.mesh import is_first_process
+    from detr_jax.mesh import is_first_process, replicate, to_host
     from detr_jax.models.encoder_decoder import EncoderDecoder
     from detr_jax.plan import Plan, save_plan
     from detr_jax.run_folder import finish_run, open_run, release_run, versions
@@ -159,12 +162,13 @@ def gate_tokens(
         open_run(where, settings, ("checkpoints", "plan.safetensors"), resume=resume, overwrite=overwrite)
         stack.callback(release_run, where)
         if method.is_trained:
-            batches = ImageBatches(dense, data, batch_size, method.seed)
+            placed = replicate(dense)
+            batches = ImageBatches(placed, data, batch_size, method.seed)
             with tqdm(total=method.epochs * len(batches), desc="token gates", disable=not progress) as bar:
                 score = train_token_score(
-                    dense, batches, method, where / "checkpoints", lambda step, loss: _show_step(bar, step, loss)
+                    placed, batches, method, where / "checkpoints", lambda step, loss: _show_step(bar, step, loss)
                 )
-            gates = dataclasses.replace(gates, score=score)
+            gates = dataclasses.replace(gates, score=jax.tree.map(jnp.asarray, to_host(score)))
         sparse = detector.with_tokens(gates)
         plan = dataclasses.replace(sparse.plan, training=sparse.plan.training | training)
         if folder is not None and is_first_process():

@@ -32,6 +32,10 @@ def main(inputs: Path, out: Path, *options: str) -> None:
     experts = ["--method", "experts", "--options", "experts=3", "rounds=1", "router_steps=50", "--density", 0.3]
     run("train_gates.py", *data, "--neuron-order", "own", *experts, "--out", out / "experts")
 
+    gates = detr_jax.methods.TokenGates(keep=(0.5,), epochs=EPOCHS, learning_rate=0.05)
+    images = CocoDataset(inputs, "train2017")
+    gated = detr_jax.gate_tokens(detr_jax.load(detector), images, gates, batch_size=BATCH, folder=out / "tokens")
+
     model, dataset = replicate(detr_jax.load(detector)), CocoDataset(inputs, "val2017")
     plan = load_plan(out / "plan.safetensors", model)
     # The implementation that leaves work out has to run on each device by itself.
@@ -40,6 +44,7 @@ def main(inputs: Path, out: Path, *options: str) -> None:
     found = {
         "detections": np.array([[r["image_id"], r["category_id"], r["score"], *r["bbox"]] for r in results]),
         "moments": measure_moments(model, ImageBatches(model, dataset, BATCH)),
+        "token scores": jax.device_get(gated.plan.selectors["encoder"].score),
     }
     if is_first_process():
         leaves, _ = jax.tree.flatten_with_path(found)

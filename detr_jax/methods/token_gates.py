@@ -185,10 +185,10 @@ class TokenGates:
 def token_loss(
     score: TokenScore, x: jax.Array, tokens: jax.Array, levels: Sequence[int], wanted: jax.Array
 ) -> jax.Array:
-    """Binary cross-entropy () with `wanted` (batch, tokens) bool, mean over tokens that exist (Roh et al. 2022)."""
+    """Binary cross-entropy () with `wanted` (batch, tokens) bool, sum over tokens that exist (Roh et al. 2022)."""
     scores = score(x, tokens, levels)
     loss = jax.nn.softplus(jnp.where(wanted, -scores, scores))
-    return jnp.where(tokens, loss, 0).sum() / jnp.maximum(tokens.sum(), 1)
+    return jnp.where(tokens, loss, 0).sum()
 
 
 def most_important(importance: jax.Array, tokens: jax.Array, share: float) -> jax.Array:

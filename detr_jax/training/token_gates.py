@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -64,15 +65,15 @@ def _take_step(
 ) -> tuple[Any, jax.Array]:
     score, memory = state
 
-    def of_shard(held: Any, features: Any) -> tuple[jax.Array, Any]:
+    def of_shard(held: Any, features: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
         model, score = held
         x, tokens, levels = model.encoder_inputs(features)
         tokens = tokens & features.valid[:, None]
         importance = model.token_importance(features, method.labels)
         wanted = most_important(importance, tokens, method.wanted)
-        shards = 1 if mesh is None else mesh.size
-        return jax.value_and_grad(lambda score: token_loss(score, x, tokens, levels, wanted) / shards)(score)
+        return tokens.sum(), jax.value_and_grad(token_loss)(score, x, tokens, levels, wanted)
 
-    loss, gradients = sum_shards(mesh, of_shard)((model, score), batch)
+    count, sums = sum_shards(mesh, of_shard)((model, score), batch)
+    loss, gradients = jax.tree.map(lambda of_tokens: of_tokens / jnp.maximum(count, 1), sums)
     updates, memory = optimiser.update(gradients, memory, score)
     return on_every_device(((optax.apply_updates(score, updates), memory), loss), mesh)
