@@ -26,7 +26,7 @@ def report(tmp_path_factory):
     photograph = Image.fromarray(np.random.default_rng(0).integers(0, 256, (900, 1500, 3), np.uint8))
     figure = io.BytesIO()
     photograph.resize((600, 200)).save(figure, "PNG")
-    pictures = [Picture.of(photograph, NASTY, NASTY)] * 2
+    pictures = [Picture.of(photograph, NASTY, NASTY, 800)] * 2
     parts = [NASTY, {NASTY: NASTY, "number": 3}, TABLE, Table(["nothing"], []), Picture(figure.getvalue(), "a", "a")]
     parts += [Gallery(pictures, 400), Scale(NASTY, ["#000000", "#ff0000"], "0 %", NASTY), Folded(NASTY, {NASTY: NASTY})]
     path = tmp_path_factory.mktemp("report") / "report.html"
@@ -54,7 +54,7 @@ def test_columns_of_numbers_are_found():
 
 
 def test_a_photograph_is_reduced_and_a_name_may_be_no_text(tmp_path):
-    picture = Picture.of(Image.new("RGB", (3000, 1000)), "wide", "wide")
+    picture = Picture.of(Image.new("RGB", (3000, 1000)), "wide", "wide", 800)
     assert Image.open(io.BytesIO(picture.content)).size == (800, 267)
     write_page(tmp_path / "report.html", "photo \udcff.jpg", [])
     assert "<title>photo ?.jpg</title>" in (tmp_path / "report.html").read_text()

@@ -26,6 +26,8 @@ SAMPLES = 4
 _LEAST_SCORE = 0.7
 _PAIR, _MAP = 400, 150
 """Least widths of pictures, in pixels of a screen."""
+_PAIR_PIXELS, _MAP_PIXELS = 800, 200
+"""Longer sides. Detectors with many layers and strides have some 200 maps, for which a report must not be too large."""
 _KINDS = {
     "active": "active: share of each token's neurons",
     "kept": "kept by the plan: share of each token's neurons, or of its input channels",
@@ -110,7 +112,9 @@ def _in_image(results: Sequence[Json], image_id: int, model: SparseDETR) -> Imag
 def _drawn(image: np.ndarray, title: str, found: ImageDetections) -> Picture:
     names = (name or str(label) for name, label in zip(found.names, found.labels.tolist(), strict=True))
     listing = ", ".join(f"{name} {score:.2f}" for name, score in zip(names, found.scores.tolist(), strict=True))
-    return Picture.of(draw_detections(image, found), f"{title}: {listing or 'nothing'}", f"{title} detections")
+    return Picture.of(
+        draw_detections(image, found), f"{title}: {listing or 'nothing'}", f"{title} detections", _PAIR_PIXELS
+    )
 
 
 def _activity(image: np.ndarray, activity: ImageActivity) -> Iterator[Part]:
@@ -122,7 +126,8 @@ def _activity(image: np.ndarray, activity: ImageActivity) -> Iterator[Part]:
         pictures = []
         for one in activity.maps:
             caption = f"{one.title}: {100 * getattr(one, kind).mean():.1f} %"
-            pictures.append(Picture.of(one.over(image, kind, most), caption, f"map of what is {kind}, {caption}"))
+            heat, description = one.over(image, kind, most), f"map of what is {kind}, {caption}"
+            pictures.append(Picture.of(heat, caption, description, _MAP_PIXELS))
         yield Gallery(pictures, _MAP)
     shares = {name: activity.shares(name) for name in activity.layers}
     rows = [[name, f"{100 * active:.2f} %", f"{100 * kept:.2f} %"] for name, (active, kept) in shares.items()]

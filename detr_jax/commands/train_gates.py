@@ -40,6 +40,7 @@ CAPTIONS = {
     EXPERTS: "Each FFN's experts by width, and the width of every token's expert in the first image.",
 }
 INTERVALS = "AP has 95 % intervals by resampling images, and so has its difference to dense, paired."
+NO_AP = "The validation images have no annotations, so that there is no AP."
 
 
 @dataclass(frozen=True)
@@ -239,9 +240,10 @@ def main(arguments: Arguments) -> None:
         "training images": f"{len(data)} of {data.name}, the last {split.calib} held out for thresholds",
         "validation images": f"{len(validation)} of {validation.name}",
     }
+    about_ap = INTERVALS if validation.has_annotations else NO_AP
     sections = [
         what_ran(results, facts),
-        Section("Accuracy and sparsity", [f"{PLAN} is “{title}”. {INTERVALS}", summary(scores)]),
+        Section("Accuracy and sparsity", [f"{PLAN} is “{title}”. {about_ap}", summary(scores)]),
         Section("Figures", [Picture.read(arguments.out / name, CAPTIONS[name]) for name in figures]),
         Section("FFNs", [part for named in tables.items() for part in named]),
     ]

@@ -12,9 +12,6 @@ from PIL import Image
 from detr_jax.files import replacing
 from detr_jax.viz.tables import Table
 
-_LONGEST = 800
-"""Pixels of a picture's longer side at most."""
-
 
 @dataclass(frozen=True)
 class Picture:
@@ -26,12 +23,12 @@ class Picture:
     """For those who cannot see it."""
 
     @classmethod
-    def of(cls, image: Image.Image, caption: str, description: str) -> "Picture":
-        """A photograph or a map over one, reduced to what a page shows."""
+    def of(cls, image: Image.Image, caption: str, description: str, longest: int) -> "Picture":
+        """A photograph or a map over one as a JPEG, with `longest` pixels on its longer side at most."""
         image = image.convert("RGB")
-        image.thumbnail((_LONGEST, _LONGEST))
+        image.thumbnail((longest, longest))
         file = io.BytesIO()
-        image.save(file, "JPEG", quality=85, subsampling=0)  # thin coloured lines stay sharp
+        image.save(file, "JPEG", quality=75, subsampling=0)  # thin coloured lines stay sharp
         return cls(file.getvalue(), caption, description)
 
     @classmethod
@@ -197,7 +194,7 @@ img { display: block; width: 100%; height: auto; border-radius: 4px; }
 figcaption { font-size: 0.85rem; margin-top: 0.25rem; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(var(--width), 100%), 1fr)); gap: 1rem;
   margin: 0.75rem 0; }
-.scale { display: flex; flex-wrap: wrap; align-items: center; gap: 0.25rem 0.5rem; margin: 1.25rem 0 0;
+.scale { display: flex; flex-wrap: wrap; max-width: none; align-items: center; gap: 0.25rem 0.5rem; margin: 1.25rem 0 0;
   font-size: 0.85rem; }
 .scale b { color: var(--text); margin-right: 0.5rem; }
 .scale i { width: 8rem; height: 0.6rem; border-radius: 2px; background: linear-gradient(to right, var(--colours)); }
