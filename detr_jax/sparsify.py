@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,11 +193,15 @@ def fit(
     folder: Path,
     *,
     budgets: list[Budget | None],
+    outputs: Sequence[str] = (),
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Fit:
-    """Checks everything, claims the folder and fits a method, which can be given the `budgets` then; see `sparsify`."""
+    """Checks everything, claims the folder and fits a method, which can be given the `budgets` then; see `sparsify`.
+
+    `outputs` are names of files that the caller writes into the folder later.
+    """
     from detr_jax.run_folder import open_run
     from detr_jax.training.fit import OUTPUTS, Fit, FitOptions, check_budget, hold_out
 
@@ -215,5 +220,5 @@ def fit(
         "fingerprint of the data": data.fingerprint,
         "fingerprint of the calibration data": held_out.fingerprint,
     }
-    open_run(folder, settings, OUTPUTS, resume=resume, overwrite=overwrite)
+    open_run(folder, settings, (*OUTPUTS, *outputs), resume=resume, overwrite=overwrite)
     return Fit(detector, data, held_out, method, options, folder, progress=progress)

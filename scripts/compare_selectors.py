@@ -14,7 +14,7 @@ import tyro
 from studies.allocation_tables import within_loss
 from studies.common import frozen, one_at_a_time, open_splits
 from studies.comparison_plots import plot_comparison
-from studies.comparison_report import comparison_markdown
+from studies.comparison_report import comparison_markdown, comparison_sections, introduction
 from studies.tile_density import describe_statistics, measure_tile_density
 from studies.workbench import GRID, Workbench
 from tqdm import tqdm
@@ -24,7 +24,9 @@ from detr_jax.calibration.allocation import greedy
 from detr_jax.calibration.thresholds import calibrate, density_threshold, measure_scores, recall_threshold
 from detr_jax.commands import cli
 from detr_jax.commands.options import DataOptions
+from detr_jax.commands.reports import REPORT, SAMPLES, sample_sections, what_ran
 from detr_jax.errors import InputError
+from detr_jax.evaluation.runs import measure_dataset
 from detr_jax.files import replacing
 from detr_jax.methods import (
     METHODS,
@@ -42,11 +44,19 @@ from detr_jax.models import DETR, Selector
 from detr_jax.plan import Plan, save_plan
 from detr_jax.run_folder import PARTS, finish_run, open_run
 from detr_jax.training.gates import Gates, GateTraining
+from detr_jax.viz.report import Picture, Section, write_page
 
 SCENES_TRAINING_IMAGES = 4096
 OUTPUTS = ("gates-own", "gates-ordered", "gates-tuned", PARTS, "progress.json", "plan.safetensors")
 OUTPUTS += ("comparison.md", "activations.safetensors", "activations-ordered.safetensors")
-OUTPUTS += ("accuracy.png", "tile_density.png", "activations.png", "sizes.png", "layers.png")
+FIGURES = {
+    "accuracy.png": "AP against the share of the neurons that is computed and of the multiply-adds that are left.",
+    "sizes.png": "AP by size of object.",
+    "tile_density.png": "Density of each FFN, from active neurons to the tiles that have to be computed for them.",
+    "activations.png": "Active neurons of each FFN by kind of token, and the groups that MGS computes.",
+    "layers.png": "Loss of AP with one FFN gated, and with all up to one.",
+}
+OUTPUTS += (REPORT, *FIGURES)
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,8 @@ class Arguments:
 
     Without options: detr-tiny on 500 generated scenes, about half an hour on two cores. On COCO, for example:
     `python scripts/compare_selectors.py --model detr-r50 --coco coco --eval-images 500 --out runs/compare-r50`.
-    Writes results.json, comparison.md and figures into the output folder.
+    Writes results.json, comparison.md and figures into the output folder, and report.html, which has all of it and
+    sample images in one file.
     """
 
     model: str = "detr-tiny"
@@ -223,8 +234,8 @@ def compare_layers(bench: Workbench, gates: Gates) -> None:
         bench.row("layers", "mgs", title, model=bench.ordered, selectors=lambda some=some: some, active=active)
 
 
-def save_best(bench: Workbench, selectors: Mapping[str, Selector], results: dict, path: Path) -> None:
-    """Keeps MGS with all ingredients as a plan, which scripts/evaluate.py takes."""
+def save_best(bench: Workbench, selectors: Mapping[str, Selector], results: dict, path: Path) -> Plan:
+    """Keeps MGS with all ingredients as a plan, which scripts/evaluate.py takes, and returns it."""
     row = next(r for r in reversed(results["rows"]) if r["section"] == "mgs")
     measured = {key: value for key, value in row.items() if key not in ("section", "category_AP")}
     measured |= {"data": results["data"]["validation"], "images": results["images"]}
@@ -235,13 +246,14 @@ def save_best(bench: Workbench, selectors: Mapping[str, Selector], results: dict
         "mgs", results["fingerprint"], dict(selectors), bench.permutations, training, measured, results["versions"]
     )
     save_plan(plan, path, overwrite=True)
+    return plan
 
 
 def main(arguments: Arguments) -> None:
     started = time.perf_counter()
     model = detr_jax.load(arguments.model, preset=arguments.preset)
     check(arguments, model)
-    wanted = arguments.train_images
+    wanted, group_size = arguments.train_images, arguments.training.group_size
     if arguments.data.generated and wanted is None:
         wanted = SCENES_TRAINING_IMAGES
     splits = open_splits(arguments.data, model, wanted, arguments.calibration_images, arguments.eval_images)
@@ -261,8 +273,13 @@ def main(arguments: Arguments) -> None:
         compare_sibs(bench)
         compare_methods(bench, gates)
         bench.finish_rows()
+        first = bench.validation[: math.ceil(SAMPLES / arguments.eval_batch_size)]
+        samples = [
+            measure_dataset(detector, first, selectors=selectors, group_size=group_size).results
+            for detector, selectors in ((bench.own, {}), (bench.ordered, best))
+        ]
         half = at_paper_threshold(gates["mgs"])
-        tile_density = measure_tile_density(bench.ordered, bench.validation, half, arguments.training.group_size)
+        tile_density = measure_tile_density(bench.ordered, bench.validation, half, group_size)
 
     results = {
         "model": arguments.model,
@@ -282,9 +299,19 @@ def main(arguments: Arguments) -> None:
     with replacing(arguments.out / "comparison.md") as temporary:
         temporary.write_text(markdown, encoding="utf-8")
     plot_comparison(results, arguments.out)
-    save_best(bench, best, results, arguments.out / "plan.safetensors")
+    plan = save_best(bench, best, results, arguments.out / "plan.safetensors")
+    sparse = detr_jax.SparseDETR.of_checked(model, plan)
+    sections = [
+        what_ran(results, splits.names),
+        Section("What is compared", introduction(results)),
+        *comparison_sections(results),
+        Section("Figures", [Picture.read(arguments.out / name, caption) for name, caption in FIGURES.items()]),
+        *sample_sections(sparse, splits.validation, *samples, f"MGS, {plan.measured['setting']}"),
+    ]
+    write_page(arguments.out / REPORT, f"Selectors on {arguments.model}", sections)
     finish_run(arguments.out, results)
-    print(f"results.json, comparison.md and figures are in {arguments.out} after {math.ceil(results['seconds'])} s")
+    written = f"results.json, comparison.md, figures and {REPORT}"
+    print(f"{written} are in {arguments.out} after {math.ceil(results['seconds'])} s")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,12 @@ import tyro
 from commands import refusal, run
 from fixtures_coco import varied_detector
 from PIL import Image
+from report_checks import read_report
 from studies.common import open_splits
 from toy_method import LargestInput
 
 import detr_jax
+from detr_jax.commands.reports import SAMPLES
 from detr_jax.plan import load_plan
 
 METHODS = ["static-contribution", "mgs", "core", "rsparse", LargestInput.name]
@@ -64,6 +66,14 @@ def test_it_measures_every_selector(finished):
     assert all(f"| {name} " in text for name in METHODS) and "2510.09380" in text
     for name in ("accuracy", "sizes", "tile_density", "activations", "layers"):
         assert min(Image.open(finished / f"{name}.png").size) > 300
+
+
+def test_the_report_has_all_tables_and_figures(finished):
+    page = read_report(finished / "report.html")
+    text = (finished / "comparison.md").read_text()
+    assert [title for title in page.texts["h2"] if f"### {title}\n" in text] == page.texts["h2"][2:8]
+    assert text.count("\n|--") == sum(tag == "table" for tag, _ in page.elements) - SAMPLES
+    assert len(page.all("src")) == len(compare_selectors.FIGURES) + SAMPLES * 4
 
 
 def test_photographs_of_three_shapes(mixed_shapes, tmp_path):

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from commands import SCRIPTS, refusal, run
 from PIL import Image
+from report_checks import opened, read_report, sort_by
 from scipy.special import expit
 from tiny import annotation, tiny_detector, write_coco
 from toy_method import InputSize, LargestInput
 
 import detr_jax
+from detr_jax.commands.reports import SAMPLES
 from detr_jax.plan import load_plan
 
 NAME = "train_gates.py"
@@ -64,6 +66,28 @@ def test_it_writes_a_plan_results_and_a_figure(finished):
     assert plan.measured["images"] == 12 and plan.training["calibration"]["recall"] == 0.99
     width, height = Image.open(finished / "gates.png").size
     assert width > 1000 and height > 300
+
+
+def test_the_report_has_the_tables_the_figure_and_sample_images(finished):
+    page = read_report(finished / "report.html")
+    titles = page.texts["h2"]
+    assert titles[:5] == ["What ran", "Accuracy and sparsity", "Figures", "FFNs", "Sample images"]
+    assert len(titles) == 5 + SAMPLES
+    runs = json.loads((finished / "results.json").read_text())["runs"]
+    assert {*runs, *(f"{run['numbers']['AP']:.3f}" for run in runs.values())} <= set(page.texts["td"])
+    # The figure, and of each image detections twice and one layer's map of what is active and what is kept.
+    assert len(page.all("src")) == 1 + SAMPLES * 4
+    kept = [caption for caption in page.all("alt") if "what is kept, encoder.0" in caption]
+    assert len(kept) == SAMPLES
+
+
+def test_the_report_opens_in_a_browser(finished):
+    runs = json.loads((finished / "results.json").read_text())["runs"]
+    with opened(finished / "report.html") as browser:
+        assert sort_by(browser, "FFNs") == sorted(runs)
+        assert sort_by(browser, "FFNs") == sorted(runs, reverse=True)
+        *divergences, dense = sort_by(browser, "output divergence")
+        assert dense == "-" and divergences == sorted(divergences, key=float)
 
 
 def test_by_default_it_takes_the_embedded_detector_and_scenes(tmp_path):
@@ -169,6 +193,7 @@ def test_photographs_without_annotations_show_the_divergence_of_the_outputs(inpu
     assert runs["dense"]["divergence"] is None or runs["dense"]["divergence"] == 0
     assert runs["all gated, threshold 0.9"]["divergence"] > 0
     assert (tmp_path / "gates.png").stat().st_size > 10_000
+    assert "What ran" in read_report(tmp_path / "report.html").texts["h2"]
     assert "nan" not in capsys.readouterr().out
 
 
@@ -178,6 +203,7 @@ def test_experts_have_options_and_a_figure_of_their_own(inputs, tmp_path, capsys
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["training"]["recipe"]["experts"] == 3
     assert min(Image.open(tmp_path / "experts.png").size) > 300
+    assert len(read_report(tmp_path / "report.html").all("src")) == 2 + SAMPLES * 4
     plan = load_plan(tmp_path / "plan.safetensors", tiny_detector())
     assert plan.measured["implementation"] == "grouped by expert"
     assert all(len(selector.widths) == 3 for selector in plan.selectors.values())

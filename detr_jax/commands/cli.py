@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -68,6 +69,11 @@ def run(command: Callable[[Arguments], None], arguments: type[Arguments], *, man
 def _show(message: Warning | str, category: type[Warning], *place: Any, **_: Any) -> None:
     text = f"warning: {message}\n" if category is UserWarning else warnings.formatwarning(message, category, *place[:2])
     sys.stderr.write(text)
+
+
+def command_line() -> str:
+    """The command as it was typed, without the folder that it is in."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def provenance(arguments: Any) -> dict[str, Any]:

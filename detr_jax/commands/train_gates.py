@@ -13,6 +13,7 @@ from scipy.special import expit
 
 from detr_jax.commands import cli
 from detr_jax.commands.options import DataOptions, ExecutionOptions, ModelOptions
+from detr_jax.commands.reports import REPORT, detect_samples, sample_sections, what_ran
 from detr_jax.errors import InputError
 from detr_jax.evaluation.coco_ap import shown
 from detr_jax.evaluation.evaluate import DENSE, Scores, evaluate_selections
@@ -20,7 +21,7 @@ from detr_jax.mesh import is_first_process
 from detr_jax.methods import PAPER_THRESHOLD, Experts, Method, Thresholded, named, restricted_to
 from detr_jax.models import Selector
 from detr_jax.plan import save_plan
-from detr_jax.run_folder import finish_run
+from detr_jax.run_folder import RESULTS, finish_run
 from detr_jax.sparse import SparseDETR
 from detr_jax.sparsify import fit
 from detr_jax.training.budgets import Density, GateTuning, MaxDivergence, Recall, Threshold
@@ -28,10 +29,18 @@ from detr_jax.training.fit import FitOptions, in_log_odds
 from detr_jax.training.gates import GateTraining
 from detr_jax.viz.experts import plot_experts
 from detr_jax.viz.figures import plot_gates, save_figure
-from detr_jax.viz.tables import gate_table, table
+from detr_jax.viz.report import Picture, Section, write_page
+from detr_jax.viz.tables import Table, gate_table
 
 MANY_PROCESSES = True
 SCENES_TRAINING_IMAGES = 4096
+PLAN, GATES, EXPERTS = "plan.safetensors", "gates.png", "experts.png"
+CAPTIONS = {
+    GATES: "What is skipped in each FFN, which of the active groups are computed, and what that costs.",
+    EXPERTS: "Each FFN's experts by width, and the width of every token's expert in the first image.",
+}
+INTERVALS = "AP has 95 % intervals by resampling images, and so has its difference to dense, paired."
+NO_AP = "The validation images have no annotations, so that there is no AP."
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,8 @@ class Arguments(ModelOptions):
 
     Without options: detr-tiny on generated scenes. On COCO, for example:
     `python scripts/train_gates.py --model detr-r50 --coco coco --batch-size 2 --out runs/gates-r50`.
-    Writes plan.safetensors, results.json and gates.png into the output folder. `detr_jax.sparsify` makes the same plan.
+    Writes plan.safetensors, results.json, gates.png and report.html into the output folder; report.html has the tables,
+    the figures and sample images in one file. `detr_jax.sparsify` makes the same plan.
     """
 
     data: Annotated[DataOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=DataOptions)
@@ -138,7 +148,7 @@ def thresholds_of(method: Method, selectors: Mapping[str, Selector]) -> dict[str
     return found
 
 
-def summary(scores: Mapping[str, Scores]) -> str:
+def summary(scores: Mapping[str, Scores]) -> Table:
     """A row for each way of running the detector."""
     rows: list[list[str | float]] = []
     for title, one in scores.items():
@@ -148,7 +158,7 @@ def summary(scores: Mapping[str, Scores]) -> str:
             difference = "{:+.3f} [{:+.3f}, {:+.3f}]".format(one.difference, *one.difference_interval)
         rows.append([title, shown(one.ap), interval, difference, shown(one.divergence, ".2e"), one.group_sparsity])
     header = ("FFNs", "AP", "interval", "minus dense (paired)", "output divergence", "mean group sparsity")
-    return table(header, rows)
+    return Table(header, rows)
 
 
 def main(arguments: Arguments) -> None:
@@ -168,6 +178,7 @@ def main(arguments: Arguments) -> None:
     fitted = fit(
         *(model, data, method, split.calib, options, arguments.out),
         budgets=list(budgets.values()),
+        outputs=(GATES, EXPERTS, REPORT),
         resume=arguments.resume,
         overwrite=arguments.overwrite,
     )
@@ -182,41 +193,61 @@ def main(arguments: Arguments) -> None:
     scores = evaluate_selections(
         fitted.permuted, validation, {DENSE: {}} | computed, training.batch_size, group_size=fitted.group_size
     )
+    title, plan = list(plans.items())[-1]
+    samples = detect_samples(
+        fitted.permuted, validation, {DENSE: {}, title: computed[title]}, training.batch_size, fitted.group_size
+    )
     fitted.check_frozen()
     if not is_first_process():
         return
 
     thresholds = {title: thresholds_of(method, selectors) for title, selectors in selections.items()}
-    for title in plans:
-        print(f"\n{title}\n{gate_table(scores[title].counts, thresholds[title])}")
-    print(f"\n{len(validation)} images of {validation.name}, 95 % intervals over images\n{summary(scores)}")
+    tables = {title: gate_table(scores[title].counts, thresholds[title]) for title in plans}
+    for label, table in tables.items():
+        print(f"\n{label}\n{table}")
+    evaluated = f"{len(validation)} images of {validation.name}"
+    print(f"\n{evaluated}, 95 % intervals over images\n{summary(scores)}")
 
-    title, plan = list(plans.items())[-1]
-    provenance = cli.provenance(arguments)
     implementation = arguments.computation.implementation
     plan = scores[title].record(plan, None if implementation == "plan" else implementation)
-    save_plan(plan, arguments.out / "plan.safetensors", overwrite=True)
-    about = f"{method.name} on {arguments.model}, {len(validation)} images of {validation.name}"
+    save_plan(plan, arguments.out / PLAN, overwrite=True)
+    sparse = SparseDETR.of_checked(model, plan)
+    about = f"{method.name} on {arguments.model}, {evaluated}"
     groups = f"groups of {fitted.group_size}" + (f" by {order}" if fitted.permutations else "")
-    figure = plot_gates(f"{about}, {groups}", scores[DENSE], {title: scores[title] for title in plans})
-    save_figure(figure, arguments.out / "gates.png")
-    figures = " and gates.png"
+    figures = {GATES: plot_gates(f"{about}, {groups}", scores[DENSE], {title: scores[title] for title in plans})}
     if isinstance(method, Experts):
-        experts = plot_experts(SparseDETR.of_checked(model, plan), validation[0].image)
-        save_figure(experts, arguments.out / "experts.png")
-        figures = ", gates.png and experts.png"
-    runs = {title: one.to_json() for title, one in scores.items()}
-    for title, run in runs.items():
+        figures[EXPERTS] = plot_experts(sparse, validation[0].image)
+    for name, figure in figures.items():
+        save_figure(figure, arguments.out / name)
+    images = sample_sections(sparse, validation, samples[DENSE], samples[title], title)
+
+    runs = {label: one.to_json() for label, one in scores.items()}
+    for label, run in runs.items():
         for name, ffn in run["ffns"].items():
-            ffn["threshold"] = thresholds.get(title, {}).get(name)
-    seconds = time.perf_counter() - started
+            ffn["threshold"] = thresholds.get(label, {}).get(name)
     results = {
         "model": arguments.model,
         "fingerprint": plan.fingerprint,
         "training": plan.training | {"images_per_second": fitted.images_per_second},
         "validation": {"data": validation.name, "images": len(validation)},
         "runs": runs,
-        "seconds": seconds,
+        "seconds": time.perf_counter() - started,
+        **cli.provenance(arguments),
     }
-    finish_run(arguments.out, results | provenance)
-    print(f"\nplan.safetensors, results.json{figures} are in {arguments.out} after {math.ceil(seconds)} s")
+    facts = {
+        "method": f"{method.name}, {groups}",
+        "plan": title,
+        "training images": f"{len(data)} of {data.name}, the last {split.calib} held out for thresholds",
+        "validation images": f"{len(validation)} of {validation.name}",
+    }
+    about_ap = INTERVALS if validation.has_annotations else NO_AP
+    sections = [
+        what_ran(results, facts),
+        Section("Accuracy and sparsity", [f"{PLAN} is “{title}”. {about_ap}", summary(scores)]),
+        Section("Figures", [Picture.read(arguments.out / name, CAPTIONS[name]) for name in figures]),
+        Section("FFNs", [part for named in tables.items() for part in named]),
+    ]
+    write_page(arguments.out / REPORT, about, [*sections, *images])
+    finish_run(arguments.out, results)
+    written = ", ".join((PLAN, RESULTS, *figures))
+    print(f"\n{written} and {REPORT} are in {arguments.out} after {math.ceil(results['seconds'])} s")

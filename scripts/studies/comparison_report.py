@@ -1,10 +1,12 @@
-"""The comparison of selectors as Markdown."""
+"""The comparison of selectors as tables, and these as Markdown."""
 
 from collections.abc import Sequence
 
 from studies.common import markdown_table
 
 from detr_jax.evaluation.comparison import Row
+from detr_jax.viz.report import Section
+from detr_jax.viz.tables import Table
 
 PAPER = (
     "Beside it, the paper's own numbers (arXiv 2510.09380, as a third party reads it), for a published DETR on COCO: "
@@ -19,13 +21,30 @@ LOSSLESS = 0.003
 
 
 def comparison_markdown(results: dict) -> str:
-    """All tables of a comparison.
+    """All tables of a comparison as Markdown.
 
     Args:
         results: what `scripts/compare_selectors.py` writes.
     """
-    rows = results["rows"]
-    dense = next(row for row in rows if row["section"] == "dense")
+    parts = introduction(results)
+    for section in comparison_sections(results):
+        parts.append(f"### {section.title}")
+        parts += [_markdown(part) if isinstance(part, Table) else _escaped(str(part)) for part in section.parts]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown(table: Table) -> str:
+    rows = [[_escaped(cell) for cell in row] for row in table.text]
+    return markdown_table(table.header, rows, left=table.numeric.index(True))
+
+
+def _escaped(text: str) -> str:
+    return text.replace("*", r"\*")
+
+
+def introduction(results: dict) -> list[str]:
+    """What is compared on what, and the paper's own numbers."""
+    dense = next(row for row in results["rows"] if row["section"] == "dense")
     low, high = dense["AP_interval"]
     heading = (
         f"Selectors on the frozen detector {results['model']}, {results['images']} images of "
@@ -34,23 +53,31 @@ def comparison_markdown(results: dict) -> str:
         f"{dense['group_size']} neurons. Work is the share of the FFNs' multiply-adds that is left, the selector's own "
         f"included. {results['implementation'].capitalize()}, float32, {results['device']}."
     )
-    parts = [heading, PAPER]
-    parts += ["### Every selector at equal density", _overview(rows), _BELOW_STATIC]
-    parts += ["### MGS with all FFNs gated, one ingredient after the other", _list(rows, "mgs")]
-    parts += ["### Which FFNs cost the accuracy (MGS, threshold 0.5)", _list(rows, "layers")]
-    parts += ["### SIBS, and the bounds", _list(rows, "sibs", "bounds")]
-    parts += ["### Density of neurons, groups and tiles of tokens (exact; MGS at 0.5)", _tiles(results["tile_density"])]
-    parts += ["### Every row", _list(rows, *dict.fromkeys(row["section"] for row in rows))]
-    return "\n\n".join(parts) + "\n"
+    return [heading, PAPER]
+
+
+def comparison_sections(results: dict) -> list[Section]:
+    """All tables of a comparison under their titles; `results` are as of `comparison_markdown`."""
+    rows = results["rows"]
+    return [
+        Section("Every selector at equal density", [_overview(rows), _BELOW_STATIC]),
+        Section("MGS with all FFNs gated, one ingredient after the other", [_list(rows, "mgs")]),
+        Section("Which FFNs cost the accuracy (MGS, threshold 0.5)", [_list(rows, "layers")]),
+        Section("SIBS, and the bounds", [_list(rows, "sibs", "bounds")]),
+        Section(
+            "Density of neurons, groups and tiles of tokens (exact; MGS at 0.5)", [_tiles(results["tile_density"])]
+        ),
+        Section("Every row", [_list(rows, *dict.fromkeys(row["section"] for row in rows))]),
+    ]
 
 
 _BELOW_STATIC = (
-    f"\\* dynamic, and worse than {STATIC}, at the same density: by more than {100 * LOSSLESS:g} points, and the "
+    f"* dynamic, and worse than {STATIC}, at the same density: by more than {100 * LOSSLESS:g} points, and the "
     "intervals do not overlap. A selector of neurons or channels saves one of the two products only."
 )
 
 
-def _overview(rows: Sequence[Row]) -> str:
+def _overview(rows: Sequence[Row]) -> Table:
     """A line for each selector, a column for each density."""
     methods = [row for row in rows if row["section"] == "methods"]
     settings = list(dict.fromkeys(row["setting"] for row in methods))
@@ -68,7 +95,7 @@ def _overview(rows: Sequence[Row]) -> str:
             + [least]
         )
     header = ["selector", "needs", "decides by", "saves", *settings, f"least work at {100 * LOSSLESS:g} points"]
-    return markdown_table(header, lines, left=4)
+    return Table(header, lines)
 
 
 def _cell(row: Row | None, static: Row | None) -> str:
@@ -80,10 +107,10 @@ def _cell(row: Row | None, static: Row | None) -> str:
         and row["AP_minus_dense"] < static["AP_minus_dense"] - LOSSLESS
         and row["AP_minus_dense_interval"][1] < static["AP_minus_dense_interval"][0]
     )
-    return _difference(row) + (r"\*" if worse and row["dynamic"] else "")
+    return _difference(row) + ("*" if worse and row["dynamic"] else "")
 
 
-def _list(rows: Sequence[Row], *sections: str) -> str:
+def _list(rows: Sequence[Row], *sections: str) -> Table:
     """A line for each row of some sections."""
     lines = [
         [
@@ -104,7 +131,7 @@ def _list(rows: Sequence[Row], *sections: str) -> str:
     ]
     header = ["selector", "setting", "decides by", "when", "trained", "AP", "points against dense"]
     header += ["neurons computed", "groups skipped", "recall", "FFN work", "transformer", "detector"]
-    return markdown_table(header, lines, left=5)
+    return Table(header, lines)
 
 
 def _kind(row: Row) -> tuple[str, str, str]:
@@ -114,7 +141,7 @@ def _kind(row: Row) -> tuple[str, str, str]:
     return row["granularity"], "dynamic" if row["dynamic"] else "static", "yes" if row["trained"] else "no"
 
 
-def _tiles(densities: dict) -> str:
+def _tiles(densities: dict) -> Table:
     """A line for each FFN, a column for each size of tile: in raster order / ordered by signature."""
     sizes = list(next(iter(densities.values()))["exact"]["raster"])
     lines = [
@@ -124,7 +151,7 @@ def _tiles(densities: dict) -> str:
         for kind in ("exact", "predicted")
     ]
     header = ["FFN", "groups", "neurons", *(f"tiles of {size}" for size in sizes)]
-    return markdown_table(header, lines, left=2)
+    return Table(header, lines)
 
 
 def _difference(row: Row) -> str:
