@@ -5,15 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
-
 from detr_jax.errors import InputError
-from detr_jax.methods import METHODS, GatedTokens, Method, TokenGates, named
+from detr_jax.methods import METHODS, Method, TokenGates, named
 from detr_jax.methods.grouping import group_count
 from detr_jax.models import Detector
 from detr_jax.models.parameters import fingerprint
@@ -133,25 +130,18 @@ def gate_tokens(
     >>> sparse.plan.selectors["encoder"].keep
     (0.5,)
     """
-    from tqdm import tqdm
-
-    from detr_jax.data.batches import ImageBatches
-    from detr_jax.mesh import is_first_process, replicate, to_host
-    from detr_jax.models.encoder_decoder import EncoderDecoder
+    from detr_jax.mesh import is_first_process
     from detr_jax.plan import Plan, save_plan
     from detr_jax.run_folder import finish_run, open_run, release_run, versions
-    from detr_jax.training.token_gates import train_token_score
+    from detr_jax.training.token_gates import fit_token_gates, training_record, untrained_gates
 
     method = method or TokenGates()
     dense = detector if isinstance(detector, Detector) else detector.dense
-    if not isinstance(dense, EncoderDecoder):
-        raise InputError(f"a {type(dense).__name__} has no encoder whose tokens could be chosen")
+    untrained_gates(dense, method)  # before anything is written
     own = fingerprint(dense)
-    training: dict[str, Any] = {"token gates": dataclasses.asdict(method) | {"data": data.name, "images": len(data)}}
+    training = training_record(method, data)
     if isinstance(detector, Detector):
         detector = SparseDETR.of_checked(dense, Plan("token-gates", own, {}, {}, training, {}, versions()))
-    gates = GatedTokens(method.init(dense.config.d_model), method.keep)
-    gates.counts(1, dense.config.encoder_layers)  # before anything is written
     with contextlib.ExitStack() as stack:
         where = Path(folder or stack.enter_context(tempfile.TemporaryDirectory()))
         settings: dict[str, Any] = {
@@ -162,26 +152,13 @@ def gate_tokens(
         }
         open_run(where, settings, ("checkpoints", "plan.safetensors"), resume=resume, overwrite=overwrite)
         stack.callback(release_run, where)
-        if method.is_trained:
-            placed = replicate(dense)
-            batches = ImageBatches(placed, data, batch_size, method.seed)
-            with tqdm(total=method.epochs * len(batches), desc="token gates", disable=not progress) as bar:
-                score = train_token_score(
-                    placed, batches, method, where / "checkpoints", lambda step, loss: _show_step(bar, step, loss)
-                )
-            gates = dataclasses.replace(gates, score=jax.tree.map(jnp.asarray, to_host(score)))
+        gates = fit_token_gates(dense, data, method, batch_size, where / "checkpoints", progress=progress)
         sparse = detector.with_tokens(gates)
         plan = dataclasses.replace(sparse.plan, training=sparse.plan.training | training)
         if folder is not None and is_first_process():
             save_plan(plan, where / "plan.safetensors", overwrite=True)
             finish_run(where, {"training": plan.training})
     return dataclasses.replace(sparse, plan=plan)
-
-
-def _show_step(bar: Any, step: int, loss: Any) -> None:
-    bar.update(step - bar.n)
-    if loss is not None:
-        bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
 
 
 def fit(
@@ -194,13 +171,15 @@ def fit(
     *,
     budgets: list[Budget | None],
     outputs: Sequence[str] = (),
+    more_settings: Mapping[str, Any] | None = None,
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Fit:
     """Checks everything, claims the folder and fits a method, which can be given the `budgets` then; see `sparsify`.
 
-    `outputs` are names of files that the caller writes into the folder later.
+    `outputs` are names of files and folders that the caller writes into the folder later, `more_settings` what they
+    depend on.
     """
     from detr_jax.run_folder import open_run
     from detr_jax.training.fit import OUTPUTS, Fit, FitOptions, check_budget, hold_out
@@ -220,5 +199,6 @@ def fit(
         "fingerprint of the data": data.fingerprint,
         "fingerprint of the calibration data": held_out.fingerprint,
     }
+    settings |= more_settings or {}
     open_run(folder, settings, (*OUTPUTS, *outputs), resume=resume, overwrite=overwrite)
     return Fit(detector, data, held_out, method, options, folder, progress=progress)

@@ -147,6 +147,8 @@ def test_a_method_from_outside_is_fitted_by_its_name(inputs, tmp_path):
         (["--recall", "-1"], "--recall must be between 0 and 1, not -1"),
         (["--group-size", "5"], "32 hidden neurons cannot be divided into groups of 5"),
         (["--split.calib", "12"], "too few to hold out 12"),
+        (["--keep-tokens", "0"], "shares of tokens are above 0 and at most 1"),
+        (["--keep-tokens", "0.5", "0.4", "0.3"], "layers"),
         (["--coco", "nowhere"], "nowhere"),
     ],
 )
@@ -211,3 +213,15 @@ def test_experts_have_options_and_a_figure_of_their_own(inputs, tmp_path, capsys
     assert "experts has no option 'expert'; it has experts, rounds" in wrong
     wrong = refusal(capsys, NAME, *inputs, "--method", "experts", "--options", "experts=x", "--out", tmp_path)
     assert "'experts=x' is no value of an option of experts" in wrong
+
+
+def test_token_gates_are_part_of_the_plan(inputs, tmp_path):
+    run(NAME, *inputs, "--epochs", "1", "--keep-tokens", "0.5", "--out", tmp_path)
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert list(runs)[-1] == "all gated, recall 0.99, 50 % of the tokens"
+    of_ffns = runs["all gated, recall 0.99, 50 % of the tokens"]["ffns"]
+    assert 0.4 < of_ffns["encoder.0"]["tokens"] < 0.7 and of_ffns["decoder.0"]["tokens"] == 1
+    plan = load_plan(tmp_path / "plan.safetensors", tiny_detector())
+    assert plan.selectors["encoder"].keep == (0.5,)
+    assert plan.training["token gates"]["images"] == len(list(Path(inputs[3]).glob("train2017/*"))) - 4
+    assert "50 % of the tokens" in (tmp_path / "report.html").read_text()

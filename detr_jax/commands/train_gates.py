@@ -18,15 +18,16 @@ from detr_jax.errors import InputError
 from detr_jax.evaluation.coco_ap import shown
 from detr_jax.evaluation.evaluate import DENSE, Scores, evaluate_selections
 from detr_jax.mesh import is_first_process
-from detr_jax.methods import PAPER_THRESHOLD, Experts, Method, Thresholded, named, restricted_to
+from detr_jax.methods import PAPER_THRESHOLD, Experts, Method, Thresholded, TokenGates, named, restricted_to
 from detr_jax.models import Selector
 from detr_jax.plan import save_plan
 from detr_jax.run_folder import RESULTS, finish_run
 from detr_jax.sparse import SparseDETR
 from detr_jax.sparsify import fit
 from detr_jax.training.budgets import Density, GateTuning, MaxDivergence, Recall, Threshold
-from detr_jax.training.fit import FitOptions, in_log_odds
+from detr_jax.training.fit import FitOptions, hold_out, in_log_odds
 from detr_jax.training.gates import GateTraining
+from detr_jax.training.token_gates import fit_token_gates, training_record, untrained_gates
 from detr_jax.viz.experts import plot_experts
 from detr_jax.viz.figures import plot_gates, save_figure
 from detr_jax.viz.report import Picture, Section, write_page
@@ -35,6 +36,8 @@ from detr_jax.viz.tables import Table, gate_table
 MANY_PROCESSES = True
 SCENES_TRAINING_IMAGES = 4096
 PLAN, GATES, EXPERTS = "plan.safetensors", "gates.png", "experts.png"
+TOKENS = "token-gates"
+"""Folder of checkpoints."""
 CAPTIONS = {
     GATES: "What is skipped in each FFN, which of the active groups are computed, and what that costs.",
     EXPERTS: "Each FFN's experts by width, and the width of every token's expert in the first image.",
@@ -90,6 +93,9 @@ class Arguments(ModelOptions):
     """Also find the least mean density at which the detector's outputs diverge by this much, see
     `detr_jax.models.detr.outputs`, to which gates are trained on, all in effect; the plan is this one."""
     tuning: GateTuning = field(default_factory=GateTuning)
+    keep_tokens: tuple[float, ...] = ()
+    """Also train token gates: shares of the image tokens that the encoder's layers update, one for all layers or one
+    for each. The plan has both; see `detr_jax.gate_tokens`."""
     computation: Annotated[ExecutionOptions, tyro.conf.OmitArgPrefixes] = field(default_factory=ExecutionOptions)
     per_layer: bool = False
     """Also measure AP with each FFN alone gated at the uniform threshold."""
@@ -174,15 +180,28 @@ def main(arguments: Arguments) -> None:
     wanted = SCENES_TRAINING_IMAGES if split.train is None and arguments.data.generated else split.train
     data = arguments.data.open("train", None if wanted is None else wanted + split.calib)
     data, validation = arguments.data.matched(model.labels, data, arguments.data.open("val", split.val))
+    tokens = TokenGates(arguments.keep_tokens, seed=training.seed) if arguments.keep_tokens else None
+    if tokens is not None:
+        untrained_gates(model, tokens)  # before hours of work
 
     fitted = fit(
         *(model, data, method, split.calib, options, arguments.out),
         budgets=list(budgets.values()),
-        outputs=(GATES, EXPERTS, REPORT),
+        outputs=(GATES, EXPERTS, REPORT, TOKENS),
+        more_settings={"token gates": None if tokens is None else dataclasses.asdict(tokens)},
         resume=arguments.resume,
         overwrite=arguments.overwrite,
     )
     plans = {title: fitted.plan(budget) for title, budget in budgets.items()}
+    if tokens is not None:
+        images, _ = hold_out(data, split.calib)
+        gated = fit_token_gates(model, images, tokens, training.batch_size, arguments.out / TOKENS)
+        title, plan = list(plans.items())[-1]
+        selectors = dict(plan.selectors) | dict.fromkeys(model.token_parts, gated)
+        shares = ", ".join(f"{100 * share:g} %" for share in tokens.keep)
+        plans[f"{title}, {shares} of the tokens"] = dataclasses.replace(
+            plan, selectors=selectors, training=plan.training | training_record(tokens, images)
+        )
     selections = {title: plan.selectors for title, plan in plans.items()}
     if arguments.per_layer:
         uniform = next(iter(selections.values()))

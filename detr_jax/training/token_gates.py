@@ -1,21 +1,67 @@
 """Training of token gates on a frozen detector, whose own attention or updates are the labels."""
 
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from tqdm import tqdm
 
-from detr_jax.data.batches import BatchSource
-from detr_jax.mesh import mesh_of, on_every_device, replicate_like, sum_shards
-from detr_jax.methods.token_gates import TokenGates, TokenScore, most_important, token_loss
+from detr_jax.data.batches import BatchSource, ImageBatches
+from detr_jax.data.dataset import Dataset
+from detr_jax.errors import InputError
+from detr_jax.mesh import mesh_of, on_every_device, replicate, replicate_like, sum_shards, to_host
+from detr_jax.methods.token_gates import GatedTokens, TokenGates, TokenScore, most_important, token_loss
+from detr_jax.models import Detector
 from detr_jax.models.encoder_decoder import EncoderDecoder
 from detr_jax.training.checkpoints import train_resumably
 from detr_jax.training.gates import adam_with_cosine, batches_from
+
+
+def untrained_gates(model: Detector, method: TokenGates) -> GatedTokens:
+    """Token gates before training.
+
+    Raises:
+        InputError: if the detector has no encoder of image tokens, or the shares to keep do not fit its layers.
+    """
+    if not isinstance(model, EncoderDecoder):
+        raise InputError(f"a {type(model).__name__} has no encoder whose tokens could be chosen")
+    gates = GatedTokens(method.init(model.config.d_model), method.keep)
+    gates.counts(1, model.config.encoder_layers)
+    return gates
+
+
+def fit_token_gates(
+    model: Detector, data: Dataset, method: TokenGates, batch_size: int, folder: Path, *, progress: bool = True
+) -> GatedTokens:
+    """Token gates of a frozen detector, trained on images or resumed from the checkpoints in `folder`.
+
+    All devices share every batch. Errors as of `untrained_gates`.
+    """
+    gates = untrained_gates(model, method)
+    if not method.is_trained:
+        return gates
+    placed = cast(EncoderDecoder, replicate(model))
+    batches = ImageBatches(placed, data, batch_size, method.seed)
+    with tqdm(total=method.epochs * len(batches), desc="token gates", unit="step", disable=not progress) as bar:
+
+        def show(step: int, loss: jax.Array | None) -> None:
+            bar.update(step - bar.n)
+            if loss is not None:
+                bar.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
+
+        score = train_token_score(placed, batches, method, folder, show)
+    return replace(gates, score=jax.tree.map(jnp.asarray, to_host(score)))
+
+
+def training_record(method: TokenGates, data: Dataset) -> dict[str, Any]:
+    """What a plan says about the training of its token gates."""
+    return {"token gates": asdict(method) | {"data": data.name, "images": len(data)}}
 
 
 def train_token_score(
