@@ -130,6 +130,7 @@ def train(model: DETR, batches: AugmentedBatches, arguments: Arguments, validati
 
 
 def main(arguments: Arguments) -> None:
+    """Runs the command."""
     training, split, out = arguments.training, arguments.split, arguments.out
     if arguments.data.generated and split.train is None:
         raise InputError("fine-tuning needs images: --data coco:PATH, or --split.train with a number of scenes")

@@ -152,6 +152,7 @@ def summary(scores: Mapping[str, Scores]) -> str:
 
 
 def main(arguments: Arguments) -> None:
+    """Runs the command."""
     started = time.perf_counter()
     model = arguments.load()
     training, split = arguments.training, arguments.split
