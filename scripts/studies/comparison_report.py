@@ -35,12 +35,12 @@ def comparison_markdown(results: dict) -> str:
         f"included. {results['implementation'].capitalize()}, float32, {results['device']}."
     )
     parts = [heading, PAPER]
-    parts += ["### Every selector at equal density", _overview(rows), _BELOW_STATIC]
-    parts += ["### MGS with all FFNs gated, one ingredient after the other", _list(rows, "mgs")]
-    parts += ["### Which FFNs cost the accuracy (MGS, threshold 0.5)", _list(rows, "layers")]
-    parts += ["### SIBS, and the bounds", _list(rows, "sibs", "bounds")]
-    parts += ["### Density of neurons, groups and tiles of tokens (exact; MGS at 0.5)", _tiles(results["tile_density"])]
-    parts += ["### Every row", _list(rows, *dict.fromkeys(row["section"] for row in rows))]
+    parts += ["## Every selector at equal density", _overview(rows), _BELOW_STATIC]
+    parts += ["## MGS with all FFNs gated, one ingredient after the other", _list(rows, "mgs")]
+    parts += ["## Which FFNs cost the accuracy (MGS, threshold 0.5)", _list(rows, "layers")]
+    parts += ["## SIBS, and the bounds", _list(rows, "sibs", "bounds")]
+    parts += ["## Density of neurons, groups and tiles of tokens (exact; MGS at 0.5)", _tiles(results["tile_density"])]
+    parts += ["## Every row", _list(rows, *dict.fromkeys(row["section"] for row in rows))]
     return "\n\n".join(parts) + "\n"
 
 
