@@ -55,6 +55,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.autosummary", "sphinx
 root_doc = "README"
 include_patterns = ["*.md", "docs/**", "detr_jax/weights/*.md", "scripts/studies/README.md"]
 
+myst_enable_extensions = ["html_image"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the outputs are stored, and a test runs it
 
@@ -83,6 +84,9 @@ nitpick_ignore_regex = [
 html_theme = "furo"
 html_title = "detr-jax"
 html_copy_source = False
+html_static_path = ["static"]
+html_css_files = ["site.css"]
+copybutton_exclude = ".linenos, .gp, .go"  # of a session the input alone
 
 
 def modules() -> dict[str, ast.Module]:
@@ -124,6 +128,11 @@ def add_sidebar(app: Sphinx, name: str, source: list[str]) -> None:
             source[0] += "\n".join(["\n```{toctree}", ":hidden:", f":caption: {caption}", "", *pages, "```\n"])
 
 
+def summaries(names: Iterable[str]) -> list[str]:
+    """A table of links, with the first sentence of each docstring."""
+    return ["", ".. currentmodule:: None", ".. autosummary::", "   :nosignatures:", "", *[f"   ~{n}" for n in names]]
+
+
 def write_reference(app: Sphinx) -> None:
     """Writes a page for every module, with a list of what a package offers from its modules."""
     API.mkdir(exist_ok=True)
@@ -132,11 +141,10 @@ def write_reference(app: Sphinx) -> None:
         offered = [origin(name) for name in inside(module, IMPORTED) if IMPORTED[name].startswith(f"{module}.")]
         parts = inside(module, MODULES)
         if parts and offered:
-            page += ["   :no-members:", "", ".. currentmodule:: None", ".. autosummary::", "   :nosignatures:", ""]
-            page += [f"   ~{name}" for name in sorted(offered, key=lambda name: name.rpartition(".")[2].lower())]
+            page += ["   :no-members:", *summaries(sorted(offered, key=lambda name: name.rpartition(".")[2].lower()))]
         if parts and module != "detr_jax":  # whose modules docs/reference.rst has in groups
             names = [f"   {part.rpartition('.')[2]} <{part}>" for part in parts]
-            page += ["", "Modules", "-------", "", ".. toctree::", "   :maxdepth: 1", "", *names]
+            page += ["", "Modules", "-------", *summaries(parts), "", ".. toctree::", "   :hidden:", "", *names]
         API.joinpath(f"{module}.rst").write_text("\n".join([*page, ""]), encoding="utf-8")
 
 
@@ -152,10 +160,10 @@ def keep_colons(app: Sphinx, what: str, name: str, value: object, options: objec
 
 
 def tidy(app: Sphinx, domain: str, kind: str, content: desc_content) -> None:
-    """Leaves out what is said of every class, and from the list of a page's contents what is part of a class."""
+    """Leaves out what is said of every class, and from the contents of a page the fields of classes."""
     if content.children and content[0].astext() == "Bases: object":
         content.pop(0)
-    content.parent["no-contents-entry"] = kind in ("attribute", "method", "property")
+    content.parent["no-contents-entry"] = kind in ("attribute", "property")
 
 
 def link_imported(app: Sphinx, env: BuildEnvironment, node: pending_xref, text: Element) -> Element | None:

@@ -1,4 +1,4 @@
-"""`detr-jax train-detector --model ... --data ...`: a detector fine-tuned on the classes of other data."""
+"""`detr-jax train-detector --model MODEL --data DATA`: a detector fine-tuned on the classes of other data."""
 
 import dataclasses
 import json
