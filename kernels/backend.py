@@ -29,8 +29,8 @@ class FFNShape:
     Attributes:
         dtype: of the inputs and weights.
         tile_size: tokens per tile.
-        d_model: d.
-        hidden: F.
+        d_model: `d`.
+        hidden: `F`.
         block_size: neurons per block.
         tokens: of all images together; may be a symbol of `jax.export`, and then so may `tile_size`.
     """
@@ -70,7 +70,7 @@ class ExpertsShape:
     Attributes:
         dtype: of the inputs and weights.
         tokens: of all images together; may be a symbol of `jax.export`.
-        d_model: d.
+        d_model: `d`.
         widths: neurons of each expert.
     """
 
@@ -88,7 +88,7 @@ class SamplingShape:
         dtype: of the values.
         queries: of an image.
         levels: rows and columns of each.
-        heads: H.
+        heads: `H`.
         features: D, of a head.
     """
 

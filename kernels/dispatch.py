@@ -17,6 +17,7 @@ from detr_jax.kernels.backend import Backend, ExpertsShape, FFNShape
 
 BACKENDS = (reference.BACKEND, xla.BACKEND, mosaic_tpu.BACKEND, mosaic_gpu.BACKEND)
 IMPLEMENTATIONS = tuple(backend.name for backend in BACKENDS)
+"""Names of the back ends."""
 LARGEST_UNION = 64
 """Neurons of the largest block into which groups are united for a back end: more groups are hardly ever sparse."""
 

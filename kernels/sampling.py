@@ -45,21 +45,21 @@ def multi_scale_sampling(
         return _gathered(shapes, value, locations, weights)
 
     def run(value: jax.Array, _: None, locations: jax.Array, weights: jax.Array) -> jax.Array:
-        return near_or_gathered(shapes, *varying_alike(value, locations, weights))
+        return _near_or_gathered(shapes, *varying_alike(value, locations, weights))
 
     return on_each_shard(run, value, None, locations, weights)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def near_or_gathered(shapes: Shapes, value: jax.Array, locations: jax.Array, weights: jax.Array) -> jax.Array:
+def _near_or_gathered(shapes: Shapes, value: jax.Array, locations: jax.Array, weights: jax.Array) -> jax.Array:
     """`sampling_tpu.run` where every sample lies in its window, gathers otherwise, and the derivatives of these."""
     near = sampling_tpu.fits(shapes, locations)
     return jax.lax.cond(near, partial(_near, shapes), partial(_gathered, shapes), value, locations, weights)
 
 
-@near_or_gathered.defjvp
+@_near_or_gathered.defjvp
 def _tangents(shapes: Shapes, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[Any, Any]:
-    return near_or_gathered(shapes, *primals), jax.jvp(partial(_gathered, shapes), primals, tangents)[1]
+    return _near_or_gathered(shapes, *primals), jax.jvp(partial(_gathered, shapes), primals, tangents)[1]
 
 
 def _near(shapes: Shapes, value: jax.Array, locations: jax.Array, weights: jax.Array) -> jax.Array:

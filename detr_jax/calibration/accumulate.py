@@ -18,7 +18,7 @@ def accumulate(
     """Statistics by name, summed over one pass.
 
     Args:
-        measure: of (model, batch, *others), compiled once for all passes; returns statistics by name.
+        measure: of `(model, batch, *others)`, compiled once for all passes; returns statistics by name.
         model: on one device, or replicated over several, which then share every batch.
         batches: data.
         purpose: for the error, "measure moments".

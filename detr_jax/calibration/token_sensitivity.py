@@ -1,7 +1,7 @@
 """Sensitivity of a detector's outputs to errors of an FFN's output, by token and by direction.
 
 With noise e added to the outputs of all FFNs, the gradient g of `Detector.divergence` by the output of one at a token
-is about H e, H being the second derivatives; without noise it is zero. The mean of |g|^2 says how much the token
+is about H e, H being the second derivatives; without noise it is zero. The mean of `|g|^2` says how much the token
 counts, that of g g^T over tokens in which directions.
 """
 

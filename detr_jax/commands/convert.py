@@ -29,6 +29,7 @@ class Arguments:
 
 
 def main(arguments: Arguments) -> None:
+    """Runs the command."""
     refuse_existing(arguments.target, arguments.overwrite)
     model = detr_jax.load(arguments.source, arguments.preset)
     config = model.config

@@ -43,6 +43,7 @@ class Arguments(ModelOptions):
 
 
 def main(arguments: Arguments) -> None:
+    """Runs the command."""
     if bool(arguments.images) == bool(arguments.scenes):
         raise InputError("name one or more image files, or ask for generated scenes by --scenes 4")
     check_threshold(arguments.threshold)

@@ -63,6 +63,7 @@ def padding_table(report: dict[str, Any]) -> str:
 
 
 def main(arguments: Arguments) -> None:
+    """Runs the command."""
     refuse_existing(arguments.out, arguments.overwrite)
     if arguments.plan is None and arguments.computation != ExecutionOptions():
         raise InputError(

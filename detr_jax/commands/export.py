@@ -47,6 +47,7 @@ class Arguments:
 
 
 def main(arguments: Arguments) -> None:
+    """Runs the command."""
     if arguments.plan is None and arguments.implementation != "plan":
         raise InputError(f"--implementation {arguments.implementation} needs a --plan: dense FFNs leave nothing out")
     for path in (arguments.out, Path(f"{arguments.out}.json")):

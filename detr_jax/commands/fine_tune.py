@@ -1,4 +1,4 @@
-"""`detr-jax train-detector --model ... --data ...`: a detector fine-tuned on the classes of other data."""
+"""`detr-jax train-detector --model MODEL --data DATA`: a detector fine-tuned on the classes of other data."""
 
 import dataclasses
 import json
@@ -130,6 +130,7 @@ def train(model: DETR, batches: AugmentedBatches, arguments: Arguments, validati
 
 
 def main(arguments: Arguments) -> None:
+    """Runs the command."""
     training, split, out = arguments.training, arguments.split, arguments.out
     if arguments.data.generated and split.train is None:
         raise InputError("fine-tuning needs images: --data coco:PATH, or --split.train with a number of scenes")

@@ -158,6 +158,7 @@ def point(comparison: Comparison, search: PlanSearch, choice: dict[str, int], ti
 
 
 def main(arguments: Arguments) -> None:
+    """Runs the command."""
     started = time.perf_counter()
     kind, bound = read_budget(arguments.budget)
     model = detr_jax.load(arguments.model, preset=arguments.preset)

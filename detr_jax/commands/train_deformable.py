@@ -28,4 +28,5 @@ class Arguments(train_detector.Arguments):
 
 
 def main(arguments: Arguments) -> None:
+    """Runs the command."""
     train_detector.train_and_measure(NAME, arguments)

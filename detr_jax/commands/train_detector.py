@@ -106,6 +106,7 @@ def measure(name: str, model: TrainedHere, log: list[dict[str, Any]], training: 
 
 
 def main(arguments: Arguments) -> None:
+    """Runs the command."""
     train_and_measure("detr-tiny", arguments)
 
 

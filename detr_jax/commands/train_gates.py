@@ -168,6 +168,7 @@ def summary(scores: Mapping[str, Scores]) -> Table:
 
 
 def main(arguments: Arguments) -> None:
+    """Runs the command."""
     started = time.perf_counter()
     model = arguments.load()
     training, split = arguments.training, arguments.split

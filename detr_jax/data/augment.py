@@ -56,7 +56,7 @@ class View:
         return View(self.box, (height, width), self.flipped)
 
     def preprocess(self, image: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-        """(height, width, 3) uint8 RGB -> (*size, 3) float32, resampled once and normalised."""
+        """(height, width, 3) uint8 RGB -> `(*size, 3)` float32, resampled once and normalised."""
         resample = Image.Resampling[preprocessing.resample.upper()]
         resized = np.asarray(Image.fromarray(image).resize(self.size[::-1], resample, self.box))
         return normalise(resized[:, :: -1 if self.flipped else 1], preprocessing)

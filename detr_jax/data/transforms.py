@@ -30,7 +30,7 @@ def pad(images: Sequence[np.ndarray], size: tuple[int, int]) -> tuple[np.ndarray
     """Images (height, width, 3) in the top left corners of one size.
 
     Returns:
-        (images, *size, 3) float32, zero where there is padding, and (images, *size) bool, true where the image is.
+        `(images, *size, 3)` float32, zero where there is padding, and `(images, *size)` bool, true where the image is.
     """
     pixel_values = np.zeros((len(images), *size, 3), np.float32)
     pixel_mask = np.zeros(pixel_values.shape[:3], bool)

@@ -11,7 +11,8 @@ from detr_jax.methods.base import TrainedMethod, Traits, Unit, register, storabl
 from detr_jax.methods.grouping import active_groups, group_count, group_output_norms
 from detr_jax.models import FFNTrace, FFNWeights
 
-PAPER_THRESHOLD = 0.5  # on the probability that a group is active
+PAPER_THRESHOLD = 0.5
+"""On the probability that a group is active."""
 
 
 @storable

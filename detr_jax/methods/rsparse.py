@@ -18,7 +18,7 @@ class _Compensated:
 
 @register
 class RSparse(_Compensated, Method):
-    """Thresholds on |x_i|; channels below go through a factor of W_in."""
+    """Thresholds on `|x_i|`; channels below go through a factor of W_in."""
 
     name = "rsparse"
     paper = 'Zhang et al. 2025, "R-Sparse", arXiv 2504.19449'

@@ -12,7 +12,7 @@ from detr_jax.models import FFNWeights
 
 @storable
 class HiddenMagnitude:
-    """|h_j|, or, weighted (WINA), |h_j| ||W_out[j]||: takes the whole first product and saves the second.
+    """`|h_j|`, or, weighted (WINA), `|h_j| ||W_out[j]||`: takes the whole first product and saves the second.
 
     Thresholds are observed quantiles; TEAL's shortcut for symmetric distributions does not hold after a ReLU.
     """
@@ -31,7 +31,7 @@ class HiddenMagnitude:
 
 @storable
 class InputMagnitude:
-    """|x_i|, or, weighted (WINA), |x_i| ||W_in[:, i]||: leaves channels out of the first product."""
+    """`|x_i|`, or, weighted (WINA), `|x_i| ||W_in[:, i]||`: leaves channels out of the first product."""
 
     traits = Traits("statistics", "channel", "first")
 
@@ -47,7 +47,7 @@ class InputMagnitude:
 
 @register
 class TEALHidden(Method):
-    """Thresholds on |h_j|."""
+    """Thresholds on `|h_j|`."""
 
     name = "teal-hidden"
     paper = 'Liu et al. 2025, "TEAL", arXiv 2408.14690'
@@ -61,7 +61,7 @@ class TEALHidden(Method):
 
 @register
 class TEALInput(Method):
-    """Thresholds on |x_i|."""
+    """Thresholds on `|x_i|`."""
 
     name = "teal-input"
     paper = TEALHidden.paper

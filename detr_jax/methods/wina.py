@@ -6,7 +6,7 @@ from detr_jax.methods.teal import TEALHidden, TEALInput
 
 @register
 class WINAHidden(TEALHidden):
-    """Thresholds on |h_j| ||W_out[j]||."""
+    """Thresholds on `|h_j| ||W_out[j]||`."""
 
     name = "wina-hidden"
     paper = 'Chen et al. 2025, "WINA", arXiv 2505.19427'
@@ -15,7 +15,7 @@ class WINAHidden(TEALHidden):
 
 @register
 class WINAInput(TEALInput):
-    """Thresholds on |x_i| ||W_in[:, i]||."""
+    """Thresholds on `|x_i| ||W_in[:, i]||`."""
 
     name = "wina-input"
     paper = WINAHidden.paper

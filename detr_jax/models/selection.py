@@ -89,7 +89,7 @@ class Selection:
     """How the FFN is computed without the rest; None for the masked reference, and for the fastest one of experts."""
 
     def per_token(self, shape: tuple[int, ...], features: int) -> jax.Array | None:
-        """(*shape, G) bool, or (*shape, F) with sections or experts: what each token gets; None for everything.
+        """`(*shape, G)` bool, or `(*shape, F)` with sections or experts: what each token gets; None for everything.
 
         `shape` is (..., tokens) of the FFN's inputs, `features` F.
         """

@@ -28,7 +28,7 @@ def comparison_markdown(results: dict) -> str:
     """
     parts = introduction(results)
     for section in comparison_sections(results):
-        parts.append(f"### {section.title}")
+        parts.append(f"## {section.title}")
         parts += [_markdown(part) if isinstance(part, Table) else _escaped(str(part)) for part in section.parts]
     return "\n\n".join(parts) + "\n"
 

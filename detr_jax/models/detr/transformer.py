@@ -46,6 +46,7 @@ def softmax_attention(
 
 
 def attention(config: DetrConfig, heads: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.MultiHeadAttention:
+    """Multi-head attention by `softmax_attention`, with the initial weights of the official code."""
     options: dict[str, Any] = {
         "attention_fn": softmax_attention,
         "kernel_init": nnx.initializers.glorot_uniform(),
@@ -76,6 +77,7 @@ def _residual(x: jax.Array, norm: nnx.LayerNorm, branch: Branch, pre_norm: bool)
 
 
 def named(run: RunFFN, name: str, tokens: jax.Array) -> Branch:
+    """The FFN of that name, as the branch of a layer."""
     return lambda x: run(name, x, tokens)
 
 
