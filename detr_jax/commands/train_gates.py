@@ -195,13 +195,13 @@ def main(arguments: Arguments) -> None:
     )
     plans = {title: fitted.plan(budget) for title, budget in budgets.items()}
     if tokens is not None:
-        images, _ = hold_out(data, split.calib)
-        gated = fit_token_gates(model, images, tokens, training.batch_size, arguments.out / TOKENS)
+        fitted_on, _ = hold_out(data, split.calib)
+        gated = fit_token_gates(model, fitted_on, tokens, training.batch_size, arguments.out / TOKENS)
         title, plan = list(plans.items())[-1]
-        selectors = dict(plan.selectors) | dict.fromkeys(model.token_parts, gated)
+        both: dict[str, Any] = dict(plan.selectors) | dict.fromkeys(model.token_parts, gated)
         shares = ", ".join(f"{100 * share:g} %" for share in tokens.keep)
         plans[f"{title}, {shares} of the tokens"] = dataclasses.replace(
-            plan, selectors=selectors, training=plan.training | training_record(tokens, images)
+            plan, selectors=both, training=plan.training | training_record(tokens, fitted_on)
         )
     selections = {title: plan.selectors for title, plan in plans.items()}
     if arguments.per_layer:
