@@ -71,7 +71,7 @@ def test_it_measures_every_selector(finished):
 def test_the_report_has_all_tables_and_figures(finished):
     page = read_report(finished / "report.html")
     text = (finished / "comparison.md").read_text()
-    assert [title for title in page.texts["h2"] if f"### {title}\n" in text] == page.texts["h2"][2:8]
+    assert [title for title in page.texts["h2"] if f"\n## {title}\n" in text] == page.texts["h2"][2:8]
     assert text.count("\n|--") == sum(tag == "table" for tag, _ in page.elements) - SAMPLES
     assert len(page.all("src")) == len(compare_selectors.FIGURES) + SAMPLES * 4
 
