@@ -19,7 +19,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    sizes = [(32, 40), (40, 32), (32, 32)]
+    sizes = [(32, 40), (40, 32), (32, 40)]
     boxes = [annotation(1, 1, (0, 0, 20, 9)), annotation(2, 2, (10, 4, 12, 30))]  # none in the third
     return CocoDataset(write_coco(tmp_path_factory.mktemp("coco"), sizes, boxes), "val2017")
 
