@@ -210,7 +210,6 @@ def write_results(
         axes.fill_between(keep, *bounds, color=colour, alpha=0.12, linewidth=0)
     axes.axhline(0, color="0.7", linewidth=1)
     axes.set(xlabel="image tokens that encoder layers update, %", ylabel="points of AP against dense")
-    axes.set_ylim(bottom=max(-20, axes.get_ylim()[0]))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     arguments.out.mkdir(parents=True, exist_ok=True)
