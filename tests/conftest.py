@@ -23,6 +23,9 @@ else:
     COMPILATION["NPROC"] = "8"
 for name, value in COMPILATION.items():
     os.environ.setdefault(name, value)
+if os.environ.get("JAX_PLATFORMS") == "cpu":
+    # Kernels are compiled for TPUs in several processes at once; on a TPU one process at a time may have it.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
