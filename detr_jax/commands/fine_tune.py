@@ -24,7 +24,7 @@ from detr_jax.evaluation.runs import coco_results, predictions
 from detr_jax.files import write_json
 from detr_jax.mesh import is_first_process, mesh_of, replicate
 from detr_jax.models import DETR
-from detr_jax.run_folder import RESULTS, open_run
+from detr_jax.run_folder import RESULTS, finish_run, open_run
 from detr_jax.training.detector.finetune import FineTuning, check_parts, fine_tune
 from detr_jax.training.detector.log import TrainingLog, plot_curves, read_log
 
@@ -183,7 +183,7 @@ def main(arguments: Arguments) -> None:
         "images_per_second": rate,
         "peak_memory_bytes": peak_memory(),
     }
-    write_json(out / RESULTS, results | cli.provenance(arguments))  # last: it says that the run is finished
+    finish_run(out, results | cli.provenance(arguments))
     for title, scores in (("before", before), ("after", after)):
         low, high = scores.interval or (None, None)
         print(f"AP {title:<6} {shown(scores.ap)} [{shown(low)}, {shown(high)}]")

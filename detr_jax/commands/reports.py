@@ -99,7 +99,7 @@ def sample_sections(
 
 
 def _in_image(results: Sequence[Json], image_id: int, model: SparseDETR) -> ImageDetections:
-    """What was found in an image with a score of `_LEAST_SCORE` or more, the best first."""
+    """Detections of an image with a score of `_LEAST_SCORE` or more, the best first."""
     found = [result for result in results if result["image_id"] == image_id and result["score"] >= _LEAST_SCORE]
     found.sort(key=lambda result: -result["score"])
     boxes = np.array([result["bbox"] for result in found], np.float32).reshape(-1, 4)

@@ -21,10 +21,9 @@ from detr_jax.data.features import backbone_features
 from detr_jax.errors import InputError
 from detr_jax.evaluation.coco_ap import require_usable_ap
 from detr_jax.evaluation.comparison import Comparison, Row
-from detr_jax.files import write_json
 from detr_jax.models import Detector
 from detr_jax.plan import Plan, save_plan
-from detr_jax.run_folder import RESULTS, open_run, versions
+from detr_jax.run_folder import finish_run, open_run, versions
 from detr_jax.search.candidates import CANDIDATE_KINDS
 from detr_jax.search.search import PlanSearch, SearchSettings
 from detr_jax.viz.figures import plot_search, save_figure
@@ -228,7 +227,7 @@ def main(arguments: Arguments) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
     results = {"choices": measured, "ffns": ffns, "curves": curves, "candidates": candidates, "data": names}
     results |= {"seconds": taken, "peak_memory_bytes": peak}
-    write_json(arguments.out / RESULTS, results | cli.provenance(arguments))
+    finish_run(arguments.out, results | cli.provenance(arguments))
     print(f"\nplan.safetensors, results.json and search.png are in {arguments.out}")
     print(f"after {taken:.0f} s, with at most {peak / 1e9:.1f} GB of memory")
 

@@ -226,7 +226,8 @@ def main(arguments: Arguments) -> None:
     for label, table in tables.items():
         print(f"\n{label}\n{table}")
     evaluated = f"{len(validation)} images of {validation.name}"
-    print(f"\n{evaluated}, 95 % intervals over images\n{summary(scores)}")
+    accuracy = summary(scores)
+    print(f"\n{evaluated}, 95 % intervals over images\n{accuracy}")
 
     implementation = arguments.computation.implementation
     plan = scores[title].record(plan, None if implementation == "plan" else implementation)
@@ -258,12 +259,12 @@ def main(arguments: Arguments) -> None:
         "method": f"{method.name}, {groups}",
         "plan": title,
         "training images": f"{len(data)} of {data.name}, the last {split.calib} held out for thresholds",
-        "validation images": f"{len(validation)} of {validation.name}",
+        "validation images": evaluated,
     }
     about_ap = INTERVALS if validation.has_annotations else NO_AP
     sections = [
         what_ran(results, facts),
-        Section("Accuracy and sparsity", [f"{PLAN} is “{title}”. {about_ap}", summary(scores)]),
+        Section("Accuracy and sparsity", [f"{PLAN} is “{title}”. {about_ap}", accuracy]),
         Section("Figures", [Picture.read(arguments.out / name, CAPTIONS[name]) for name in figures]),
         Section("FFNs", [part for named in tables.items() for part in named]),
     ]

@@ -169,8 +169,7 @@ class PlanSearch:
         """Of each FFN what its candidates cost, as shares of all dense FFNs."""
         if unit == "density":
             return {name: np.array([c.density for c in of]) / len(self.names) for name, of in self.candidates.items()}
-        dense = sum(seconds[0] for seconds in self.seconds.values())
-        return {name: seconds / dense for name, seconds in self.seconds.items()}
+        return shares_of_dense(self.seconds)
 
     def cost(self, choice: Mapping[str, int], unit: str) -> float:
         """What a choice costs, as a share of the dense FFNs."""
@@ -178,8 +177,8 @@ class PlanSearch:
 
     def time(self, choice: Mapping[str, int]) -> float:
         """The time of a choice as a share of the dense FFNs', by other measurements than it was chosen by."""
-        dense = sum(seconds[0] for seconds in self.retimed.values())
-        return float(sum(self.retimed[name][i] for name, i in choice.items()) / dense)
+        shares = shares_of_dense(self.retimed)
+        return float(sum(shares[name][i] for name, i in choice.items()))
 
     def choices(self, shares: Sequence[float], kinds: Sequence[str], unit: str = "latency") -> list[dict[str, int]]:
         """Choices for shares of what the dense FFNs cost, as far as there are some that cost so little."""
@@ -193,6 +192,12 @@ class PlanSearch:
     def chosen(self, choice: Mapping[str, int]) -> dict[str, Candidate]:
         """The candidates of a choice."""
         return {name: self.candidates[name][i] for name, i in choice.items()}
+
+
+def shares_of_dense(seconds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Times of each FFN's candidates, of which the first is dense, as shares of all dense FFNs'."""
+    dense = sum(of_ffn[0] for of_ffn in seconds.values())
+    return {name: of_ffn / dense for name, of_ffn in seconds.items()}
 
 
 def most_frequent_shape(batches: Sequence[BackboneFeatures], images: int) -> Any:

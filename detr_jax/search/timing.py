@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from detr_jax.models import FFNTrace, FFNWeights, Selection, Selector
+from detr_jax.models import Detector, FFNTrace, FFNWeights, Selection, Selector, Selectors
 from detr_jax.models.ffn import forward, permute
 
 
@@ -28,6 +28,12 @@ def interleaved_times(baselines: dict[str, Callable[[], Any]], repeats: int) -> 
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
+
+
+@jax.jit
+def detector_outputs(model: Detector, pixel_values: jax.Array, pixel_mask: jax.Array, selectors: Selectors) -> Any:
+    """The whole detector, compiled; arguments as of `Detector.__call__`."""
+    return model(pixel_values, pixel_mask, selectors=selectors)
 
 
 @jax.jit

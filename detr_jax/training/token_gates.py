@@ -60,7 +60,7 @@ def fit_token_gates(
 
 
 def training_record(method: TokenGates, data: Dataset) -> dict[str, Any]:
-    """What a plan says about the training of its token gates."""
+    """Training of token gates, for the record in a plan."""
     return {"token gates": asdict(method) | {"data": data.name, "images": len(data)}}
 
 

@@ -24,7 +24,7 @@ from detr_jax.evaluation.inspection import describe
 from detr_jax.files import refuse_existing, write_json
 from detr_jax.models import Selection, Selectors
 from detr_jax.models.ffn import forward
-from detr_jax.search.timing import interleaved_times
+from detr_jax.search.timing import detector_outputs, interleaved_times
 from detr_jax.viz.tables import table
 
 STAGES = ("FFNs", "transformer", "detector")
@@ -76,11 +76,6 @@ def _transformer(model: Any, tokens: Any, selectors: Selectors) -> Any:
     return model.transform(tokens, selectors=selectors)
 
 
-@jax.jit
-def _detector(model: Any, pixel_values: jax.Array, pixel_mask: jax.Array, selectors: Selectors) -> Any:
-    return model(pixel_values, pixel_mask, selectors=selectors)
-
-
 def contestants(model: Any, selectors: Selectors, batch: Any, tokens: Any) -> dict[str, Callable[[], Any]]:
     """A call for each stage."""
     traces = jax.jit(type(model).traces)(model, tokens, selectors)
@@ -88,7 +83,7 @@ def contestants(model: Any, selectors: Selectors, batch: Any, tokens: Any) -> di
     calls = {
         "FFNs": partial(_ffns, model.ffn_weights(), traces, selectors),
         "transformer": partial(_transformer, model, tokens, selectors),
-        "detector": partial(_detector, model, *images, selectors),
+        "detector": partial(detector_outputs, model, *images, selectors),
     }
     return {stage: partial(_wait, call) for stage, call in calls.items()}
 

@@ -3,7 +3,7 @@ interruption, and tables."""
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -188,6 +188,14 @@ def check_options(arguments: object, *, shares: Sequence[str] = (), least: Mappi
             raise InputError(f"{option} needs at least one value")
         if wrong := [value for value in values if not fits(value)]:
             raise InputError(f"{option} must be {text}, not {wrong[0]:g}")
+
+
+def check_rows(given: Sequence[str], known: Iterable[str]) -> None:
+    """Raises an InputError if `--rows` are none, or some of them unknown."""
+    known = list(known)
+    unknown = [row for row in given if row not in known]
+    if unknown or not given:
+        raise InputError(f"--rows are some of {', '.join(known)}, not {unknown}")
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:

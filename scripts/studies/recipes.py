@@ -23,12 +23,12 @@ from detr_jax.calibration.thresholds import density_threshold, measure_scores
 from detr_jax.commands import cli
 from detr_jax.commands.options import DataOptions
 from detr_jax.data.dataset import Subset
-from detr_jax.files import replacing, write_json
+from detr_jax.files import replacing
 from detr_jax.kernels import Execution
 from detr_jax.methods import MGS, Executed, MGSContribution, Thresholded, TrainedMethod, log_odds
 from detr_jax.methods.grouping import group_count
 from detr_jax.models import DETR, Selector
-from detr_jax.run_folder import RESULTS, open_run
+from detr_jax.run_folder import finish_run, open_run
 from detr_jax.search.candidates import CANDIDATE_KINDS
 from detr_jax.search.search import PlanSearch, SearchSettings
 from detr_jax.training.budgets import Density, DensityPerFFN, GateTuning, Progress, measure, meet, tune_gates
@@ -271,7 +271,7 @@ def main(arguments: Arguments) -> None:
         temporary.write_text(text, encoding="utf-8")
     figure = plot_recipes(f"{arguments.model}, {splits.validation.name}", points)
     save_figure(figure, arguments.out / "recipes.png")
-    write_json(arguments.out / RESULTS, results)
+    finish_run(arguments.out, results)
     print(f"results.json, recipes.md and recipes.png are in {arguments.out} after {math.ceil(results['seconds'])} s")
 
 

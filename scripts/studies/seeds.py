@@ -1,4 +1,4 @@
-"""What is lost with all FFNs sparse, on scenes on which nothing was chosen, and what another seed changes."""
+"""Loss of AP with all FFNs sparse, on scenes on which nothing was chosen, with several seeds."""
 
 import time
 from collections.abc import Mapping
@@ -6,11 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from common import Rows, Scorer, check_options, embed, frozen, markdown_table
+from common import Rows, Scorer, check_options, check_rows, embed, frozen, markdown_table
 
 import detr_jax
 from detr_jax.commands import cli
-from detr_jax.errors import InputError
 from detr_jax.files import replacing
 from detr_jax.methods import MGS, PAPER_THRESHOLD, Experts, Method
 from detr_jax.run_folder import finish_run, open_run
@@ -67,8 +66,7 @@ def main(arguments: Arguments) -> None:
     check_options(
         arguments, least=dict.fromkeys(("train", "statistics", "calib", "images", "batch_size"), 1) | {"seeds": 0}
     )
-    if unknown := [row for row in arguments.rows if row not in ROWS] or not arguments.rows:
-        raise InputError(f"--rows are some of {', '.join(ROWS)}, not {unknown}")
+    check_rows(arguments.rows, ROWS)
     model = detr_jax.load(arguments.model)
     training = detr_jax.open_dataset(arguments.data, "train", arguments.train + arguments.calib)
     test = detr_jax.open_dataset(arguments.data, "test", arguments.images)

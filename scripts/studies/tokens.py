@@ -10,18 +10,17 @@ from typing import Annotated, Any
 import jax
 import numpy as np
 import tyro
-from common import Scorer, check_options, embed, frozen, markdown_table
+from common import Scorer, check_options, check_rows, embed, frozen, markdown_table
 from tqdm import tqdm
 
 import detr_jax
 from detr_jax.commands import cli
 from detr_jax.commands.options import DataOptions
 from detr_jax.data.loading import batches
-from detr_jax.errors import InputError
 from detr_jax.files import refuse_existing, replacing, write_json
 from detr_jax.methods import GatedTokens, TokenGates
 from detr_jax.models import Selectors
-from detr_jax.search.timing import interleaved_times
+from detr_jax.search.timing import detector_outputs, interleaved_times
 from detr_jax.viz.figures import COLOURS, new_figure, save_figure
 
 ROWS = {
@@ -102,13 +101,8 @@ def train_gates(model: Any, arguments: Arguments, data: Any) -> dict[str, GatedT
     return found
 
 
-@jax.jit
-def _detector(model: Any, pixel_values: jax.Array, pixel_mask: jax.Array, selectors: Selectors) -> Any:
-    return model(pixel_values, pixel_mask, selectors=selectors)
-
-
 def _wait(*held: Any) -> None:
-    jax.block_until_ready(_detector(*held))
+    jax.block_until_ready(detector_outputs(*held))
 
 
 def time_detector(
@@ -133,8 +127,7 @@ def main(arguments: Arguments) -> None:
         shares=("keep",),
         least=dict.fromkeys(("train", "epochs", "images", "batch_size", "timed", "repeats"), 1),
     )
-    if unknown := [row for row in arguments.rows if row not in ROWS] or not arguments.rows:
-        raise InputError(f"--rows are some of {', '.join(ROWS)}, not {unknown}")
+    check_rows(arguments.rows, ROWS)
     refuse_existing(arguments.out / "results.json", arguments.overwrite)
     model = detr_jax.load(arguments.model, preset=arguments.preset)
     training, validation = (

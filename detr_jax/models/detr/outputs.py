@@ -87,7 +87,7 @@ def sigmoid_divergence(before: DetrOutputs, after: DetrOutputs) -> Float[Array, 
 
 
 class SigmoidClasses:
-    """What a detector makes of its `DetrOutputs` where every class has a sigmoid; stands before `Detector`."""
+    """Use of `DetrOutputs` by a detector whose classes each have a sigmoid; a base class before `Detector`."""
 
     def query_predictions(
         self, outputs: DetrOutputs

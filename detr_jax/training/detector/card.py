@@ -36,7 +36,7 @@ def _scenes(recipe: dict[str, Any], side: int) -> str:
 
 
 def _start(recipe: dict[str, Any]) -> str:
-    """What the training begins with, where that is not all random."""
+    """Start of the training, where it is not all random."""
     if not (name := recipe.get("backbone")):
         return ""
     return f"""
@@ -98,7 +98,7 @@ possible without downloads. It is a stand-in for the published detectors, not on
 - Parameters: SHA-256 `{report["fingerprint"]}` (`detr_jax.fingerprint`).
 - License: Apache-2.0.
 
-## How it was made
+## Training
 
     {report["training_command"]}
 

@@ -24,7 +24,7 @@ from detr_jax.training.gates import batches_from
 
 @dataclass(frozen=True)
 class FineTuning:
-    """How a detector is fine-tuned. Rates, decay and clipping are the official ones, for batches of 64 images."""
+    """Options of fine-tuning. Rates, decay and clipping are the official ones, for batches of 64 images."""
 
     epochs: int = 50
     """Passes over the training images."""
@@ -72,7 +72,7 @@ def check_parts(training: FineTuning, mesh: Mesh | None) -> None:
 
 
 def is_trained(path: tuple[Any, ...], _: Any) -> bool:
-    """Whether a parameter is trained: all but the backbone's stem, first stage and batch norms."""
+    """True for parameters that are trained: all but the backbone's stem, first stage and batch norms."""
     if path[0] != "backbone":
         return True
     return path[1] == "stages" and path[2] > 0 and "norm" not in path
